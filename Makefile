@@ -1,0 +1,81 @@
+# Everything a developer runs. A POSIX make, and a Python >= 3.10 with its venv module, are enough.
+#
+#   make demo           a JupyterHub with the gateway on this machine (CHECK=1: drive it once, without a terminal)
+#   make test           lint, documentation, and every suite, on SQLite and on PostgreSQL
+#   make bench          the table of measurements
+#   make lint | docs | lock | clean
+#
+# PYTHON chooses the interpreter, VENV where its environment lies, ARGS go to demo, pytest or the benchmarks.
+
+PYTHON = python3
+VENV = .venv
+BENCH_VENV = .venv-bench-eg
+ARGS =
+
+IN = PATH="$$PWD/$(VENV)/bin:$$PWD/node_modules/.bin:$$PATH"
+INSTALL = $(PYTHON) requirements/install.py
+REPORTS = .test-reports
+
+.POSIX:
+.PHONY: help demo test lint docs pytest pytest-sqlite pytest-postgresql engines bench lock clean env-demo env-test env-lint env-docs
+
+help:
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+
+demo: env-demo
+	@$(IN) $(VENV)/bin/python -m hub_gateway demo --directory=.demo $${CHECK:+--check} $(ARGS)
+
+# In this order: what is quick to fail comes first.
+test: env-test engines
+	@rm -rf $(REPORTS)
+	@$(MAKE) lint docs pytest
+
+pytest: env-test
+	@rm -rf $(REPORTS)
+	@status=0; \
+	$(MAKE) pytest-sqlite || status=1; \
+	$(MAKE) pytest-postgresql || status=1; \
+	$(VENV)/bin/python -m tests.report $(REPORTS); \
+	exit $$status
+
+pytest-sqlite: env-test
+	$(IN) HUB_GATEWAY_TEST_DB=sqlite $(VENV)/bin/python -m pytest --suite-report=$(REPORTS)/sqlite.json $(ARGS)
+
+pytest-postgresql: env-test
+	$(IN) HUB_GATEWAY_TEST_DB=postgresql $(VENV)/bin/python -m pytest --suite-report=$(REPORTS)/postgresql.json $(ARGS)
+
+engines:
+	@$(PYTHON) -m tests.engines
+
+lint: env-lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+docs: env-docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+bench: env-test
+	@$(INSTALL) $(BENCH_VENV) bench-eg
+	$(IN) HUB_GATEWAY_BENCH_EG=$(BENCH_VENV)/bin/python $(VENV)/bin/python -m benchmarks $(ARGS)
+
+lock: env-lint
+	@$(IN) requirements/lock.sh $(ARGS)
+	@npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund
+
+env-demo:
+	@$(INSTALL) $(VENV) demo project chp
+
+env-test:
+	@$(INSTALL) $(VENV) demo docs test lint project chp
+
+env-lint:
+	@$(INSTALL) $(VENV) demo docs test lint project
+
+env-docs:
+	@$(INSTALL) $(VENV) demo docs project
+
+clean:
+	rm -rf $(VENV) $(BENCH_VENV) $(REPORTS) node_modules build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
