@@ -1,0 +1,169 @@
+"""The database: transactions in a bounded pool of threads, on SQLite or PostgreSQL.
+
+The event loop never waits for the database: every transaction runs as a plain function in a
+thread. SQLAlchemy's own asyncio layer would run the same synchronous code in greenlets, and its
+SQLite driver adds a thread hop for every statement where this has one for the whole transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session, sessionmaker
+
+from hub_gateway.errors import BadRequest, Unavailable
+
+__all__ = ["Database"]
+
+T = TypeVar("T")
+
+RETRIED = frozenset({"40001", "40P01"})  # PostgreSQL: serialization failure, deadlock; nothing was committed
+ATTEMPTS = 5
+
+
+class Database:
+    """One database, read and written in transactions.
+
+    `url` is SQLAlchemy's. `pool_size` bounds threads and connections, `timeout` (seconds) every wait
+    for a lock, a connection or a statement. SQLite has one writer at a time whatever we do, so its
+    writes queue in one thread, where they do not wait for each other by sleeping.
+    """
+
+    def __init__(self, url: str, *, pool_size: int = 8, timeout: float = 10.0, max_waiting: int = 2000) -> None:
+        self.url = _parse(url)
+        self.timeout = timeout
+        self.engine = _engine(self.url, pool_size, timeout)
+        self._writing = self.engine.execution_options(hub_gateway_write=True)
+        self._read_session = sessionmaker(self.engine, expire_on_commit=False, autoflush=False)
+        self._write_session = sessionmaker(self._writing, expire_on_commit=False)
+        self._readers = ThreadPoolExecutor(pool_size, thread_name_prefix="db-read")
+        self._writers = ThreadPoolExecutor(1, thread_name_prefix="db-write") if self.sqlite else self._readers
+        self._max_waiting = max_waiting
+        self._waiting = 0
+
+    @property
+    def sqlite(self) -> bool:
+        """Whether this is the embedded database, which one gateway has to itself."""
+        return self.url.get_backend_name() == "sqlite"
+
+    async def read(self, fn: Callable[[Session], T]) -> T:
+        """Run `fn` in a thread, in one transaction that is rolled back. Raises `Unavailable`."""
+        return await self._run(self._readers, lambda: self.read_sync(fn))
+
+    async def write(self, fn: Callable[[Session], T]) -> T:
+        """Run `fn` in a thread, in one transaction that is committed.
+
+        `fn` is called again where the database asks for it (serialization failure, deadlock), so it
+        must do nothing but talk to its session. A caller that is cancelled does not undo the
+        transaction. Raises `Unavailable`.
+        """
+        return await self._run(self._writers, lambda: self.write_sync(fn))
+
+    def read_sync(self, fn: Callable[[Session], T]) -> T:
+        """`read`, in the calling thread."""
+        with self._read_session() as session:
+            return fn(session)
+
+    def write_sync(self, fn: Callable[[Session], T]) -> T:
+        """`write`, in the calling thread."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with self._write_session.begin() as session:
+                    return fn(session)
+            except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) not in RETRIED or attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    async def check(self) -> None:
+        """Raise `Unavailable` where the database does not answer."""
+        await self.read(lambda session: session.execute(text("SELECT 1")))
+
+    async def close(self) -> None:
+        """Wait for what runs, and let the connections go."""
+        loop = asyncio.get_running_loop()
+        for pool in {self._readers, self._writers}:
+            await loop.run_in_executor(None, pool.shutdown)
+        self.engine.dispose()
+
+    async def _run(self, pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+        if self._waiting >= self._max_waiting:
+            raise Unavailable("The gateway's database does not keep up with the requests; try again in a moment.")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, call)
+        except (OperationalError, InterfaceError, PoolTimeout) as error:
+            raise Unavailable(
+                "The gateway cannot reach its database; running kernels are not affected. Try again in a moment.",
+                hint=str(error).splitlines()[0],
+            ) from error
+        finally:
+            self._waiting -= 1
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise BadRequest(f"The database URL cannot be understood: {error}.") from error
+    if backend == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    if backend == "sqlite":
+        if parsed.database in (None, "", ":memory:"):
+            raise BadRequest("SQLite needs a file: what a gateway keeps in memory would not survive it.")
+        return parsed
+    raise BadRequest(f"The database {backend!r} is not supported; use sqlite or postgresql.")
+
+
+def _engine(url: URL, pool_size: int, timeout: float) -> Engine:
+    if url.get_backend_name() == "sqlite":
+        # One connection more than reader threads: the writer's.
+        engine = create_engine(url, pool_size=pool_size + 1, max_overflow=0, pool_timeout=timeout)
+        event.listen(engine, "connect", _sqlite_connect(timeout))
+        event.listen(engine, "begin", _sqlite_begin)
+        return engine
+    milliseconds = int(timeout * 1000)
+    try:
+        return create_engine(
+            url,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=timeout,
+            pool_pre_ping=True,
+            connect_args={
+                "connect_timeout": max(1, int(timeout)),
+                "options": f"-c statement_timeout={milliseconds} -c lock_timeout={milliseconds} -c timezone=UTC",
+            },
+        )
+    except ModuleNotFoundError as error:
+        raise BadRequest("PostgreSQL needs the package psycopg: pip install 'hub-gateway[postgresql]'.") from error
+
+
+def _sqlite_connect(timeout: float) -> Callable[[sqlite3.Connection, Any], None]:
+    def connect(connection: sqlite3.Connection, _record: Any) -> None:
+        # sqlite3 would begin transactions when it sees fit; `_sqlite_begin` says when and how.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {int(timeout * 1000)}")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        # Survives every death of this process; only a power cut may undo the last transactions, as a whole.
+        cursor.execute("PRAGMA synchronous = NORMAL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    return connect
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    # A writer that begins as a reader can fail halfway with "database is locked", whatever the timeout.
+    writing = connection.get_execution_options().get("hub_gateway_write")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")

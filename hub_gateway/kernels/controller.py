@@ -1,0 +1,372 @@
+"""The controller: hears that something changed, and has it reconciled.
+
+It holds this process's leases, relays and work queue, and the loops that make up for whatever was
+missed: a change that nobody told us about is found by the next scan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from traitlets import Float, Integer, Unicode
+from traitlets.config import LoggingConfigurable
+
+from hub_gateway.db.engine import Database
+from hub_gateway.db.models import utcnow
+from hub_gateway.db.secrets import Vault
+from hub_gateway.errors import GatewayError, Unavailable
+from hub_gateway.kernels.leases import Leases
+from hub_gateway.kernels.links import Links
+from hub_gateway.kernels.reaper import Reaper
+from hub_gateway.kernels.reconcile import Exit, Reconciler, Timing, state_of, with_stderr
+from hub_gateway.kernels.store import Activity, KernelStore
+from hub_gateway.kernels.types import KernelRecord, KernelStatus
+from hub_gateway.kernels.workqueue import WorkQueue
+from hub_gateway.proxies.base import AgentSettings, Phase, PhaseReport
+from hub_gateway.proxies.registry import Proxies
+
+if TYPE_CHECKING:
+    from hub_gateway.link.relay import KernelRelay
+
+__all__ = ["Controller"]
+
+
+class Controller(LoggingConfigurable):
+    """Drives the kernels of one gateway process from their status to their target.
+
+    `make_relay(kernel_id)` makes an unlinked `KernelRelay`. `instance` is this process's id, `replica`
+    the name that stays over restarts. `service_url` is where agents reach this gateway, prefix included.
+    """
+
+    start_seconds = Float(
+        60.0, help="How long (seconds) a kernel may take from its launch until it answers; then it has failed."
+    ).tag(config=True)
+    shutdown_seconds = Float(
+        5.0, help="How long (seconds) a kernel may take to end after shutdown_request and again after SIGTERM."
+    ).tag(config=True)
+    orphan_seconds = Float(
+        3600.0,
+        help="""After how long (seconds) without any gateway an agent ends its kernel and itself.
+
+        The price of a long one is a kernel that nobody can reach for that time after its record was lost;
+        of a short one, kernels lost in a long outage of the gateway.
+        """,
+    ).tag(config=True)
+    session_seconds = Float(
+        86400.0, help="How long (seconds) an agent keeps the place of a client that is away, and its output."
+    ).tag(config=True)
+    ring_bytes = Integer(
+        64 * 2**20, help="How much output (bytes) an agent keeps for clients that are away or slow."
+    ).tag(config=True)
+    ring_messages = Integer(100_000, help="How many messages an agent keeps, see `ring_bytes`.").tag(config=True)
+    window_bytes = Integer(
+        8 * 2**20, help="How much (bytes) may be on its way from an agent to a gateway and not processed."
+    ).tag(config=True)
+    stderr_bytes = Integer(16 * 2**10, help="How much of a kernel's last stderr (bytes) is kept.").tag(config=True)
+    restart_limit = Integer(
+        5, help="How often in a row a kernel that dies is restarted; one that lived for 10 seconds counts anew."
+    ).tag(config=True)
+    lease_seconds = Float(
+        30.0, help="After how long (seconds) another replica takes over the kernels of one that is silent."
+    ).tag(config=True)
+    poll_seconds = Float(
+        10.0, help="How often (seconds) resource managers are asked about kernels that do not speak for themselves."
+    ).tag(config=True)
+    scan_seconds = Float(
+        2.0, help="How often (seconds) the database is searched for work that nobody told this process about."
+    ).tag(config=True)
+    flush_seconds = Float(
+        3.0, help="How often (seconds), at most, activity of kernels is written to the database."
+    ).tag(config=True)
+    reap_seconds = Float(
+        60.0, help="How often (seconds) resource managers are searched for objects without a kernel."
+    ).tag(config=True)
+    reap_grace_seconds = Float(30.0, help="How long (seconds) such an object must be seen before it is ended.").tag(
+        config=True
+    )
+    failed_seconds = Float(
+        3600.0,
+        help="How long (seconds) a failed kernel stays listed as `dead`, with its message, if nobody deletes it.",
+    ).tag(config=True)
+    history_seconds = Float(30 * 86400.0, help="How long (seconds) the record of a stopped kernel is kept.").tag(
+        config=True
+    )
+    workers = Integer(64, help="How many kernels are started, stopped or looked after at once.").tag(config=True)
+    listen_address = Unicode(
+        "127.0.0.1", help="Address on which agents listen, where their proxy does not know better."
+    ).tag(config=True)
+
+    def __init__(
+        self,
+        *,
+        db: Database,
+        vault: Vault,
+        proxies: Proxies,
+        make_relay: Callable[[str], KernelRelay],
+        instance: str,
+        replica: str,
+        service_url: str = "",
+        on_swallowed: Callable[[str], None] = lambda where: None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.store = KernelStore(db, vault, instance=instance, lease_seconds=self.lease_seconds)
+        self.leases = Leases(self.store, replica=replica)
+        self.links = Links(make_relay, self._event)
+        self.proxies = proxies
+        self.service_url = service_url
+        self.gateway_id = ""
+        self._on_swallowed = on_swallowed
+        self._reconciler: Reconciler | None = None
+        self._reaper: Reaper | None = None
+        self._queue = WorkQueue(self._handle, workers=self.workers, on_error=self._failed)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._changed: dict[str, asyncio.Event] = {}
+        self._written: dict[str, Activity] = {}
+
+    # Life
+
+    async def start(self, *, sole: bool = False) -> None:
+        """Take over what nobody drives, link to what runs, and begin. Returns when running kernels are linked.
+
+        `sole` says that no earlier process of this replica lives (its lock is ours).
+        """
+        self.gateway_id = await self.store.gateway_id()
+        self._reconciler = Reconciler(
+            self.store,
+            self.leases,
+            self.links,
+            self.proxies,
+            gateway_id=self.gateway_id,
+            agent=self._agent_settings,
+            timing=Timing(start=self.start_seconds, stop=2 * self.shutdown_seconds + 2),
+            log=self.log,
+        )
+        self._reaper = Reaper(self.store, self.proxies, self.gateway_id, self.reap_grace_seconds, self.log)
+        taken = await self.leases.open(sole=sole)
+        await self._relink(set(taken))
+        self._queue.start()
+        for kernel_id in taken:
+            self._queue.add(kernel_id)
+        self._tasks = [
+            asyncio.ensure_future(self._every(seconds, name, call))
+            for name, seconds, call in (
+                ("renew", self.lease_seconds / 3, self.leases.renew),
+                ("scan", self.scan_seconds, self._scan),
+                ("poll", self.poll_seconds, self._poll),
+                ("flush", self.flush_seconds, self.flush),
+                ("reap", self.reap_seconds, self._reap),
+            )
+        ]
+
+    async def close(self) -> None:
+        """Stop driving; kernels go on. Leases are let go, so that a successor need not wait."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._queue.close()
+        try:
+            await self.flush()
+            await self.leases.close()
+        except GatewayError as error:
+            self.log.warning("The leases are left to run out: %s", error.hint or error)
+        self.links.close()
+        await self.proxies.close()
+
+    # What others call
+
+    def changed(self, kernel_id: str, *, stop: bool = False) -> None:
+        """Something about this kernel changed; `stop` where it is no longer wanted."""
+        if stop and self._reconciler is not None:
+            self._reconciler.interrupt_launch(kernel_id)
+        self._queue.add(kernel_id)
+
+    def renewed(self, kernel_id: str) -> None:
+        """A failed kernel was admitted again: forget its earlier life, and start it."""
+        if self._reconciler is not None:
+            self._reconciler.forget(kernel_id)
+        self._queue.add(kernel_id)
+
+    async def wait(
+        self, kernel_id: str, until: Callable[[KernelRecord | None], bool], timeout: float
+    ) -> KernelRecord | None:
+        """Wait until the row of a kernel satisfies `until`; the row then, or when the time is over."""
+        deadline = time.monotonic() + timeout
+        while True:
+            event = self._changed.setdefault(kernel_id, asyncio.Event())
+            record = await self.store.get(kernel_id)
+            left = deadline - time.monotonic()
+            if until(record) or left <= 0:
+                return record
+            try:
+                # Another replica may be the one that changes it, so it is read again in any case.
+                await asyncio.wait_for(event.wait(), min(left, 1.0))
+            except asyncio.TimeoutError:
+                continue
+
+    async def link(self, kernel_id: str, *, timeout: float = 5.0) -> KernelRelay:
+        """The linked relay of a kernel. Raises `Unavailable`."""
+        relay = self.links.existing(kernel_id)
+        if relay is not None and relay.linked:
+            return relay
+        facts = (await self.store.link_facts([kernel_id])).get(kernel_id)
+        if facts is None:
+            raise Unavailable("The kernel is still starting; try again in a moment.", retry_after=1.0)
+        return await self.links.connect(facts, timeout=timeout)
+
+    async def flush(self) -> None:
+        """Write what relays saw since the last time."""
+        seen = []
+        for kernel_id, relay in self.links:
+            if not (relay.linked and relay.ready):
+                continue
+            now = Activity(kernel_id, relay.execution_state, relay.last_activity, relay.connections)
+            if self._written.get(kernel_id) != now:
+                seen.append(now)
+        await self.store.write_activity(seen)
+        self._written = {
+            one.kernel_id: one for one in (*self._written.values(), *seen) if self.links.existing(one.kernel_id)
+        }
+
+    # Inside
+
+    async def _handle(self, kernel_id: str) -> float | None:
+        assert self._reconciler is not None
+        try:
+            return await self._reconciler.step(kernel_id)
+        finally:
+            event = self._changed.pop(kernel_id, None)
+            if event is not None:
+                event.set()
+
+    def _failed(self, kernel_id: str, error: Exception) -> None:
+        self._on_swallowed("controller")
+        if isinstance(error, GatewayError):
+            self.log.warning("Kernel %s: %s (%s); trying again", kernel_id, error.message, error.hint or error.code)
+        elif isinstance(error, asyncio.TimeoutError):
+            self.log.warning("Kernel %s: its resource manager does not answer in time; trying again", kernel_id)
+        else:
+            self.log.error("Kernel %s: unexpected %r; trying again", kernel_id, error, exc_info=error)
+
+    def _event(self, kernel_id: str, event: Mapping[str, Any]) -> None:
+        """An agent, or the link to it, reports."""
+        kind = event.get("event")
+        if kind in ("state", "restarting"):
+            return  # listed from memory, written by `flush`
+        exited = event.get("exited") if kind == "welcome" and event.get("phase") == "dead" else event
+        if isinstance(exited, Mapping) and exited.get("event") == "exited":
+            if exited.get("will_restart") or exited.get("while") == "stopping":
+                return
+            assert self._reconciler is not None
+            self._reconciler.ended(kernel_id, exit_of(exited))
+        self._queue.add(kernel_id)
+
+    async def _relink(self, taken: set[str]) -> None:
+        """Link to all running kernels at once, after one look per cluster at which of them are gone."""
+        assert self._reconciler is not None
+        running = [r for r in await self.store.live() if r.id in taken and r.status is KernelStatus.RUNNING]
+        reports = await self._ask(running)
+        alive = [r.id for r in running if reports.get(r.id, PhaseReport(Phase.UNKNOWN)).phase is not Phase.GONE]
+        facts = await self.store.link_facts(alive)
+        found = await asyncio.gather(
+            *(self.links.connect(one, timeout=5.0) for one in facts.values()), return_exceptions=True
+        )
+        missing = sum(isinstance(one, BaseException) for one in found)
+        if running:
+            self.log.info("Linked to %d of %d running kernels", len(found) - missing, len(running))
+
+    async def _scan(self) -> None:
+        for kernel_id in (*await self.leases.claim(), *await self.leases.unfinished()):
+            if kernel_id not in self._queue:
+                self._queue.add(kernel_id)
+
+    async def _poll(self) -> None:
+        assert self._reconciler is not None
+        mine = [record for record in await self.store.live() if record.lease_holder == self.store.instance]
+        # Also those that are linked: a cluster may know of an end before a silent link does.
+        asked = [r for r in mine if r.status is KernelStatus.RUNNING or self._reconciler.waiting(r.id)]
+        for kernel_id, report in (await self._ask(asked)).items():
+            relay = self.links.existing(kernel_id)
+            if report.phase is not Phase.RUNNING or relay is None or not relay.linked:
+                self._reconciler.reported(kernel_id, report)
+                self._queue.add(kernel_id)
+
+    async def _ask(self, records: list[KernelRecord]) -> dict[str, PhaseReport]:
+        """What the resource managers say of these kernels; one that does not answer says nothing."""
+        by_proxy: dict[str, list[KernelRecord]] = {}
+        for record in records:
+            by_proxy.setdefault(record.proxy, []).append(record)
+
+        async def ask(name: str, some: list[KernelRecord]) -> dict[str, PhaseReport]:
+            states = {record.id: state_of(record, self.gateway_id) for record in some}
+            try:
+                return await asyncio.wait_for(self.proxies.get(name).poll(states), self.poll_seconds)
+            except (GatewayError, OSError, asyncio.TimeoutError) as error:
+                self._on_swallowed("poll")
+                self.log.warning("The resource manager of proxy %s does not answer: %r", name, error)
+                return {}
+
+        found: dict[str, PhaseReport] = {}
+        for reports in await asyncio.gather(*(ask(name, some) for name, some in by_proxy.items())):
+            found |= reports
+        return found
+
+    async def _reap(self) -> None:
+        assert self._reaper is not None
+        await self._reaper.sweep()
+        now: datetime = utcnow()
+        await self.store.age_out(
+            now - timedelta(seconds=self.failed_seconds), now - timedelta(seconds=self.history_seconds)
+        )
+
+    async def _every(self, seconds: float, name: str, call: Callable[[], Awaitable[None]]) -> None:
+        """Call again and again; one failure is logged and counted, and changes nothing for the next time."""
+        while True:
+            try:
+                await call()
+            except (GatewayError, OSError) as error:
+                self._on_swallowed(name)
+                self.log.warning("%s: %s (%s)", name, error, getattr(error, "hint", ""))
+            except Exception:
+                self._on_swallowed(name)
+                self.log.exception("Unexpected failure in the loop %s", name)
+            await asyncio.sleep(seconds)
+
+    def _agent_settings(self, kernel_id: str, token: str, public: str) -> AgentSettings:
+        return AgentSettings(
+            client_public_key=public,
+            launch_token=token,
+            register_url=f"{self.service_url.rstrip('/')}/api/launch/{kernel_id}" if self.service_url else "",
+            listen=self.listen_address,
+            ring_bytes=self.ring_bytes,
+            ring_messages=self.ring_messages,
+            window_bytes=self.window_bytes,
+            orphan_seconds=self.orphan_seconds,
+            session_seconds=self.session_seconds,
+            start_seconds=self.start_seconds,
+            shutdown_seconds=self.shutdown_seconds,
+            stderr_bytes=self.stderr_bytes,
+            restart_limit=self.restart_limit,
+        )
+
+
+def exit_of(event: Mapping[str, Any]) -> Exit:
+    """An `exited` event as a sentence for the user."""
+    code, signum, tail = event.get("code"), event.get("signal"), str(event.get("stderr_tail") or "")
+    when = "while it was starting" if event.get("while") == "starting" else "and was restarted too often"
+    if isinstance(signum, int) and signum > 0:
+        try:
+            name = signal.Signals(signum).name
+        except ValueError:
+            name = f"signal {signum}"
+        how = f"{name}{', often out of memory' if signum == signal.SIGKILL else ''}"
+        code = 128 + signum
+    else:
+        how = f"exit code {code}"
+    sentence = f"The kernel died {when} ({how})."
+    return Exit(with_stderr(sentence, tail), code if isinstance(code, int) else None, tail)

@@ -1,0 +1,406 @@
+"""One step of one kernel from where it is to where it should be.
+
+Nothing here is remembered between steps that cannot be lost: each begins by reading the row, makes one
+outside effect at a time and records it before the next. A crash at any instruction leaves a row from
+which the next step goes on, in whichever process takes the lease.
+
+    starting --launch, register, ready--> running --exit, stop--> stopping --terminated--> stopped | failed
+
+A kernel that ends by itself goes through `stopping` too, so that its reservation is given back only when
+nothing of it is left; it ends as `failed` where its target is still `running`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import case
+
+from hub_gateway.db.models import Kernel, utcnow
+from hub_gateway.errors import GatewayError, Unavailable
+from hub_gateway.kernels import failpoints
+from hub_gateway.kernels.leases import Lease, LeaseLost, Leases
+from hub_gateway.kernels.links import Links
+from hub_gateway.kernels.store import KernelStore
+from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, KernelTarget
+from hub_gateway.proxies.base import AgentSettings, LaunchRequest, Phase, PhaseReport, ProcessProxy, State
+from hub_gateway.proxies.registry import Proxies
+
+if TYPE_CHECKING:
+    from hub_gateway.link.relay import KernelRelay
+
+__all__ = ["Exit", "Reconciler", "Timing", "state_of"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long things may take (seconds)."""
+
+    start: float = 60.0
+    link: float = 5.0
+    stop: float = 10.0
+    terminate: float = 60.0
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a kernel ended: as its agent or its resource manager says."""
+
+    sentence: str
+    exit_code: int | None = None
+    stderr_tail: str = ""
+
+
+@dataclass
+class _Memory:
+    """What this process knows of a kernel that it is starting; worth nothing after a crash."""
+
+    epoch: int
+    deadline: float
+    launched: bool = False
+    launching: asyncio.Task[None] | None = None
+    exit: Exit | None = None
+    report: PhaseReport | None = None
+
+
+class Reconciler:
+    """Drives kernels for a controller, which says what changed and calls `step`."""
+
+    def __init__(
+        self,
+        store: KernelStore,
+        leases: Leases,
+        links: Links,
+        proxies: Proxies,
+        *,
+        gateway_id: str,
+        agent: Callable[[str, str, str], AgentSettings],
+        timing: Timing,
+        log: logging.Logger,
+    ) -> None:
+        self.store = store
+        self.leases = leases
+        self.links = links
+        self.proxies = proxies
+        self.gateway_id = gateway_id
+        self.agent = agent
+        self.timing = timing
+        self.log = log
+        self._memory: dict[str, _Memory] = {}
+
+    # What the controller hears between steps
+
+    def ended(self, kernel_id: str, how: Exit) -> None:
+        """The agent says that the kernel has ended for good."""
+        memory = self._memory.get(kernel_id)
+        if memory is None:
+            memory = self._memory[kernel_id] = _Memory(0, 0.0)
+        memory.exit = how
+
+    def reported(self, kernel_id: str, report: PhaseReport) -> None:
+        """The resource manager said something about the kernel."""
+        memory = self._memory.get(kernel_id)
+        if memory is None:
+            memory = self._memory[kernel_id] = _Memory(0, 0.0)
+        memory.report = report
+
+    def waiting(self, kernel_id: str) -> bool:
+        """Whether the kernel was launched by this process and has not registered yet."""
+        memory = self._memory.get(kernel_id)
+        return memory is not None and memory.launched
+
+    def interrupt_launch(self, kernel_id: str) -> None:
+        """Break off a launch that is under way: its kernel is no longer wanted."""
+        memory = self._memory.get(kernel_id)
+        if memory is not None and memory.launching is not None:
+            memory.launching.cancel()
+
+    def forget(self, kernel_id: str) -> None:
+        """Drop what is remembered of earlier lives of this kernel."""
+        self._memory.pop(kernel_id, None)
+
+    # The step
+
+    async def step(self, kernel_id: str) -> float | None:
+        """Bring one kernel nearer to its target; None, or after how many seconds to look again."""
+        record = await self.store.get(kernel_id)
+        if record is None or not record.live:
+            self.settle(kernel_id, record)
+            return None
+        lease = self.leases.of(record)
+        if lease is None:
+            if not await self.leases.claim(kernel_id):
+                return None
+            record = await self.store.get(kernel_id)
+            lease = None if record is None else self.leases.of(record)
+            if record is None or lease is None:
+                return None
+        try:
+            if record.status is KernelStatus.STOPPING:
+                return await self._stop(record, lease)
+            if record.target is KernelTarget.STOPPED:
+                await self.leases.update(lease, status=KernelStatus.STOPPING.value)
+                failpoints.hit("stop.recorded")
+                return await self._stop(record, lease)
+            if record.status is KernelStatus.STARTING:
+                return await self._start(record, lease)
+            return await self._supervise(record, lease)
+        except LeaseLost:
+            self.forget(kernel_id)
+            self.log.warning("Another replica drives kernel %s now", kernel_id)
+            return None
+
+    def settle(self, kernel_id: str, record: KernelRecord | None) -> None:
+        """Make the relay of a kernel that holds nothing any more say so."""
+        self.forget(kernel_id)
+        relay = self.links.existing(kernel_id)
+        if relay is None:
+            return
+        if record is None or record.status is KernelStatus.STOPPED:
+            relay.fail("The kernel has been shut down.", [])
+            self.links.drop(kernel_id)
+        elif record.status is KernelStatus.FAILED:
+            self.links.disconnect(kernel_id)
+            relay.fail(record.message, tail_lines(record.stderr_tail))
+
+    async def _start(self, record: KernelRecord, lease: Lease) -> float | None:
+        now = asyncio.get_running_loop().time()
+        memory = self._memory.get(record.id)
+        if memory is None or memory.epoch != lease.epoch:
+            memory = self._memory[record.id] = _Memory(lease.epoch, now + self.timing.start)
+        if record.registration is None and not memory.launched:
+            return await self._launch(record, lease, memory)
+        report, memory.report = memory.report, None
+        left = memory.deadline - now
+        if memory.exit is None and report is not None and report.phase is Phase.GONE:
+            memory.exit = await self._post_mortem(record, report, "before it was ready")
+        if memory.exit is None and left <= 0:
+            memory.exit = await self._too_slow(record)
+        if memory.exit is not None:
+            return await self._fail(record, lease, memory.exit)
+        if report is not None and report.reason:
+            self.links.relay(record.id).announce(report.reason)
+        if record.registration is None:
+            return min(left, 5.0)
+        return await self._await_ready(record, lease, memory, left)
+
+    async def _await_ready(self, record: KernelRecord, lease: Lease, memory: _Memory, left: float) -> float | None:
+        facts = (await self.store.link_facts([record.id]))[record.id]
+        try:
+            relay = await self.links.connect(facts, timeout=min(self.timing.link, left))
+        except Unavailable:
+            memory.report = await self._ask(record)
+            return 0.2
+        if not relay.ready:
+            return left  # "ready" (or "exited") comes as an event
+        failpoints.hit("ready.before")
+        await self.leases.update(
+            lease,
+            status=KernelStatus.RUNNING.value,
+            execution_state=relay.execution_state,
+            started_at=utcnow(),
+            last_activity=utcnow(),
+            message="",
+        )
+        failpoints.hit("ready.after")
+        self.forget(record.id)
+        return None
+
+    async def _launch(self, record: KernelRecord, lease: Lease, memory: _Memory) -> float | None:
+        """Consume the proxy's launch, in a task that a stop can cancel."""
+        task = asyncio.ensure_future(self._consume(record, lease))
+        memory.launching = task
+        try:
+            await asyncio.wait({task})
+        finally:
+            memory.launching = None
+            if not task.done():  # this process ends: leave what was started to whoever comes next
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        if task.cancelled():
+            return 0.0  # the target has changed
+        try:
+            task.result()
+        except Unavailable:
+            if asyncio.get_running_loop().time() < memory.deadline:
+                raise
+            return await self._fail(record, lease, await self._too_slow(record))
+        except GatewayError as error:
+            return await self._fail(record, lease, Exit(error.message))
+        memory.launched = True
+        return 0.0
+
+    async def _consume(self, record: KernelRecord, lease: Lease) -> None:
+        proxy = self.proxies.get(record.proxy)
+        plan, token, public = await self.store.plan(record.id)
+        if record.launch_epoch != lease.epoch:
+            await self.leases.update(lease, launch_epoch=lease.epoch)
+        request = LaunchRequest(
+            kernel_id=record.id,
+            gateway_id=self.gateway_id,
+            epoch=lease.epoch,
+            owner=record.owner,
+            kernelspec=record.kernelspec,
+            argv=plan.argv,
+            env=plan.env,
+            agent=self.agent(record.id, token, public),
+            cwd=plan.cwd,
+            unix_user=record.unix_user,
+            interrupt_mode=plan.interrupt_mode,
+            resources=record.resources,
+            config=plan.config,
+            previous=dict(record.proxy_state) or None,
+        )
+        async with aclosing(proxy.launch(request)) as states:  # type: ignore[type-var]
+            number = 0
+            async for state in states:
+                number += 1
+                failpoints.hit(f"launch.{number}.yielded")
+                target = await self.leases.update(lease, **_recorded(state))
+                failpoints.hit(f"launch.{number}.recorded")
+                progress = state.get("progress")
+                if isinstance(progress, str):
+                    self.links.relay(record.id).announce(progress)
+                if target is KernelTarget.STOPPED:
+                    return
+
+    async def _supervise(self, record: KernelRecord, lease: Lease) -> float | None:
+        memory = self._memory.get(record.id)
+        if memory is not None and memory.exit is not None:
+            return await self._fail(record, lease, memory.exit)
+        report = memory.report if memory is not None else None
+        relay = self.links.existing(record.id)
+        if relay is not None and relay.linked:
+            if report is None or report.phase is not Phase.GONE or await _answers(relay):
+                self.forget(record.id)
+                return None
+        elif report is None or report.phase is not Phase.GONE:
+            facts = (await self.store.link_facts([record.id]))[record.id]
+            try:
+                await self.links.connect(facts, timeout=self.timing.link)
+                self.forget(record.id)
+                return None
+            except Unavailable:
+                report = await self._ask(record)
+                if report.phase is not Phase.GONE:
+                    raise
+        return await self._fail(
+            record, lease, await self._post_mortem(record, report, "while no gateway was linked to it")
+        )
+
+    async def _fail(self, record: KernelRecord, lease: Lease, how: Exit) -> float | None:
+        self.log.warning("Kernel %s of %s failed: %s", record.id, record.owner, how.sentence)
+        await self.leases.update(
+            lease,
+            status=KernelStatus.STOPPING.value,
+            execution_state=ExecutionState.DEAD.value,
+            message=how.sentence,
+            exit_code=how.exit_code,
+            stderr_tail=how.stderr_tail,
+        )
+        failpoints.hit("fail.recorded")
+        relay = self.links.relay(record.id)
+        if relay.linked:
+            await _answers(relay)  # what the agent sent before has arrived when its answer has
+        relay.fail(how.sentence, tail_lines(how.stderr_tail))
+        return await self._stop(record, lease, ended=True)
+
+    async def _stop(self, record: KernelRecord, lease: Lease, *, ended: bool = False) -> float | None:
+        memory = self._memory.get(record.id)
+        ended = ended or record.target is KernelTarget.RUNNING or (memory is not None and memory.exit is not None)
+        relay = self.links.existing(record.id)
+        if not ended and relay is not None and relay.linked:
+            try:
+                await asyncio.wait_for(relay.shutdown(), self.timing.stop)
+            except (GatewayError, asyncio.TimeoutError) as error:
+                self.log.info("Kernel %s did not end when asked (%s); ending it", record.id, error)
+        proxy = self.proxies.get(record.proxy)
+        await asyncio.wait_for(proxy.terminate(state_of(record, self.gateway_id)), self.timing.terminate)
+        failpoints.hit("stop.terminated")
+        wanted = Kernel.target == KernelTarget.STOPPED.value
+        await self.leases.update(
+            lease,
+            release=True,
+            status=case((wanted, KernelStatus.STOPPED.value), else_=KernelStatus.FAILED.value),
+            execution_state=ExecutionState.DEAD.value,
+            connections=0,
+            stopped_at=utcnow(),
+            lease_until=0.0,
+        )
+        failpoints.hit("stop.released")
+        self.settle(record.id, await self.store.get(record.id))
+        return None
+
+    async def _ask(self, record: KernelRecord) -> PhaseReport:
+        reports = await self.proxies.get(record.proxy).poll({record.id: state_of(record, self.gateway_id)})
+        return reports.get(record.id, PhaseReport(Phase.UNKNOWN))
+
+    async def _post_mortem(self, record: KernelRecord, report: PhaseReport, when: str) -> Exit:
+        reason = f": {report.reason}" if report.reason else ""
+        return await self._last_words(record, f"The kernel ended {when}{reason.rstrip('.')}.", report.exit_code)
+
+    async def _too_slow(self, record: KernelRecord) -> Exit:
+        what = "did not register" if record.registration is None else "did not answer"
+        return await self._last_words(
+            record, f"The kernel {what} within {self.timing.start:.0f} seconds of its launch; start it again.", None
+        )
+
+    async def _last_words(self, record: KernelRecord, sentence: str, code: int | None) -> Exit:
+        proxy = self.proxies.get(record.proxy)
+        try:
+            lines = await proxy.logs(state_of(record, self.gateway_id), 20)
+        except (GatewayError, OSError) as error:
+            self.log.info("No logs of kernel %s: %s", record.id, error)
+            lines = ""
+        return Exit(with_stderr(sentence, lines), code, lines)
+
+
+async def _answers(relay: KernelRelay) -> bool:
+    """Whether the agent answers now."""
+    try:
+        await relay.ping(timeout=2.0)
+    except GatewayError:
+        return False
+    return True
+
+
+def state_of(record: KernelRecord, gateway_id: str) -> State:
+    """A kernel's state as `terminate`, `poll` and `logs` get it."""
+    return {**record.proxy_state, "kernel_id": record.id, "gateway_id": gateway_id, "unix_user": record.unix_user}
+
+
+def tail_lines(text: str, lines: int = 20) -> list[str]:
+    """The last lines of a text."""
+    return text.splitlines()[-lines:]
+
+
+def with_stderr(sentence: str, tail: str) -> str:
+    """A sentence, followed by the last lines of stderr where there are any."""
+    lines = tail_lines(tail.strip(), 5)
+    return sentence if not lines else f"{sentence} Last lines of stderr: {' / '.join(lines)}"
+
+
+def _recorded(state: State) -> dict[str, Any]:
+    """The columns that a yielded state sets."""
+    kept = {key: value for key, value in state.items() if key not in ("registration", "progress")}
+    values: dict[str, Any] = {"proxy_state": kept}
+    epoch = state.get("epoch")
+    if isinstance(epoch, int):
+        values["launch_epoch"] = epoch
+    registration = ProcessProxy.registration(state)
+    if registration is not None:
+        values |= {
+            "registered_at": utcnow(),
+            "agent_host": registration.host,
+            "agent_port": registration.port,
+            "agent_public_key": registration.public_key,
+            "agent_pid": registration.pid,
+        }
+    return values

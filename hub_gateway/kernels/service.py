@@ -1,0 +1,339 @@
+"""What the web layer calls: kernels and sessions, as their owner may see and change them."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from traitlets import Float, List, Unicode
+from traitlets.config import LoggingConfigurable
+
+from hub_gateway.auth.base import Caller
+from hub_gateway.errors import BadRequest, Conflict, LaunchFailed, NotFound, Unavailable
+from hub_gateway.identity.unix import UnixUsers
+from hub_gateway.kernels.controller import Controller
+from hub_gateway.kernels.environment import client_environment, kernel_environment
+from hub_gateway.kernels.reconcile import tail_lines
+from hub_gateway.kernels.sessions import Sessions
+from hub_gateway.kernels.specs import KernelSpecs, Spec
+from hub_gateway.kernels.types import (
+    JSON,
+    CreateKernel,
+    ExecutionState,
+    KernelRecord,
+    KernelStatus,
+    LaunchPlan,
+    NewKernel,
+    isoformat,
+)
+
+if TYPE_CHECKING:
+    from hub_gateway.link.relay import KernelRelay
+
+__all__ = ["CreateKernel", "KernelService", "owner_of"]
+
+
+def owner_of(caller: Caller) -> str:
+    """The owner of what this caller starts. A user's name holds no "/", so no user is taken for a service."""
+    return caller.name if caller.kind == "user" else f"services/{caller.name}"
+
+
+class KernelService(LoggingConfigurable):
+    """Kernels and sessions of all callers, each of whom meets only their own.
+
+    What belongs to somebody else is `NotFound`, word for word like what does not exist.
+    """
+
+    client_envs = List(
+        Unicode(),
+        help="""Names of environment variables, besides KERNEL_*, that clients may set for their kernels.
+
+        `["*"]` allows all; do that only where kernels run as their owners.
+        """,
+    ).tag(config=True)
+    stop_wait_seconds = Float(
+        10.0, help="How long (seconds) DELETE waits for a kernel to be gone; after that it ends unattended."
+    ).tag(config=True)
+    restart_wait_seconds = Float(
+        60.0, help="How long (seconds) a restart may take until the kernel answers again."
+    ).tag(config=True)
+
+    def __init__(
+        self, *, controller: Controller, specs: KernelSpecs, unix_users: UnixUsers | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.controller = controller
+        self.store = controller.store
+        self.specs = specs
+        self.unix_users = unix_users or UnixUsers(parent=self)
+        self.sessions = Sessions(self.store)
+        self._linking: set[asyncio.Task[None]] = set()
+
+    # Kernels
+
+    async def list(self, caller: Caller) -> Sequence[KernelRecord]:
+        """The caller's kernels that are not stopped, oldest first."""
+        return [self.overlaid(record) for record in await self.store.list(owner_of(caller))]
+
+    async def get(self, caller: Caller, kernel_id: str) -> KernelRecord:
+        """One kernel of the caller. Raises `NotFound`."""
+        return self.overlaid(await self._own(caller, kernel_id))
+
+    async def create(self, caller: Caller, wanted: CreateKernel, kernel_id: str | None = None) -> KernelRecord:
+        """Admit a kernel and have it started; returns when it is admitted.
+
+        Raises `BadRequest`, `PayloadTooLarge`, `NotFound` (kernelspec), `Forbidden`, `Conflict` (id taken).
+        """
+        username = caller.name
+        client = client_environment(wanted.env, allowed=self.client_envs, username=username)
+        key = _kernel_id(kernel_id or client.pop("KERNEL_ID", None))
+        spec = await self.specs.get(wanted.name, username)
+        proxy = self.controller.proxies.resolve(spec.proxy)
+        unix_user = await self._unix_user(caller)
+        new = NewKernel(
+            id=key,
+            owner=owner_of(caller),
+            groups=tuple(sorted(caller.groups)),
+            hub_server=caller.server,
+            kernelspec=spec.name,
+            proxy=proxy,
+            unix_user=unix_user,
+            path=wanted.path,
+            plan=_plan(spec, wanted, client, kernel_id=key, username=username),
+            cull_idle_timeout=spec.number("cull_idle_timeout"),
+        )
+        record = await self.store.admit(new)
+        self.log.info("Kernel %s (%s) admitted for %s", key, spec.name, new.owner)
+        self.controller.changed(key)
+        return record
+
+    async def shutdown(self, caller: Caller, kernel_id: str) -> None:
+        """Stop a kernel; returns when it is gone, or is at least certain to end. Raises `NotFound`."""
+        await self._own(caller, kernel_id)
+        await self.stop(kernel_id)
+
+    async def stop(self, kernel_id: str) -> None:
+        """Stop a kernel, whoever owns it."""
+        await self.store.ask_to_stop(kernel_id)
+        self.controller.changed(kernel_id, stop=True)
+        await self.controller.wait(kernel_id, lambda row: row is None or not row.live, self.stop_wait_seconds)
+
+    async def restart(self, caller: Caller, kernel_id: str) -> KernelRecord:
+        """Restart a kernel in place; a failed one is started anew. Returns when it is ready.
+
+        Raises `NotFound`, `Conflict` (starting or stopping), `Unavailable`, `LaunchFailed`.
+        """
+        record = await self._own(caller, kernel_id)
+        if record.status is KernelStatus.FAILED:
+            await self.store.revive(kernel_id)
+            self.controller.renewed(kernel_id)
+            return await self._until_running(kernel_id)
+        if record.status is not KernelStatus.RUNNING:
+            raise Conflict(f"The kernel is {record.status.value}; wait until it runs, then restart it.")
+        relay = await self.controller.link(kernel_id)
+        await relay.restart()
+        return self.overlaid(await self._own(caller, kernel_id))
+
+    async def interrupt(self, caller: Caller, kernel_id: str) -> None:
+        """Interrupt what the kernel runs. Raises `NotFound`, `Conflict`, `Unavailable`."""
+        record = await self._own(caller, kernel_id)
+        if record.status is not KernelStatus.RUNNING:
+            raise Conflict(f"The kernel is {_said(record)}; there is nothing to interrupt.")
+        relay = await self.controller.link(kernel_id)
+        await relay.interrupt()
+
+    async def relay(self, caller: Caller, kernel_id: str) -> KernelRelay:
+        """The relay for a websocket: also while the kernel starts (it waits) or has failed (it says so)."""
+        return self._relay_of(await self._own(caller, kernel_id))
+
+    def _relay_of(self, record: KernelRecord) -> KernelRelay:
+        links = self.controller.links
+        known = links.existing(record.id)
+        relay = known or links.relay(record.id)
+        if known is None and (record.status is KernelStatus.FAILED or (not record.live and record.message)):
+            relay.fail(record.message, tail_lines(record.stderr_tail))
+        elif not relay.linked and record.registration is not None and record.live:
+            self._background(record.id)
+        return relay
+
+    def _background(self, kernel_id: str) -> None:
+        """Link in the background; the websocket's messages wait in the relay."""
+        task = asyncio.ensure_future(self._link_quietly(kernel_id))
+        self._linking.add(task)
+        task.add_done_callback(self._linking.discard)
+
+    async def _link_quietly(self, kernel_id: str) -> None:
+        try:
+            await self.controller.link(kernel_id)
+        except Unavailable as error:
+            self.log.warning("Kernel %s: %s", kernel_id, error.message)
+            self.controller.changed(kernel_id)
+
+    async def register(self, kernel_id: str, payload: dict[str, Any]) -> None:
+        """The launch endpoint: an agent says where it listens, and proves that it was launched by us.
+
+        Raises `BadRequest`, `Forbidden`, `NotFound`, and `Conflict` for one that is replayed or outdated.
+        """
+        await self.store.register(kernel_id, payload)
+        self.controller.changed(kernel_id)
+
+    def kernel_model(self, record: KernelRecord) -> dict[str, JSON]:
+        """A kernel as the Jupyter REST API shows it. Extras are under names that Jupyter does not use."""
+        model: dict[str, JSON] = {
+            "id": record.id,
+            "name": record.kernelspec,
+            "last_activity": isoformat(record.last_activity),
+            "execution_state": record.execution_state.value,
+            "connections": record.connections,
+            "created_at": isoformat(record.created_at),
+        }
+        if record.message:
+            model["reason"] = record.message
+        return model
+
+    # Kernelspecs
+
+    async def kernelspecs(self, caller: Caller) -> dict[str, JSON]:
+        """The kernelspecs that the caller may use, in Jupyter's form."""
+        return await self.specs.catalogue(caller.name)
+
+    async def kernelspec_resource(self, name: str, path: str, caller: Caller | None = None) -> Path:
+        """A file of a kernelspec (its logo). Raises `NotFound`."""
+        return await self.specs.resource(name, path, None if caller is None else caller.name)
+
+    # Sessions
+
+    async def list_sessions(self, caller: Caller) -> Sequence[dict[str, JSON]]:
+        """The caller's sessions whose kernels are not stopped."""
+        kernels = {record.id: record for record in await self.list(caller)}
+        rows = await self.sessions.list(owner_of(caller))
+        return [row.model(self.kernel_model(kernels[row.kernel_id])) for row in rows if row.kernel_id in kernels]
+
+    async def create_session(self, caller: Caller, body: Mapping[str, Any]) -> dict[str, JSON]:
+        """Open a session: for an existing kernel (`kernel.id`), or a new one (`kernel.name`).
+
+        A path that has a session of that type already gets that one, as in jupyter_server.
+        """
+        wanted = self.sessions.parse(body)
+        for found in await self.list_sessions(caller):
+            if (found["path"], found["type"]) == (wanted.path, wanted.type) and wanted.path:
+                return found
+        record = await self._kernel_for(caller, body, wanted.path)
+        row = await self.sessions.insert(owner_of(caller), wanted, record.id)
+        return row.model(self.kernel_model(record))
+
+    async def get_session(self, caller: Caller, session_id: str) -> dict[str, JSON]:
+        """One session. Raises `NotFound`."""
+        row = await self.sessions.get(owner_of(caller), session_id)
+        return row.model(self.kernel_model(await self.get(caller, row.kernel_id)))
+
+    async def patch_session(self, caller: Caller, session_id: str, body: Mapping[str, Any]) -> dict[str, JSON]:
+        """Change path, name, type or kernel of a session; a kernel that nothing uses any more is stopped."""
+        owner = owner_of(caller)
+        before = await self.sessions.get(owner, session_id)
+        changed = self.sessions.parse(body, before)
+        kernel_id = before.kernel_id
+        if body.get("kernel") is not None:
+            kernel_id = (await self._kernel_for(caller, body, changed.path)).id
+        row = await self.sessions.update(owner, session_id, changed, kernel_id)
+        if kernel_id != before.kernel_id and not await self.sessions.using(before.kernel_id):
+            await self.shutdown(caller, before.kernel_id)
+        return row.model(self.kernel_model(await self.get(caller, kernel_id)))
+
+    async def delete_session(self, caller: Caller, session_id: str) -> None:
+        """Close a session and stop its kernel, unless another session uses that. Raises `NotFound`."""
+        owner = owner_of(caller)
+        row = await self.sessions.get(owner, session_id)
+        await self.sessions.delete(owner, session_id)
+        if not await self.sessions.using(row.kernel_id):
+            await self.shutdown(caller, row.kernel_id)
+
+    # Inside
+
+    async def _kernel_for(self, caller: Caller, body: Mapping[str, Any], path: str) -> KernelRecord:
+        kernel = body.get("kernel") or {}
+        if not isinstance(kernel, Mapping):
+            raise BadRequest("`kernel` must be an object with `id` or `name`.")
+        if kernel.get("id"):
+            return await self.get(caller, str(kernel["id"]))
+        name, env = kernel.get("name"), body.get("env") or kernel.get("env") or {}
+        if name is not None and not isinstance(name, str):
+            raise BadRequest("`kernel.name` must be a string.")
+        return await self.create(caller, CreateKernel(name=name, env=env, path=path or None))
+
+    async def _own(self, caller: Caller, kernel_id: str) -> KernelRecord:
+        # Almost always the kernel is on the caller's list, which is at hand.
+        owner = owner_of(caller)
+        for record in await self.store.list(owner):
+            if record.id == kernel_id:
+                return record
+        found = await self.store.get(kernel_id)
+        if found is None or found.owner != owner or found.status is KernelStatus.STOPPED:
+            raise NotFound(f"Kernel {kernel_id[:64]} does not exist, or has ended.")
+        return found
+
+    async def _until_running(self, kernel_id: str) -> KernelRecord:
+        found = await self.controller.wait(
+            kernel_id, lambda row: row is None or row.status is not KernelStatus.STARTING, self.restart_wait_seconds
+        )
+        if found is None or found.status is KernelStatus.STOPPED:
+            raise NotFound(f"Kernel {kernel_id} does not exist, or has ended.")
+        if found.status is KernelStatus.STARTING:
+            raise Unavailable("The kernel is still starting; it will be usable when it is up.")
+        if found.status is not KernelStatus.RUNNING:
+            raise LaunchFailed(found.message or "The kernel ended while it was starting.")
+        return self.overlaid(found)
+
+    def overlaid(self, record: KernelRecord) -> KernelRecord:
+        """The record with what this process's relay knows better than the row."""
+        if record.status is not KernelStatus.RUNNING:
+            state = ExecutionState.DEAD if record.status is KernelStatus.FAILED else record.execution_state
+            return record if state is record.execution_state else replace(record, execution_state=state)
+        relay = self.controller.links.existing(record.id)
+        if relay is None or not relay.linked:
+            return record
+        return replace(
+            record,
+            execution_state=relay.execution_state,
+            last_activity=max(record.last_activity, relay.last_activity),
+            connections=relay.connections,
+        )
+
+    async def _unix_user(self, caller: Caller) -> str | None:
+        if not self.unix_users.impersonate:
+            return None
+        return await asyncio.to_thread(self.unix_users.map, owner_of(caller))
+
+
+def _kernel_id(given: object) -> str:
+    if given is None or given == "":
+        return str(uuid.uuid4())
+    try:
+        return str(uuid.UUID(str(given)))
+    except ValueError as error:
+        raise BadRequest("A kernel id must be a UUID; leave it out to get a new one.") from error
+
+
+def _said(record: KernelRecord) -> str:
+    return "dead" if record.status is KernelStatus.FAILED else record.status.value
+
+
+def _plan(spec: Spec, wanted: CreateKernel, client: Mapping[str, str], *, kernel_id: str, username: str) -> LaunchPlan:
+    known = {"resource_dir": spec.resource_dir, "kernel_id": kernel_id, "kernel_name": spec.name}
+
+    def filled(argument: str) -> str:
+        for name, value in known.items():
+            argument = argument.replace("{" + name + "}", value)
+        return argument
+
+    return LaunchPlan(
+        argv=tuple(filled(argument) for argument in spec.argv),
+        env=kernel_environment(spec.env, client, kernel_id=kernel_id, username=username),
+        cwd=wanted.cwd or client.get("KERNEL_WORKING_DIR") or None,
+        interrupt_mode=spec.interrupt_mode,
+        config=spec.proxy_config,
+    )

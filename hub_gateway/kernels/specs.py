@@ -1,0 +1,242 @@
+"""The catalogue of kernelspecs: read in a thread, kept as it was read until a file changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+from urllib.parse import quote
+
+from jupyter_client.kernelspec import KernelSpecManager
+from traitlets import Float, List, Unicode
+from traitlets.config import LoggingConfigurable
+
+from hub_gateway.errors import BadRequest, Forbidden, NotFound
+from hub_gateway.kernels.types import JSON
+
+__all__ = ["KernelSpecFiles", "KernelSpecs", "Spec"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One kernelspec, with what its metadata says to the gateway."""
+
+    name: str
+    resource_dir: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    interrupt_mode: Literal["signal", "message"]
+    proxy: str | None = None
+    """Name or class name of the process proxy; None is the default one."""
+    proxy_config: Mapping[str, JSON] = field(default_factory=dict)
+    options: Mapping[str, JSON] = field(default_factory=dict)
+    """`metadata.hub_gateway`."""
+    authorized_users: frozenset[str] = frozenset()
+    unauthorized_users: frozenset[str] = frozenset()
+    model: Mapping[str, JSON] = field(default_factory=dict)
+    """The entry of `GET /api/kernelspecs`."""
+
+    def number(self, name: str) -> float | None:
+        """A number from `metadata.hub_gateway`, None where it is missing or none."""
+        found = self.options.get(name)
+        return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+
+@dataclass(frozen=True)
+class _Catalogue:
+    specs: Mapping[str, Spec]
+    stamp: tuple[tuple[str, int], ...]
+    read_at: float
+
+
+class KernelSpecFiles(KernelSpecManager):
+    """jupyter_client's `KernelSpecManager`, with its search path configurable (`c.KernelSpecManager.kernel_dirs`)."""
+
+    kernel_dirs = List(
+        Unicode(),
+        help="""Directories in which kernelspecs are looked for, first ones first: each holds a folder a kernelspec.
+
+        By default `kernels` in every directory of `jupyter --paths` (data).
+        """,
+    ).tag(config=True)
+
+
+class KernelSpecs(LoggingConfigurable):
+    """The kernelspecs of this gateway, as each user may see them.
+
+    `base_url` goes before the addresses of their resources.
+    """
+
+    allowed_kernelspecs = List(
+        Unicode(),
+        help="""Names of the kernelspecs that may be used; empty allows all that are found.
+
+        Where they are found is `KernelSpecManager.kernel_dirs`.
+        """,
+    ).tag(config=True)
+    default_kernelspec = Unicode(
+        "python3",
+        help="Name of the kernelspec for requests that name none. Where it does not exist, the first by name is used.",
+    ).tag(config=True)
+    authorized_users = List(
+        Unicode(), help="Users who may start kernels; empty is everybody. A kernelspec's own list comes on top."
+    ).tag(config=True)
+    unauthorized_users = List(
+        Unicode(),
+        default_value=["root"],
+        help="Users who may not start kernels, whatever `authorized_users` says.",
+    ).tag(config=True)
+    refresh_seconds = Float(
+        5.0, help="How often (seconds), at most, the kernelspec directories are looked at for changes."
+    ).tag(config=True)
+
+    def __init__(self, *, base_url: str = "/", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.base_url = base_url
+        self.manager = KernelSpecFiles(parent=self.parent)
+        self._catalogue: _Catalogue | None = None
+        self._reading: asyncio.Task[_Catalogue] | None = None
+
+    async def get(self, name: str | None, user: str) -> Spec:
+        """The kernelspec of that name (None: the default). Raises `NotFound`, `Forbidden`."""
+        specs = await self._specs()
+        if name is None or name == "":
+            name = self._default(specs)
+        found = specs.get(name)
+        if found is None:
+            known = ", ".join(sorted(n for n, s in specs.items() if self._visible(s, user))) or "none"
+            raise NotFound(f"There is no kernelspec {name[:100]!r} on this gateway; available: {known}.")
+        if not self._visible(found, user):
+            raise Forbidden(f"{user} may not use the kernelspec {name!r}; ask the administrator of the gateway.")
+        return found
+
+    async def catalogue(self, user: str) -> dict[str, Any]:
+        """What `GET /api/kernelspecs` answers to that user: `{"default", "kernelspecs": {name: model}}`."""
+        specs = await self._specs()
+        visible = {name: spec.model for name, spec in specs.items() if self._visible(spec, user)}
+        default = self._default(specs)
+        return {
+            "default": default if default in visible or not visible else next(iter(visible)),
+            "kernelspecs": visible,
+        }
+
+    async def resource(self, name: str, path: str, user: str | None) -> Path:
+        """A file of a kernelspec's directory, for a user or (None) for whoever asks. Raises `NotFound`."""
+        specs = await self._specs()
+        spec = specs.get(name)
+        if spec is None or (user is not None and not self._visible(spec, user)):
+            raise NotFound(f"There is no kernelspec {name[:100]!r}.")
+
+        def find() -> Path | None:
+            root = Path(spec.resource_dir).resolve()
+            file = (root / path).resolve()
+            return file if file.is_relative_to(root) and file.is_file() else None
+
+        found = None if "\0" in path else await asyncio.to_thread(find)
+        if found is None:
+            raise NotFound(f"The kernelspec {name!r} has no file {path[:200]!r}.")
+        return found
+
+    def _visible(self, spec: Spec, user: str) -> bool:
+        if user in self.unauthorized_users or user in spec.unauthorized_users:
+            return False
+        return all(not some or user in some for some in (self.authorized_users, spec.authorized_users))
+
+    def _default(self, specs: Mapping[str, Spec]) -> str:
+        return self.default_kernelspec if self.default_kernelspec in specs or not specs else next(iter(specs))
+
+    async def _specs(self) -> Mapping[str, Spec]:
+        kept = self._catalogue
+        if kept is not None and time.monotonic() - kept.read_at < self.refresh_seconds:
+            return kept.specs
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.ensure_future(asyncio.to_thread(self._read, kept))
+        # What was read before stays good enough while it is read again, except the first time.
+        if kept is None:
+            kept = await asyncio.shield(self._reading)
+            self._catalogue = kept
+        else:
+            self._reading.add_done_callback(self._replace)
+        return kept.specs
+
+    def _replace(self, task: asyncio.Task[_Catalogue]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            self._catalogue = task.result()
+
+    async def refresh(self) -> None:
+        """Read anew what has changed, now."""
+        self._catalogue = await asyncio.to_thread(self._read, self._catalogue)
+
+    def _read(self, kept: _Catalogue | None) -> _Catalogue:
+        stamp = self._stamp()
+        if kept is not None and kept.stamp == stamp:
+            return _Catalogue(kept.specs, stamp, time.monotonic())
+        specs = {}
+        for name, entry in sorted(self.manager.get_all_specs().items()):
+            if self.allowed_kernelspecs and name not in self.allowed_kernelspecs:
+                continue
+            try:
+                specs[name] = self._spec(name, entry["resource_dir"], entry["spec"])
+            except (BadRequest, KeyError, TypeError, ValueError) as error:
+                self.log.warning("The kernelspec %s is left out: %s", name, error)
+        return _Catalogue(specs, stamp, time.monotonic())
+
+    def _stamp(self) -> tuple[tuple[str, int], ...]:
+        found = []
+        for name, directory in sorted(self.manager.find_kernel_specs().items()):
+            for path in (Path(directory), Path(directory) / "kernel.json"):
+                # A file that goes away in between changes the stamp, which is all that is asked.
+                with contextlib.suppress(OSError):
+                    found.append((f"{name}:{path}", path.stat().st_mtime_ns))
+        return tuple(found)
+
+    def _spec(self, name: str, directory: str, found: dict[str, Any]) -> Spec:
+        metadata = _mapping(found.get("metadata") or {}, "metadata")
+        stanza = _mapping(metadata.get("process_proxy") or {}, "metadata.process_proxy")
+        config = _mapping(stanza.get("config") or {}, "metadata.process_proxy.config")
+        mode = found.get("interrupt_mode") or "signal"
+        if mode not in ("signal", "message"):
+            raise BadRequest(f"interrupt_mode {mode!r} is neither signal nor message.")
+        argv = tuple(found["argv"])
+        if not argv or not all(isinstance(argument, str) for argument in argv):
+            raise BadRequest("argv is empty or holds something that is not a string.")
+        proxy = stanza.get("name") or stanza.get("class_name")
+        return Spec(
+            name=name,
+            resource_dir=directory,
+            argv=argv,
+            env={key: str(value) for key, value in (found.get("env") or {}).items()},
+            interrupt_mode=cast(Literal["signal", "message"], mode),
+            proxy=None if proxy is None else str(proxy),
+            proxy_config=config,
+            options=_mapping(metadata.get("hub_gateway") or {}, "metadata.hub_gateway"),
+            authorized_users=_users(config.get("authorized_users")),
+            unauthorized_users=_users(config.get("unauthorized_users")),
+            model={"name": name, "spec": found, "resources": self._resources(name, Path(directory))},
+        )
+
+    def _resources(self, name: str, directory: Path) -> dict[str, JSON]:
+        prefix = f"{self.base_url.rstrip('/')}/kernelspecs/{quote(name)}/"
+        found: dict[str, JSON] = {}
+        for file in ("kernel.js", "kernel.css"):
+            if (directory / file).is_file():
+                found[file] = prefix + file
+        for logo in sorted(directory.glob("logo-*")):
+            found[logo.stem] = prefix + quote(logo.name)
+        return found
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadRequest(f"{what} is not an object.")
+    return value
+
+
+def _users(value: Any) -> frozenset[str]:
+    """A list, or Enterprise Gateway's comma-separated string."""
+    names = value.split(",") if isinstance(value, str) else value or ()
+    return frozenset(str(name).strip() for name in names)
