@@ -1,0 +1,457 @@
+"""One kernel's relay: from its link to the websockets of its clients, and back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import zmq
+
+from hub_gateway.errors import PayloadTooLarge, Unavailable
+from hub_gateway.kernels.types import ExecutionState, Registration
+from hub_gateway.link import codec, messages, wire
+from hub_gateway.link.client import AgentLink
+from hub_gateway.link.codec import Batch, Event, Large
+from hub_gateway.link.progress import Progress
+from hub_gateway.link.sinks import Client, Delivery, Sink
+from hub_gateway.link.wire import Dialect
+
+__all__ = ["KernelRelay"]
+
+_CHANNEL = {name.decode(): number for number, name in enumerate(codec.CHANNELS)}
+_IOPUB = _CHANNEL["iopub"]
+ACK_MESSAGES = 32
+ACK_BYTES = 64 * 2**10
+ACK_SECONDS = 0.01
+DEAD_SECONDS = 3.5
+"""How long `dead` is kept back from a client that has not asked anything yet: JupyterLab sends nothing once it
+knows, so that the reason would never be seen; it asks within 3 seconds after it has connected."""
+
+_BUFFERS_NOTICE = (
+    "\n[Binary buffers of a message were left out, so a widget or plot may stay empty: the notebook server's gateway "
+    "client cannot take binary frames. Ask the administrator to configure the gateway's companion connection class.]\n"
+)
+
+
+def _ignore(name: str, amount: int) -> None:
+    """No metrics."""
+
+
+def _no_event(event: Mapping[str, Any]) -> None:
+    """Nobody listens."""
+
+
+class KernelRelay:
+    """All websockets of one kernel in this process, over one link. Everything happens on the event loop.
+
+    It exists before the link does: what clients send is kept (`queue_bytes`), and progress or failure is
+    shown to them. A client whose `backlog` exceeds `backlog_bytes` is paused at the agent and goes on, after the
+    last number that it got, once its websocket has drained; the others are not held up.
+
+    `count(name, amount)` is told: messages, bytes, bad_frames (from the agent), requests, paused (slow
+    clients), replaced (sinks), lost_messages, buffers_left_out, too_large.
+    """
+
+    def __init__(
+        self,
+        kernel_id: str,
+        *,
+        zmq_context: zmq.Context[zmq.Socket[bytes]],
+        replica: str = "",
+        backlog_bytes: int = 4 * 2**20,
+        queue_bytes: int = 16 * 2**20,
+        count: Callable[[str, int], None] = _ignore,
+        on_event: Callable[[dict[str, Any]], None] = _no_event,
+        ping_seconds: float = 10.0,
+        lost_seconds: float = 30.0,
+    ) -> None:
+        self.kernel_id = kernel_id
+        self.on_event = on_event
+        self.execution_state = ExecutionState.STARTING
+        self.last_activity = datetime.now(timezone.utc)
+        self.ready = False
+        self.welcome: Mapping[str, Any] = {}
+        self._context = zmq_context
+        self._replica = replica
+        self._backlog_bytes = backlog_bytes
+        self._queue_bytes = queue_bytes
+        self._count = count
+        self._timing = (ping_seconds, lost_seconds)
+        self._link: AgentLink | None = None
+        self._clients: dict[bytes, Client] = {}
+        self._queue: list[list[bytes]] = []
+        self._queued = 0
+        self._progress = Progress(self._say)
+        self._attachments = 0
+        self._ack_handle: asyncio.Handle | None = None
+        self._ack_soon = False
+        self._unacked = [0, 0]
+
+    # -- clients
+
+    @property
+    def connections(self) -> int:
+        """How many websockets are attached."""
+        return len(self._clients)
+
+    @property
+    def linked(self) -> bool:
+        """Whether the agent is in touch."""
+        return self._link is not None and self._link.greeted and not self._link.lost
+
+    def attach(self, sink: Sink) -> None:
+        """Serve a websocket. Another one of the same session is replaced: the client has reconnected."""
+        client = Client(sink)
+        if client.key in self._clients:
+            self._count("replaced", 1)
+        self._clients[client.key] = client
+        sink.on_flushed = lambda seq: self._on_flushed(client, seq)
+        if self._progress.failed:
+            asyncio.get_running_loop().call_later(DEAD_SECONDS, self._tell_dead, client)
+        elif not self.ready:
+            self._tell(client, _IOPUB, messages.status(self.execution_state.value))
+        self._attach(client)
+
+    def detach(self, sink: Sink) -> None:
+        """The websocket is closed."""
+        client = self._clients.get(sink.session.encode("utf-8", "replace"))
+        if client is None or client.sink is not sink:
+            return
+        sink.on_flushed = None
+        del self._clients[client.key]
+        if self._link is not None and self._link.greeted:
+            self._acknowledge()
+            self._link.tell("detach", session=sink.session, forget=not sink.keep)
+
+    def receive(self, sink: Sink, channel: str, parts: list[bytes], session_of_header: str) -> None:
+        """A client's message for the kernel. Raises PayloadTooLarge when too much waits for the kernel already."""
+        self._count("requests", 1)
+        if not self.ready or self._progress.failed:
+            self._progress.add(sink.session, channel, parts[0])
+            if self._progress.failed:
+                client = self._clients.get(sink.session.encode("utf-8", "replace"))
+                if client is not None and b'"execute_request"' in parts[0]:
+                    self._tell_dead(client)
+                return
+        session = sink.session.encode("utf-8", "replace")
+        origin = session_of_header.encode("utf-8", "replace")
+        frames = codec.encode_request(session, _CHANNEL[channel], origin, parts)
+        if self._link is not None and self._link.greeted:
+            self._link.send(frames)
+            return
+        size = sum(map(len, parts))
+        if self._queued + size > self._queue_bytes:
+            raise PayloadTooLarge(
+                f"The kernel is not ready, and more than {self._queue_bytes >> 20} MB are waiting for it already. "
+                "Wait until it is ready, then send this again."
+            )
+        self._queue.append(frames)
+        self._queued += size
+
+    def _attach(self, client: Client) -> None:
+        link = self._link
+        if link is None or not link.greeted:
+            client.state = Delivery.WAITING
+            return
+        self._attachments += 1
+        client.attachment = self._attachments
+        client.state = Delivery.ASKED
+        sink = client.sink
+        link.tell("attach", session=sink.session, after=client.after, keep=sink.keep, id=client.attachment)
+
+    # -- the link
+
+    async def connect(
+        self,
+        registration: Registration,
+        client_secret: str,
+        client_public: str,
+        epoch: int,
+        *,
+        timeout: float = 10.0,
+    ) -> Mapping[str, Any]:
+        """Link to the agent, in place of an earlier link; its welcome.
+
+        Raises Unavailable where it does not answer in time (the attempt goes on in the background until
+        `disconnect`), Conflict where a gateway with a higher epoch has been there.
+        """
+        self._close_link()
+        link = self._link = AgentLink(
+            self._context,
+            registration,
+            client_public=client_public,
+            client_secret=client_secret,
+            replica=self._replica,
+            epoch=epoch,
+            handler=self,
+            count=self._count,
+            ping_seconds=self._timing[0],
+            lost_seconds=self._timing[1],
+        )
+        link.open()
+        return await link.wait_greeted(timeout)
+
+    def disconnect(self) -> None:
+        """Close the link. Websockets stay, and wait for the next one."""
+        self._close_link()
+
+    def _close_link(self) -> None:
+        if self._ack_handle is not None:
+            self._ack_handle.cancel()
+            self._ack_handle = None
+        if self._link is not None:
+            self._acknowledge()
+            self._link.close()
+            self._link = None
+        for client in self._clients.values():
+            client.state = Delivery.WAITING
+
+    def _require_link(self) -> AgentLink:
+        if self._link is None or not self._link.greeted:
+            raise Unavailable("The kernel's agent is not connected at the moment. Try again in a few seconds.")
+        return self._link
+
+    async def interrupt(self, timeout: float = 10.0) -> None:
+        """Interrupt the kernel, by signal or message as its kernelspec says."""
+        await self._require_link().call("interrupt", timeout)
+
+    async def restart(self, timeout: float = 90.0) -> None:
+        """Restart the kernel in place; returns when the new one is ready. Raises Unavailable, Conflict."""
+        await self._require_link().call("restart", timeout)
+
+    async def shutdown(self, timeout: float = 20.0) -> None:
+        """End kernel and agent; returns when the kernel is gone."""
+        await self._require_link().call("shutdown", timeout)
+
+    async def signal(self, signum: int, timeout: float = 10.0) -> None:
+        """Send a signal to the kernel's process group."""
+        await self._require_link().call("signal", timeout, signum=signum)
+
+    async def ping(self, timeout: float = 10.0) -> Mapping[str, Any]:
+        """The agent's counters and the kernel's state."""
+        return await self._require_link().call("ping", timeout)
+
+    # -- progress and failure
+
+    def announce(self, text: str) -> None:
+        """Show how the start goes, under every cell that waits for it."""
+        if not self.ready:
+            self._progress.announce(text)
+
+    def fail(self, text: str, traceback_lines: list[str]) -> None:
+        """There is no kernel: requests, now and later, are answered with the reason. A later `ready` lifts it."""
+        self.ready = False
+        self.execution_state = ExecutionState.DEAD
+        self._queue.clear()
+        self._queued = 0
+        self._progress.fail(text, traceback_lines)
+        loop = asyncio.get_running_loop()
+        for client in self._clients.values():
+            loop.call_later(DEAD_SECONDS, self._tell_dead, client)
+
+    def _tell_dead(self, client: Client) -> None:
+        current = self._clients.get(client.key) is client
+        if current and not client.told_dead and self._progress.failed:
+            client.told_dead = True
+            self._tell(client, _IOPUB, messages.status("dead"))
+
+    def _say(self, session: str, channel: str, parts: list[bytes]) -> None:
+        client = self._clients.get(session.encode("utf-8", "replace"))
+        if client is not None:
+            self._tell(client, _CHANNEL[channel], parts)
+
+    @staticmethod
+    def _tell(client: Client, channel: int, parts: list[bytes]) -> None:
+        """Write a message of the gateway's own."""
+        client.sink.write(wire.encode(client.sink.dialect, channel, parts), None)
+
+    # -- from the agent (LinkHandler)
+
+    def _targets(self, to: bytes) -> list[Client]:
+        if to:
+            client = self._clients.get(to)
+            good = client is not None and client.state in (Delivery.LIVE, Delivery.REPLAY)
+            return [client] if client is not None and good else []
+        return [client for client in self._clients.values() if client.state is Delivery.LIVE]
+
+    def on_batch(self, batch: Batch) -> None:
+        """Hand a batch to every client that it is for, encoded once per dialect."""
+        encoded: dict[Dialect, bytes] = {}
+        try:
+            for client in self._targets(batch.to):
+                delivered = client.delivered or 0
+                if delivered >= batch.last:
+                    continue
+                dialect = client.sink.dialect
+                skip = max(0, delivered - batch.first + 1)
+                if skip or dialect is Dialect.JSON_TEXT_ONLY:
+                    data = wire.encode_batch(dialect, batch, skip, client.notes)
+                else:
+                    known = encoded.get(dialect)
+                    data = known if known is not None else wire.encode_batch(dialect, batch)
+                    encoded[dialect] = data
+                self._write(client, data, batch.last)
+        finally:
+            self._worked_off(batch.to, batch.last, batch.count, len(batch.payload))
+
+    def on_large(self, message: Large) -> None:
+        """Hand a large message to every client that it is for, encoded once per dialect."""
+        encoded: dict[Dialect, bytes] = {}
+        try:
+            for client in self._targets(message.to):
+                if (client.delivered or 0) >= message.seq:
+                    continue
+                dialect = client.sink.dialect
+                data = None if dialect is Dialect.JSON_TEXT_ONLY else encoded.get(dialect)
+                if data is None:
+                    data = wire.encode(dialect, message.channel, message.parts, message.seq, client.notes)
+                    encoded[dialect] = data
+                self._write(client, data, message.seq)
+        finally:
+            self._worked_off(message.to, message.seq, 1, message.size)
+
+    def _write(self, client: Client, data: bytes, seq: int) -> None:
+        client.delivered = seq
+        sink = client.sink
+        sink.write(data, seq)
+        notes = client.notes
+        if notes.buffers or notes.too_large:
+            self._note(client)
+        if sink.backlog > self._backlog_bytes and self._link is not None:
+            client.state = Delivery.PAUSED
+            self._count("paused", 1)
+            self._link.tell("pause", session=sink.session)
+
+    def _note(self, client: Client) -> None:
+        """Say once what the stock gateway client could not be given."""
+        notes = client.notes
+        self._count("buffers_left_out", notes.buffers)
+        self._count("too_large", notes.too_large)
+        if notes.buffers and not client.noted[0]:
+            client.noted = (True, client.noted[1])
+            self._tell(client, _IOPUB, messages.stream(_BUFFERS_NOTICE))
+        notes.buffers = notes.too_large = 0
+
+    def _worked_off(self, to: bytes, last: int, count: int, size: int) -> None:
+        if to:
+            # Others are not concerned: they have been served up to here, too.
+            for client in self._clients.values():
+                if client.state is Delivery.LIVE and client.served == client.delivered and client.key != to:
+                    client.served = client.delivered = max(last, client.served)
+        unacked = self._unacked
+        unacked[0] += count
+        unacked[1] += size
+        self._acknowledge_later()
+
+    def _on_flushed(self, client: Client, seq: int) -> None:
+        if self._clients.get(client.key) is not client:
+            return
+        if seq > client.served:
+            client.served = seq
+        if client.state is Delivery.PAUSED and client.sink.backlog <= self._backlog_bytes // 4:
+            self._attach(client)
+        self._acknowledge_later()
+
+    def _acknowledge_later(self) -> None:
+        """At the end of this turn of the loop, or, for a few messages only, a little later."""
+        urgent = self._unacked[0] >= ACK_MESSAGES or self._unacked[1] >= ACK_BYTES
+        if self._ack_handle is not None:
+            if not urgent or self._ack_soon:
+                return
+            self._ack_handle.cancel()
+        loop = asyncio.get_running_loop()
+        self._ack_soon = urgent
+        if urgent:
+            self._ack_handle = loop.call_soon(self._acknowledge)
+        else:
+            self._ack_handle = loop.call_later(ACK_SECONDS, self._acknowledge)
+
+    def _acknowledge(self) -> None:
+        if self._ack_handle is not None:
+            self._ack_handle.cancel()
+            self._ack_handle = None
+        cursors = []
+        for client in self._clients.values():
+            if client.served > client.acked and client.state is not Delivery.WAITING:
+                client.acked = client.served
+                cursors.append((client.key, client.served))
+        if self._link is not None and (cursors or self._unacked[1]):
+            self._unacked = [0, 0]
+            self._link.acknowledge(cursors)
+
+    def on_greeted(self, welcome: Mapping[str, Any]) -> None:
+        """Attach everybody again, and let go what has waited for the link."""
+        assert self._link is not None
+        self.welcome = welcome
+        self._unacked = [0, 0]
+        self._on_state(welcome)
+        for client in self._clients.values():
+            self._attach(client)
+        queue, self._queue, self._queued = self._queue, [], 0
+        for frames in queue:
+            self._link.send(frames)
+        if welcome.get("phase") == "running":
+            self._on_ready()
+        self.on_event(dict(welcome))
+
+    def on_lost(self) -> None:
+        """Tell the owner; the link goes on trying."""
+        self.on_event({"event": "lost"})
+
+    def on_agent_event(self, event: Event) -> None:
+        """Sessions' events are dealt with here; the kernel's are the owner's business, too."""
+        data = event.data
+        name = data["event"]
+        if name in ("attaching", "attached"):
+            self._on_attachment(name, event)
+            return
+        if name == "moved":
+            client = self._clients.get(event.to)
+            if client is not None:
+                # Another replica serves this session now; the client is there, this websocket is a remnant.
+                client.state = Delivery.PAUSED
+                return
+        elif name == "ready":
+            self._on_state(data)
+            self._on_ready()
+        elif name == "restarting":
+            self.ready = False
+            self.execution_state = ExecutionState.RESTARTING
+        elif name in ("state", "pong"):
+            self._on_state(data)
+        elif name == "exited" and not data.get("will_restart"):
+            self.ready = False
+        if name not in ("pong", "moved"):
+            self.on_event(dict(data))
+
+    def _on_attachment(self, name: str, event: Event) -> None:
+        client = self._clients.get(event.to)
+        if client is None or client.attachment != event.data.get("id"):
+            return
+        if name == "attached":
+            if client.state is Delivery.REPLAY:
+                client.state = Delivery.LIVE
+            return
+        if client.state is not Delivery.ASKED:
+            return
+        start, lost = event.data.get("from"), event.data.get("lost")
+        client.state = Delivery.REPLAY
+        if client.delivered is None and isinstance(start, int):
+            client.delivered = client.served = client.acked = max(0, start)
+        if isinstance(lost, int) and lost > 0:
+            self._count("lost_messages", lost)
+            text = f"\n[{lost} messages of this kernel were given up while this notebook was away.]\n"
+            self._tell(client, _IOPUB, messages.stream(text))
+
+    def _on_ready(self) -> None:
+        self.ready = True
+        self._progress.done()
+
+    def _on_state(self, data: Mapping[str, Any]) -> None:
+        state, age = data.get("execution_state"), data.get("age")
+        if isinstance(state, str) and state in ExecutionState._value2member_map_:
+            self.execution_state = ExecutionState(state)
+        if isinstance(age, int | float) and 0 <= age < 1e9:
+            self.last_activity = datetime.now(timezone.utc) - timedelta(seconds=age)
