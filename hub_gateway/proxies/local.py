@@ -1,0 +1,445 @@
+"""The local process proxy: agents as processes on the gateway's own node.
+
+A kernel runs as the gateway's own user, or as another unix user through `launchers/runas.py`. An agent
+is known again, by any later gateway, by the tags in its command line: kernel id, gateway id and epoch.
+They are unique to it, which (pid, start time) is not when somebody sets the clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import pwd
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from traitlets import Float, List, Unicode, default
+
+from hub_gateway._paths import launchers_dir
+from hub_gateway.errors import LaunchFailed
+from hub_gateway.proxies import runas, tagged
+from hub_gateway.proxies.base import (
+    ClusterObject,
+    Finding,
+    IdentityNeed,
+    LaunchRequest,
+    Phase,
+    PhaseReport,
+    ProcessProxy,
+    State,
+)
+
+__all__ = ["LocalProxy"]
+
+T = TypeVar("T")
+LINE_SECONDS = 30.0
+
+
+class LocalProxy(ProcessProxy):
+    """Kernels as processes on the gateway's node."""
+
+    identity = IdentityNeed.UNIX_USER
+    identifies = ("pid",)
+
+    python = Unicode(
+        sys.executable,
+        help="""Python (3.8 or newer, with pyzmq) that runs the agent. Kernels that run as other unix users need one
+        that those users can execute.""",
+    ).tag(config=True)
+    runtime_root = Unicode(
+        help="""Directory in which kernels of the gateway's own user have their private directories.
+
+        By default `run` in the gateway's state directory. Unix sockets lie in it, so short paths are better;
+        where they would be too long, the agent makes a private directory in /tmp.
+        """
+    ).tag(config=True)
+    user_runtime_root = Unicode(
+        "/tmp",  # noqa: S108 (what is made there is 0700, and refused where somebody else made it)
+        help="Directory, writable for all, in which kernels of other unix users have theirs: `hub-gateway-USER/...`.",
+    ).tag(config=True)
+    sudo_command = List(
+        Unicode(),
+        default_value=["sudo", "-n", "-H", "-u", "{user}", "--"],
+        help="""How a gateway that is not root gets to run its launcher as another user.
+
+        The rule for sudo names the interpreter and the launcher, and nothing else, for example
+        `gateway ALL=(%kernels) NOPASSWD: /opt/gateway/bin/python -I /opt/gateway/.../runas.py`.
+        """,
+    ).tag(config=True)
+    path = Unicode(help="PATH of kernels. By default the directory of `python`, then the system's.").tag(config=True)
+    inherited_environment = List(
+        Unicode(),
+        default_value=["LANG", "LC_ALL", "LC_CTYPE", "TZ"],
+        help="Variables of the gateway's own environment that kernels get too. Name nothing secret.",
+    ).tag(config=True)
+    shutdown_seconds = Float(
+        12.0, help="How long (seconds) an agent may take to end its kernel and itself before it is killed."
+    ).tag(config=True)
+
+    @default("runtime_root")
+    def _default_runtime_root(self) -> str:
+        state_dir = getattr(self.parent, "state_dir", "")
+        if state_dir:
+            return str(Path(state_dir) / "run")
+        return str(Path(tempfile.gettempdir()) / f"hub-gateway-{os.getuid()}")
+
+    @default("path")
+    def _default_path(self) -> str:
+        return f"{Path(self.python).parent}:/usr/local/bin:/usr/bin:/bin"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Starting and ending processes takes waiting; 32 at once is more than a node can start well.
+        self._threads = ThreadPoolExecutor(32, thread_name_prefix="local-proxy")
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False)
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        """Run `call` in a thread, to its end: one that is cancelled has still done what it was doing."""
+        future = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            with contextlib.suppress(Exception):
+                await future
+            raise
+
+    # Launch
+
+    async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
+        user = self._other_user(request.unix_user)
+        directory = self._directory(request.gateway_id, request.kernel_id, user)
+        # The intent is recorded before anything is done: whatever follows can be found by it.
+        state: State = {"runtime_dir": str(directory), "user": user}
+        yield dict(state)
+        if request.previous is not None:
+            adopted = await self._in_thread(lambda: self._adopt(request, directory, user))
+            if adopted is not None:
+                yield {**state, **adopted}
+                return
+        if user is None:
+            process = await self._in_thread(lambda: self._spawn(request, directory))
+            state["pid"] = process.pid
+            yield dict(state)
+            line = await self._in_thread(lambda: _first_line(process))
+            with contextlib.suppress(OSError):
+                assert process.stdout is not None
+                process.stdout.close()
+        else:
+            line = await self._in_thread(lambda: self._spawn_as(request, directory, user, state))
+        registration = tagged.registration(line, request.kernel_id)
+        if registration is None:
+            raise LaunchFailed(await self._why_not(request, state))
+        state["registration"] = registration
+        yield state
+
+    def _spawn(self, request: LaunchRequest, directory: Path) -> subprocess.Popen[bytes]:
+        try:
+            directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, exist_ok=True)
+            tagged.mark(directory, request.gateway_id, request.kernel_id, request.epoch)
+            with open(os.open(directory / "kernel.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as log:
+                own = pwd.getpwuid(os.getuid())
+                account = {"HOME": own.pw_dir, "USER": own.pw_name, "LOGNAME": own.pw_name}
+                environment = {**account, **self._node_environment()}
+                process = subprocess.Popen(
+                    self._command(request),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=environment,
+                    cwd="/",
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise LaunchFailed(
+                f"The kernel's agent cannot be started on the gateway's node: {error.strerror or error}.",
+                hint=str(error),
+            ) from error
+        self._children[process.pid] = process
+        config = self._config(request, directory)
+        config["env"] = {**environment, **request.env}
+        config["cwd"] = _usable(request.cwd) or _usable(environment["HOME"]) or "/"
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; what it said is in its log
+            process.stdin.write(json.dumps(config).encode())
+            process.stdin.close()
+        return process
+
+    def _spawn_as(self, request: LaunchRequest, directory: Path, user: str, state: State) -> bytes:
+        answer = self._runas(
+            user,
+            "launch",
+            runtime_dir=str(directory),
+            command=self._command(request),
+            agent_env=self._node_environment(),
+            config={**self._config(request, directory), "env": dict(request.env), "cwd": request.cwd},
+        )
+        state["pid"] = answer["pid"]
+        return str(answer["line"]).encode()
+
+    def _command(self, request: LaunchRequest) -> list[str]:
+        agent = str(launchers_dir() / "agent.py")
+        return [self.python, "-I", agent, *tagged.arguments(request.kernel_id, request.gateway_id, request.epoch)]
+
+    def _config(self, request: LaunchRequest, directory: Path) -> dict[str, Any]:
+        argv = list(request.argv)
+        # As jupyter_client does for kernels of its own environment: "python" is the one that runs us.
+        if argv[0] in ("python", "python3", f"python3.{sys.version_info.minor}"):
+            argv[0] = self.python
+        return {
+            "version": 1,
+            "kernel_id": request.kernel_id,
+            "gateway_id": request.gateway_id,
+            "epoch": request.epoch,
+            "argv": argv,
+            "runtime_dir": str(directory),
+            "kernel_name": request.kernelspec,
+            "interrupt_mode": request.interrupt_mode,
+            # The agent's first line comes through a pipe, so it need not call back.
+            "agent": asdict(replace(request.agent, register_url="", listen="127.0.0.1")),
+        }
+
+    def _node_environment(self) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in self.inherited_environment if name in os.environ}
+        return {"PATH": self.path, "LANG": "C.UTF-8", **kept}
+
+    def _adopt(self, request: LaunchRequest, directory: Path, user: str | None) -> State | None:
+        """What an interrupted launch of the same kernel left, if its agent lives and says where it listens."""
+        deadline = time.monotonic() + LINE_SECONDS
+        while True:
+            alive = tagged.agents(request.gateway_id, request.kernel_id)
+            if not alive:
+                return None
+            text = self._read(directory, user)
+            for agent in alive:
+                registration = tagged.registration(text.encode(), request.kernel_id)
+                if registration is not None and registration["pid"] == agent.process.pid:
+                    return {"pid": agent.process.pid, "epoch": agent.epoch, "registration": registration}
+            if time.monotonic() > deadline:
+                self._end([agent.process for agent in alive], user)
+                return None
+            time.sleep(0.05)
+
+    def _read(self, directory: Path, user: str | None) -> str:
+        if user is not None:
+            return str(self._runas(user, "read", runtime_dir=str(directory))["text"])
+        try:
+            return (directory / "agent.json").read_text()
+        except OSError:
+            return ""
+
+    async def _why_not(self, request: LaunchRequest, state: State) -> str:
+        said = (await self.logs(state, 5)).strip().replace("\n", " / ")
+        return f"The kernel's agent ended before it was up. It said: {said or 'nothing'}"
+
+    # Afterwards
+
+    async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
+        return await self._in_thread(lambda: {key: self._phase(key, state) for key, state in states.items()})
+
+    def _phase(self, kernel_id: str, state: State) -> PhaseReport:
+        pid = state.get("pid")
+        if not isinstance(pid, int):
+            return PhaseReport(Phase.PENDING)
+        child = self._children.get(pid)
+        if child is not None and child.poll() is not None:
+            return PhaseReport(Phase.GONE, f"its agent (pid {pid}) ended with code {child.returncode}")
+        if tagged.is_agent(pid, kernel_id):
+            return PhaseReport(Phase.RUNNING)
+        return PhaseReport(Phase.GONE, f"its agent (pid {pid}) is not there any more")
+
+    async def terminate(self, state: State) -> None:
+        await self._in_thread(lambda: self._terminate(state))
+
+    def _terminate(self, state: State) -> None:
+        kernel_id, gateway_id, pid = state.get("kernel_id"), state.get("gateway_id"), state.get("pid")
+        assert isinstance(kernel_id, str) and isinstance(gateway_id, str)
+        user = self._other_user(state.get("user", state.get("unix_user")))
+        if "only_pid" in state:  # a second agent of a kernel that lives: its directory is the other's
+            found = [a.process for a in tagged.agents(gateway_id, kernel_id) if a.process.pid == pid]
+            self._end(found, user)
+            return
+        directory = self._directory(gateway_id, kernel_id, user)
+        found = [agent.process for agent in tagged.agents(gateway_id, kernel_id)]
+        self._end(found, user)
+        # A kernel whose agent was killed; it is known by the connection file in its command line.
+        self._end(tagged.mentioning(str(directory)), user, signum=signal.SIGKILL)
+        if user is not None:
+            self._runas(user, "remove", runtime_dir=str(directory))
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _end(self, processes: Sequence[psutil.Process], user: str | None, signum: int = signal.SIGTERM) -> None:
+        """Ask processes to end, then kill them with everything that they started."""
+        if not processes:
+            return
+        family: list[psutil.Process] = []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family += process.children(recursive=True)
+        self._send(processes, signum, user)
+        self._wait(processes, self.shutdown_seconds)
+        left = [one for one in (*processes, *family) if tagged.alive(one)]
+        if left:
+            self._send(left, signal.SIGKILL, user)
+            self._wait(left, 5.0)
+
+    def _wait(self, processes: Sequence[psutil.Process], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(tagged.alive(one) for one in processes):
+            time.sleep(0.01)
+        for process in processes:
+            child = self._children.get(process.pid)
+            if child is not None and child.poll() is not None:
+                del self._children[process.pid]
+
+    def _send(self, processes: Sequence[psutil.Process], signum: int, user: str | None) -> None:
+        if user is not None and os.geteuid() != 0:
+            self._runas(user, "signal", pids=[one.pid for one in processes], signum=signum)
+            return
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                process.send_signal(signum)
+
+    async def signal(self, state: State, signum: int) -> None:
+        pid, kernel_id = state.get("pid"), state.get("kernel_id")
+        if not isinstance(pid, int) or not isinstance(kernel_id, str):
+            return
+
+        def send() -> None:
+            if not tagged.is_agent(pid, kernel_id):
+                return
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._send(psutil.Process(pid).children(), signum, self._other_user(state.get("user")))
+
+        await self._in_thread(send)
+
+    async def owned(self, gateway_id: str) -> Sequence[ClusterObject]:
+        return await self._in_thread(lambda: self._owned(gateway_id))
+
+    def _owned(self, gateway_id: str) -> list[ClusterObject]:
+        for pid, child in list(self._children.items()):
+            if child.poll() is not None:  # nobody else waits for it, and it would stay a zombie
+                self._children.pop(pid, None)
+        found, living = [], set()
+        for agent in tagged.agents(gateway_id):
+            living.add(agent.kernel_id)
+            state: State = {
+                "kernel_id": agent.kernel_id,
+                "gateway_id": gateway_id,
+                "pid": agent.process.pid,
+                "user": agent.user,
+                "only_pid": True,
+            }
+            what = f"agent process {agent.process.pid}"
+            found.append(ClusterObject(agent.kernel_id, gateway_id, agent.epoch, state, what))
+        for directory, kernel_id, epoch in tagged.marked(Path(self.runtime_root), gateway_id):
+            if kernel_id not in living:
+                left: State = {"kernel_id": kernel_id, "gateway_id": gateway_id, "runtime_dir": str(directory)}
+                found.append(ClusterObject(kernel_id, gateway_id, epoch, left, f"directory {directory}"))
+        return found
+
+    def same(self, recorded: State, found: State) -> bool:
+        if "only_pid" in found:
+            return super().same(recorded, found)
+        return recorded.get("runtime_dir") == found.get("runtime_dir")
+
+    async def logs(self, state: State, lines: int = 50) -> str:
+        directory, user = state.get("runtime_dir"), self._other_user(state.get("user"))
+        if not isinstance(directory, str):
+            return ""
+
+        def read() -> str:
+            if user is not None:
+                return str(self._runas(user, "logs", runtime_dir=directory)["text"])
+            return tagged.tail(Path(directory) / "kernel.log")
+
+        return "\n".join((await self._in_thread(read)).splitlines()[-lines:])
+
+    async def check(self) -> Sequence[Finding]:
+        return await self._in_thread(self._check)
+
+    def _check(self) -> list[Finding]:
+        agent = launchers_dir() / "agent.py"
+        findings = []
+        try:
+            done = subprocess.run(
+                [self.python, "-I", "-c", "import sys, zmq; print(sys.version.split()[0], zmq.__version__)"],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
+            )
+            fine, said = done.returncode == 0 and agent.is_file(), (done.stdout or done.stderr).strip()
+        except (OSError, subprocess.TimeoutExpired) as error:
+            fine, said = False, str(error)
+        message = f"agent runs with Python and pyzmq {said}" if fine else f"the agent cannot run: {said[-200:]}"
+        hint = "" if fine else "set LocalProxy.python to a Python with pyzmq"
+        findings.append(Finding("ok" if fine else "error", "local kernels", message, hint))
+        root = Path(self.runtime_root)
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            writable = os.access(root, os.W_OK)
+        except OSError:
+            writable = False
+        findings.append(
+            Finding("ok", "runtime directory", f"{root} is writable")
+            if writable
+            else Finding("error", "runtime directory", f"{root} is not writable", "set LocalProxy.runtime_root")
+        )
+        return findings
+
+    # Helpers
+
+    def _directory(self, gateway_id: str, kernel_id: str, user: str | None) -> Path:
+        # Hashed: kernel ids may come from clients, and the path must be short and the kernel's alone.
+        name = hashlib.sha256(f"{gateway_id}/{kernel_id}".encode()).hexdigest()[:16]
+        if user is None:
+            return Path(self.runtime_root) / name
+        return Path(self.user_runtime_root) / f"hub-gateway-{user}" / name
+
+    @staticmethod
+    def _other_user(name: object) -> str | None:
+        """The unix user to act as; None where it is this process's own."""
+        if not isinstance(name, str) or name == pwd.getpwuid(os.getuid()).pw_name:
+            return None
+        return name
+
+    def _runas(self, user: str, action: str, **request: Any) -> dict[str, Any]:
+        prefix = [] if os.geteuid() == 0 else [word.replace("{user}", user) for word in self.sudo_command]
+        command = [*prefix, self.python, "-I", str(launchers_dir() / "runas.py")]
+        return runas.call(command, {"user": user, "action": action, **request})
+
+
+def _usable(directory: str | None) -> str | None:
+    return directory if directory and Path(directory).is_dir() and os.access(directory, os.X_OK) else None
+
+
+def _first_line(process: subprocess.Popen[bytes]) -> bytes:
+    """The first line that the agent prints, or what came until it ended or the time was over."""
+    assert process.stdout is not None
+    fd, deadline, got = process.stdout.fileno(), time.monotonic() + LINE_SECONDS, b""
+    while b"\n" not in got:
+        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        part = os.read(fd, 65536) if ready else b""
+        if not part:
+            break
+        got += part
+    return got.split(b"\n", 1)[0]

@@ -1,0 +1,135 @@
+"""Agents on this node, known by the tags in their command lines, and their private directories."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+__all__ = ["Agent", "agents", "alive", "arguments", "is_agent", "mark", "marked", "mentioning", "registration", "tail"]
+
+MARK = "owner.json"
+TAIL_BYTES = 64 * 2**10
+_GONE = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
+
+
+@dataclass(frozen=True)
+class Agent:
+    """One agent process of this node."""
+
+    process: psutil.Process
+    kernel_id: str
+    epoch: int
+    user: str | None
+
+
+def arguments(kernel_id: str, gateway_id: str, epoch: int) -> list[str]:
+    """The tags, as arguments. Nothing else about a kernel is in its command line."""
+    return ["--kernel-id", kernel_id, "--gateway-id", gateway_id, "--epoch", str(epoch)]
+
+
+def agents(gateway_id: str, kernel_id: str | None = None) -> list[Agent]:
+    """The agents of a gateway, or of one of its kernels."""
+    return [
+        Agent(process, tags["--kernel-id"], int(tags.get("--epoch", "0")), _user(process))
+        for process, tags in _tagged()
+        if tags.get("--gateway-id") == gateway_id and kernel_id in (None, tags["--kernel-id"])
+    ]
+
+
+def is_agent(pid: int, kernel_id: str) -> bool:
+    """Whether the process of that pid is the living agent of that kernel."""
+    try:
+        process = psutil.Process(pid)
+        return _tags(process.cmdline()).get("--kernel-id") == kernel_id and alive(process)
+    except _GONE:
+        return False
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process still runs; one that only waits to be waited for does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except _GONE:
+        return False
+
+
+def mentioning(directory: str) -> list[psutil.Process]:
+    """The processes with a file of that directory in their command line, agents aside."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(*_GONE):
+            argv = process.cmdline()
+            if process.pid != os.getpid() and any(f"{directory}/" in argument for argument in argv):
+                found.append(process)
+    return found
+
+
+def registration(text: bytes, kernel_id: str) -> dict[str, Any] | None:
+    """The registration that an agent printed, or wrote, about itself."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(found, dict) or found.get("kernel_id") != kernel_id:
+        return None
+    kept = {name: found.get(name) for name in ("host", "port", "public_key", "pid")}
+    return None if None in kept.values() else kept
+
+
+def mark(directory: Path, gateway_id: str, kernel_id: str, epoch: int) -> None:
+    """Say whose a directory is, so that it is found when its process is gone."""
+    aside = directory / f".{MARK}"
+    aside.write_text(json.dumps({"gateway_id": gateway_id, "kernel_id": kernel_id, "epoch": epoch}))
+    aside.replace(directory / MARK)
+
+
+def marked(root: Path, gateway_id: str) -> Iterator[tuple[Path, str, int]]:
+    """The directories under `root` that belong to kernels of a gateway: path, kernel id, epoch."""
+    for path in root.glob(f"*/{MARK}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(path.read_text())
+            if found["gateway_id"] == gateway_id:
+                yield path.parent, str(found["kernel_id"]), int(found["epoch"])
+
+
+def tail(path: Path) -> str:
+    """The end of a file; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _tagged() -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+    for process in psutil.process_iter():
+        try:
+            argv = process.cmdline()
+        except _GONE:
+            continue
+        tags = _tags(argv)
+        if "--kernel-id" in tags and alive(process):
+            yield process, tags
+
+
+def _tags(argv: list[str]) -> dict[str, str]:
+    # Only what is an agent by its script: users may run whatever else with the same arguments.
+    if not any(Path(argument).name == "agent.py" for argument in argv[1:4]):
+        return {}
+    rest = iter(argv[1:])
+    return {word: value for word in rest if word.startswith("--") for value in (next(rest, ""),)}
+
+
+def _user(process: psutil.Process) -> str | None:
+    try:
+        return process.username()
+    except (*_GONE, KeyError):
+        return None
