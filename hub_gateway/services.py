@@ -1,0 +1,42 @@
+"""What the web layer is given: the parts of a running gateway, wired by the application."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hub_gateway.auth.base import Authenticator
+    from hub_gateway.auth.hub import HubService
+    from hub_gateway.db.engine import Database
+    from hub_gateway.kernels.service import KernelService
+
+__all__ = ["Services", "WebSettings"]
+
+
+@dataclass(frozen=True)
+class WebSettings:
+    """Settings of the web layer. Sizes in bytes, durations in seconds."""
+
+    cookie_secret: bytes
+    max_body_bytes: int = 1 * 2**20
+    max_message_bytes: int = 512 * 2**20
+    ws_ping_interval: float = 30.0
+    ws_backlog_bytes: int = 4 * 2**20
+    replica: str = ""
+    trusted_origins: tuple[str, ...] = ()
+
+
+@dataclass
+class Services:
+    """The parts of one running gateway. `hub` is None stand-alone."""
+
+    kernels: KernelService
+    authenticator: Authenticator
+    db: Database
+    web: WebSettings
+    hub: HubService | None = None
+    ready: bool = field(default=False)
+    """Whether this process has taken over its kernels and serves requests."""
+    draining: bool = field(default=False)
+    """Whether it is about to end: new requests are better sent elsewhere."""

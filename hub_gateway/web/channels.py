@@ -1,0 +1,126 @@
+"""The kernel websocket: `/api/kernels/<id>/channels`."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Awaitable
+
+from tornado.websocket import WebSocketHandler
+
+from hub_gateway.errors import GatewayError
+from hub_gateway.link import Dialect, KernelRelay, decode
+from hub_gateway.link import messages as notices
+from hub_gateway.link.codec import CHANNELS
+from hub_gateway.link.wire import V1_SUBPROTOCOL, encode
+from hub_gateway.metrics import METRICS
+from hub_gateway.web.base import APIHandler
+from hub_gateway.web.framewriter import FrameWriter
+
+__all__ = ["NUMBERED_SUBPROTOCOL", "ChannelsHandler"]
+
+LOG = logging.getLogger("hub_gateway.web")
+NUMBERED_SUBPROTOCOL = "numbered.v1.kernel.websocket.hub-gateway"
+"""v1 with each message's number before it (`<Q`); what the companion class for single-user servers speaks."""
+
+_DIALECTS = {NUMBERED_SUBPROTOCOL: Dialect.NUMBERED, V1_SUBPROTOCOL: Dialect.V1}
+_IOPUB = CHANNELS.index(b"iopub")
+_MAX_SESSION = 200
+_NOTICE_SECONDS = 10.0
+
+
+class ClientSink(FrameWriter):
+    """One websocket as the relay sees it (`hub_gateway.link.Sink`)."""
+
+    def __init__(
+        self, handler: WebSocketHandler, *, session: str, keep: bool, after: int | None, dialect: Dialect
+    ) -> None:
+        super().__init__(handler)
+        self.session = session
+        self.keep = keep
+        self.after = after
+        self.dialect = dialect
+
+
+class ChannelsHandler(APIHandler, WebSocketHandler):
+    """One client of one kernel. It opens at once, whatever state the kernel is in.
+
+    Only a token opens it: a page in a browser that merely has cookies cannot.
+    """
+
+    relay: KernelRelay
+    sink: ClientSink | None = None
+    refused = 0
+    told = float("-inf")
+
+    def prepare(self) -> Awaitable[None] | None:
+        return self._prepare()
+
+    async def _prepare(self) -> None:
+        await self._authenticate()
+        # Before the handshake, so that a kernel that is not the caller's answers 404 and nothing opens.
+        self.relay = await self.services.kernels.relay(self.caller, self.path_args[0])
+
+    def check_origin(self, origin: str) -> bool:
+        """Any: no cookie is ever believed here, and a page cannot send somebody's token."""
+        return True
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        """The companion's form, else v1, else the old one."""
+        for known in _DIALECTS:
+            if known in subprotocols:
+                return known
+        return None
+
+    def open(self, *args: str, **kwargs: str) -> None:
+        """Attach to the kernel's relay."""
+        self.set_nodelay(True)
+        given = self.get_query_argument("session_id", "")[:_MAX_SESSION]
+        seen = self.get_query_argument("last_seq", "")
+        self.sink = ClientSink(
+            self,
+            # A client without a session of its own cannot come back to one, so nothing is kept for it.
+            session=given or f"anonymous-{uuid.uuid4().hex}",
+            keep=bool(given),
+            after=int(seen) if seen.isdecimal() and len(seen) < 19 else None,
+            dialect=self._dialect(),
+        )
+        METRICS.websockets.inc()
+        self.relay.attach(self.sink)
+
+    def _dialect(self) -> Dialect:
+        if self.selected_subprotocol is not None:
+            return _DIALECTS[self.selected_subprotocol]
+        # jupyter_server's own gateway client: its reader dies of the first binary frame.
+        stock = self.request.headers.get("User-Agent", "").startswith("Tornado/")
+        return Dialect.JSON_TEXT_ONLY if stock else Dialect.JSON
+
+    def on_message(self, message: str | bytes) -> None:
+        """Hand a message to the kernel; say so if it is none."""
+        sink = self.sink
+        assert sink is not None
+        try:
+            decoded = decode(message, sink.dialect)
+            self.relay.receive(sink, decoded.channel, decoded.parts, decoded.session)
+        except ValueError as error:
+            METRICS.frames_refused.inc()
+            self.refused += 1
+            self._tell(sink, f"The gateway ignored a websocket frame that is not a Jupyter message: {error}.")
+        except GatewayError as error:
+            self._tell(sink, error.message)
+
+    def _tell(self, sink: ClientSink, sentence: str) -> None:
+        """A line on stderr of the kernel's output, now and then at most."""
+        now = time.monotonic()
+        if now - self.told < _NOTICE_SECONDS:
+            return
+        self.told = now
+        LOG.info("%s (%d so far)", sentence, self.refused, extra={"kernel_id": self.relay.kernel_id})
+        sink.write(encode(sink.dialect, _IOPUB, notices.stream(f"{sentence}\n")), None)
+
+    def on_close(self) -> None:
+        """Leave the relay; what comes from now on waits at the agent."""
+        if self.sink is not None:
+            METRICS.websockets.dec()
+            self.relay.detach(self.sink)
