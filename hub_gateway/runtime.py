@@ -1,0 +1,177 @@
+"""The parts of a running gateway, opened and closed in the right order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+import zmq
+
+from hub_gateway import __version__
+from hub_gateway.db import migrate
+from hub_gateway.db.engine import Database
+from hub_gateway.db.secrets import Vault
+from hub_gateway.errors import BadRequest
+from hub_gateway.identity.unix import UnixUsers
+from hub_gateway.kernels.activity import ActivityReporter
+from hub_gateway.kernels.controller import Controller
+from hub_gateway.kernels.culler import Culler
+from hub_gateway.kernels.service import KernelService
+from hub_gateway.kernels.specs import KernelSpecs
+from hub_gateway.link import KernelRelay
+from hub_gateway.metrics import METRICS
+from hub_gateway.proxies.registry import Proxies
+from hub_gateway.services import Services, WebSettings
+
+if TYPE_CHECKING:
+    from tornado.web import Application
+
+    from hub_gateway.app import HubGateway
+    from hub_gateway.auth.base import Authenticator
+    from hub_gateway.auth.hub import HubService
+    from hub_gateway.statedir import StateDir
+
+__all__ = ["Runtime"]
+
+MAX_SOCKETS = 65536  # one ZeroMQ socket a kernel; the default of 1023 would be the limit of the gateway
+
+
+class Runtime:
+    """What `jupyter hubgateway` runs: database, authentication, kernels and the web application."""
+
+    def __init__(self, app: HubGateway, state: StateDir, *, instance: str) -> None:
+        self.app = app
+        self.state = state
+        self.instance = instance
+        self.url = ""
+        self.services: Services | None = None
+        self._controller: Controller | None = None
+        self._culler: Culler | None = None
+        self._activity: ActivityReporter | None = None
+        self._proxies: Proxies | None = None
+        self._zmq: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._db: Database | None = None
+
+    async def open(self, *, port: int) -> Application:
+        """Open everything up to the web application; nothing is taken over yet."""
+        from hub_gateway.web.application import make_application
+
+        app = self.app
+        scheme = "https" if app.certfile else "http"
+        host = app.ip if app.ip not in ("", "0.0.0.0", "::", "*") else "127.0.0.1"
+        self.url = f"{scheme}://{host}:{port}{app.base_url}"
+        cookie_secret = await asyncio.to_thread(self._cookie_secret)
+        hub, authenticator = self._authentication(cookie_secret)
+        db = self._db = Database(app.db_url)
+        await asyncio.to_thread(migrate.prepare, db, upgrade_older=app.upgrade_db)
+        vault = await asyncio.to_thread(Vault.from_file, app.secret_keys_file)
+        context = self._zmq = zmq.Context(io_threads=1)
+        context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+
+        def make_relay(kernel_id: str) -> KernelRelay:
+            return KernelRelay(
+                kernel_id,
+                zmq_context=context,
+                replica=app.replica,
+                backlog_bytes=app.ws_backlog_bytes,
+                count=METRICS.count_link,
+            )
+
+        self._proxies = Proxies(parent=app, state_dir=str(self.state.path))
+        controller = self._controller = Controller(
+            parent=app,
+            db=db,
+            vault=vault,
+            proxies=self._proxies,
+            make_relay=make_relay,
+            instance=self.instance,
+            replica=app.replica,
+            service_url=app.service_url or self.url,
+            on_swallowed=METRICS.count_swallowed,
+        )
+        kernels = KernelService(
+            parent=app,
+            controller=controller,
+            specs=KernelSpecs(parent=app, base_url=app.base_url),
+            unix_users=UnixUsers(parent=app),
+        )
+        self.services = Services(
+            kernels=kernels,
+            authenticator=authenticator,
+            db=db,
+            hub=hub,
+            web=WebSettings(
+                cookie_secret=cookie_secret,
+                max_body_bytes=app.max_body_bytes,
+                max_message_bytes=app.max_message_bytes,
+                ws_ping_interval=app.ws_ping_interval,
+                ws_backlog_bytes=app.ws_backlog_bytes,
+                replica=app.replica,
+            ),
+        )
+        await authenticator.start()
+        self._culler = Culler(parent=app, service=kernels)
+        if hub is not None:
+            self._activity = ActivityReporter(parent=app, service=kernels, post=hub.report_activity)
+        return make_application(self.services, base_url=app.base_url)
+
+    async def take_over(self) -> None:
+        """Take over the kernels that an earlier process left, and be ready."""
+        assert self.services is not None
+        assert self._controller is not None
+        await self._controller.start(sole=True)
+        if self._culler is not None:
+            self._culler.start()
+        if self._activity is not None:
+            self._activity.start()
+        self.services.ready = True
+        port = int(self.url.split(":")[2].split("/")[0])
+        self.state.write_address(
+            {
+                "url": self.url,
+                "port": port,
+                "pid": os.getpid(),
+                "version": __version__,
+                "gateway_id": self._controller.gateway_id,
+            }
+        )
+
+    async def close(self) -> None:
+        """Close everything; kernels go on. May be called at any stage."""
+        if self.services is not None:
+            self.services.ready = False
+            self.services.draining = True
+        for part in (self._culler, self._activity, self._controller, self._proxies):
+            if part is not None:
+                await part.close()
+        if self.services is not None:
+            await self.services.authenticator.close()
+        if self._db is not None:
+            await self._db.close()
+        if self._zmq is not None:
+            self._zmq.destroy(linger=0)
+
+    def _authentication(self, cookie_secret: bytes) -> tuple[HubService | None, Authenticator]:
+        if self.app.token_file:
+            from hub_gateway.auth.tokenfile import TokenFile
+
+            return None, TokenFile(parent=self.app, path=self.app.token_file)
+        if not os.environ.get("JUPYTERHUB_API_TOKEN"):
+            raise BadRequest(
+                "Nobody says who is calling: there is neither a token file nor a JupyterHub.",
+                hint="give --token-file, or run the gateway as a JupyterHub service (JUPYTERHUB_* environment)",
+            )
+        from hub_gateway.auth.hub import HubService
+
+        hub = HubService(parent=self.app, cookie_secret=cookie_secret)
+        return hub, hub.authenticator
+
+    def _cookie_secret(self) -> bytes:
+        if not self.app.cookie_secret_file:
+            return self.state.secret("cookie_secret")
+        with open(self.app.cookie_secret_file, "rb") as file:
+            secret = bytes.fromhex(file.read().strip().decode())
+        if len(secret) < 32:
+            raise BadRequest("The cookie secret is shorter than 32 bytes (64 hex digits).")
+        return secret

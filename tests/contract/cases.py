@@ -1,0 +1,109 @@
+"""The proxies under test: how each is set up, and how to see what it left."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+__all__ = ["CASES", "ProxyCase"]
+
+UNIX_USERS = ("hgt-alice", "hgt-bob")
+
+
+@dataclass(frozen=True)
+class ProxyCase:
+    """One proxy on one engine.
+
+    `yields` is how many states its launch yields; `prepare` makes what the engine needs and gives the
+    configuration, or skips.
+    """
+
+    name: str
+    yields: int
+    prepare: Callable[[Path], Mapping[str, Any]]
+    users: tuple[str, str] = ("alice", "bob")
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    """Kernelspecs (of conftest) that cannot be launched, and words of the engine that must reach the user."""
+
+    def leftovers(self, gateway_id: str, state_dir: Path) -> list[str]:
+        """What there still is of this gateway's kernels: processes and directories."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                argv = process.cmdline()
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+            except psutil.Error:
+                continue
+            if gateway_id in argv or any(f"{state_dir}/run" in word for word in argv):
+                found.append(f"process {process.pid}: {argv}")
+        roots = [state_dir / "run", *(state_dir / "users" / f"hub-gateway-{user}" for user in self.users)]
+        found += [f"directory {path}" for root in roots if root.is_dir() for path in root.iterdir()]
+        return found
+
+
+def own_user(state_dir: Path) -> Mapping[str, Any]:
+    return {}
+
+
+@functools.cache
+def python_for_everybody() -> str | None:
+    """A Python with our packages that other unix users can execute; None where there is none."""
+    place = Path(tempfile.mkdtemp(prefix="hgt-python-"))
+    place.chmod(0o755)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for base in (sys.executable, shutil.which(version, path="/usr/local/bin:/usr/bin")):
+        if base is None:
+            continue
+        made = subprocess.run([base, "-m", "venv", "--clear", "--without-pip", str(place)], capture_output=True, check=False)
+        if made.returncode:
+            continue
+        # Our own packages, from where they are: the interpreter is of the same version.
+        paths = "\n".join(path for path in sys.path if path.endswith("-packages"))
+        (place / "lib" / version / "site-packages" / "ours.pth").write_text(paths + "\n")
+        python = str(place / "bin" / "python")
+        probe = [python, "-I", "-c", "import zmq, ipykernel"]
+        with contextlib.suppress(PermissionError):
+            if subprocess.run(probe, user="nobody", capture_output=True, check=False, cwd="/").returncode == 0:
+                return python
+    shutil.rmtree(place)
+    return None
+
+
+def other_user(state_dir: Path) -> Mapping[str, Any]:
+    if os.geteuid() != 0:
+        pytest.skip("acting as other unix users takes root")
+    python = python_for_everybody()
+    if python is None:
+        pytest.skip("no Python that other unix users can execute")
+    for user in UNIX_USERS:
+        try:
+            pwd.getpwnam(user)
+        except KeyError:
+            subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", user], check=True)
+    state_dir.chmod(0o755)
+    (state_dir / "users").mkdir()
+    (state_dir / "users").chmod(0o1777)
+    return {
+        "UnixUsers": {"impersonate": True},
+        "LocalProxy": {"python": python, "user_runtime_root": str(state_dir / "users")},
+    }
+
+
+CASES = {
+    "local": ProxyCase("local", 3, own_user, refusals={"nowhere": "nonexistent"}),
+    "local-as-other-user": ProxyCase("local-as-other-user", 2, other_user, UNIX_USERS, {"nowhere": "nonexistent"}),
+}

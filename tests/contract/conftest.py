@@ -1,0 +1,82 @@
+"""The conformance suite is run against every proxy, on its real engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hub_gateway.auth.base import Caller
+from tests.contract.cases import CASES, UNIX_USERS, ProxyCase
+from tests.contract.mini import MiniGateway, Setup
+
+PYTHON = ["python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+DYING = ["/bin/sh", "-c", "echo 'libcudart.so.12: cannot open' >&2; exit 3", "{connection_file}"]
+SPECS = {
+    "python": {"argv": PYTHON, "display_name": "Python", "language": "python"},
+    "message": {"argv": PYTHON, "display_name": "Python", "language": "python", "interrupt_mode": "message"},
+    "dies": {"argv": DYING, "display_name": "Dies", "language": "none"},
+    "silent": {"argv": ["/bin/sleep", "600", "{connection_file}"], "display_name": "Silent", "language": "none"},
+    "nowhere": {"argv": ["/nonexistent/kernel", "{connection_file}"], "display_name": "Nowhere", "language": "none"},
+}
+
+
+@dataclass
+class Bench:
+    """A place for one gateway, on one proxy."""
+
+    case: ProxyCase
+    setup: Setup
+    state_dir: Path
+    gateway_ids: set[str] = field(default_factory=set)
+
+    @property
+    def alice(self) -> Caller:
+        return Caller(self.case.users[0])
+
+    @property
+    def bob(self) -> Caller:
+        return Caller(self.case.users[1])
+
+    def gateway(self) -> MiniGateway:
+        return MiniGateway(self.setup)
+
+    def leftovers(self, gateway: MiniGateway) -> list[str]:
+        self.gateway_ids.add(gateway.gateway_id)
+        return self.case.leftovers(gateway.gateway_id, self.state_dir)
+
+
+@pytest.fixture(params=list(CASES))
+def bench(request: pytest.FixtureRequest, db_url: Callable[[], str | None]) -> Iterator[Bench]:
+    case = CASES[request.param]
+    state_dir = Path(tempfile.mkdtemp(prefix="hgt-"))  # unix sockets need short paths
+    config = case.prepare(state_dir)
+    kernels = state_dir / "kernels"
+    for name, spec in SPECS.items():
+        (kernels / name).mkdir(parents=True)
+        (kernels / name / "kernel.json").write_text(json.dumps(spec))
+    url = db_url() or f"sqlite:///{state_dir}/gateway.sqlite"
+    made = Bench(case, Setup(str(state_dir), url, (str(kernels),), config), state_dir)
+    yield made
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        if made.gateway_ids & set(words) or any(str(state_dir) in word for word in words):
+            process.kill()
+    shutil.rmtree(state_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remove_unix_users() -> Iterator[None]:
+    yield
+    for user in UNIX_USERS:
+        subprocess.run(["userdel", "--remove", user], capture_output=True, check=False)

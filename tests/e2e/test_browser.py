@@ -1,0 +1,156 @@
+"""What a person sees in JupyterLab, in a real browser. Screenshots are kept under `.artefacts`."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+from tests.e2e.conftest import ARTEFACTS
+from tests.harness.hub import PASSWORD, RealHub
+from tests.harness.waiting import until
+
+pytestmark = pytest.mark.needs("chromium")
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+class Lab:
+    """JupyterLab, as a person works it."""
+
+    def __init__(self, page: Page, hub: RealHub, user: str) -> None:
+        self.page, self.hub, self.user = page, hub, user
+
+    def shot(self, name: str) -> None:
+        """Keep a screenshot."""
+        ARTEFACTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=str(Path(ARTEFACTS) / f"{name}.png"))
+
+    def log_in(self) -> None:
+        """Log in at the Hub and wait for Lab's launcher."""
+        self.page.goto(f"{self.hub.url}/hub/login?next={self.hub.base_url}user/{self.user}/lab")
+        self.page.get_by_label("Username").fill(self.user)
+        self.page.get_by_label("Password", exact=True).fill(PASSWORD)
+        self.page.get_by_role("button", name="Sign in").click()
+        expect(self.page.locator("#jupyterlab-splash")).to_be_hidden(timeout=120_000)
+        expect(self.page.locator(".jp-Launcher").first).to_be_visible(timeout=60_000)
+
+    def new_notebook(self, kernel: str) -> None:
+        """Pick the kernel in the launcher."""
+        launcher = self.page.locator(".jp-Launcher:visible")
+        if not launcher.count():
+            self.page.keyboard.press("Control+Shift+L")
+        self.page.locator(".jp-LauncherCard[data-category='Notebook']").filter(has_text=kernel).first.click()
+        expect(self.notebook).to_be_visible(timeout=30_000)
+        expect(self.cells.last).to_be_visible()
+
+    @property
+    def notebook(self) -> Locator:
+        return self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
+
+    @property
+    def cells(self) -> Locator:
+        return self.notebook.locator(".jp-CodeCell")
+
+    def run(self, code: str) -> Locator:
+        """Type into the last cell and run it; the cell."""
+        index = self.cells.count() - 1
+        cell = self.cells.nth(index)
+        cell.locator(".cm-content").click()
+        self.page.keyboard.insert_text(code)
+        self.page.keyboard.press("Shift+Enter")
+        return cell
+
+    @staticmethod
+    def output(cell: Locator) -> Locator:
+        return cell.locator(".jp-OutputArea")
+
+    def command(self, menu: str, entry: str) -> None:
+        """Choose an entry of Lab's menu."""
+        self.page.get_by_role("menuitem", name=menu, exact=True).click()
+        self.page.get_by_role("menuitem", name=re.compile(entry)).first.click()
+
+
+@pytest.fixture
+def page(chromium: str) -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        opened = browser.new_page(viewport={"width": 1280, "height": 900})
+        opened.set_default_timeout(30_000)
+        yield opened
+        browser.close()
+
+
+@pytest.fixture
+def lab(page: Page, lab_hub: RealHub) -> Lab:
+    opened = Lab(page, lab_hub, "alice")
+    opened.log_in()
+    return opened
+
+
+def test_a_day_in_a_notebook(lab: Lab) -> None:
+    """Run cells, see text, a figure and a slider; interrupt a loop; restart the kernel."""
+    lab.shot("launcher")
+    lab.new_notebook("Python")
+    expect(lab.output(lab.run("print('hello from', 6 * 7)"))).to_contain_text("hello from 42", timeout=60_000)
+
+    figure = lab.run("import matplotlib.pyplot as plt\nplt.plot([1, 4, 9])\nplt.show()")
+    expect(figure.locator(".jp-OutputArea img")).to_be_visible(timeout=60_000)
+
+    slider = lab.run("import ipywidgets\nw = ipywidgets.IntSlider(value=3, max=10)\nw")
+    handle = slider.locator(".noUi-handle")
+    expect(handle).to_be_visible(timeout=60_000)
+    handle.focus()
+    lab.page.keyboard.press("ArrowRight")
+    lab.page.keyboard.press("ArrowRight")
+    expect(lab.output(lab.run("print('slider at', w.value)"))).to_contain_text("slider at 5")
+    lab.shot("outputs")
+
+    loop = lab.run("import time\nwhile True: time.sleep(0.1)")
+    expect(loop.locator(".jp-InputPrompt")).to_contain_text("*")
+    lab.command("Kernel", "Interrupt Kernel")
+    expect(lab.output(loop)).to_contain_text("KeyboardInterrupt")
+    lab.shot("interrupted")
+
+    lab.command("Kernel", r"^Restart Kernel…")
+    lab.page.get_by_role("button", name="Confirm Kernel Restart").click()
+    expect(lab.output(lab.run("print('w' in globals())"))).to_contain_text("False", timeout=60_000)
+    lab.shot("restarted")
+
+
+def test_a_kernel_that_dies_at_start_says_why(lab: Lab) -> None:
+    """The last lines of stderr and the exit code stand in the notebook."""
+    lab.new_notebook("Dies at start")
+    cell = lab.run("1 + 1")
+    expect(lab.output(cell)).to_contain_text("libcudart.so.12", timeout=60_000)
+    expect(lab.output(cell)).to_contain_text("exit code 3")
+    lab.shot("dies-at-start")
+
+
+def test_the_output_completes_when_the_gateway_is_killed(lab: Lab) -> None:
+    """kill -9 during a cell: the Hub starts the gateway again, and nothing is missing."""
+    lab.new_notebook("Python")
+    cell = lab.run("import time\nfor i in range(60):\n    print('line', i, flush=True); time.sleep(0.1)")
+    expect(lab.output(cell)).to_contain_text("line 5\n", timeout=60_000)
+    gateway = lab.hub.gateway_pid
+    os.kill(gateway, signal.SIGKILL)
+    # The Hub looks after its services every 30 seconds at most.
+    until(lambda: lab.hub.gateway_pid != gateway, "the Hub to start the gateway again", timeout=60)
+    expect(lab.output(cell)).to_contain_text("line 59", timeout=60_000)
+    text = lab.output(cell).inner_text()
+    assert [int(n) for n in re.findall(r"line (\d+)", text)] == list(range(60))
+    expect(lab.output(lab.run("print('variables', i)"))).to_contain_text("variables 59", timeout=60_000)
+    lab.shot("after-kill")

@@ -1,0 +1,52 @@
+"""What some suites need beside Python and Node.js: how to find it, and which Debian packages bring it.
+
+Standard library only: `python -m tests.engines` runs before there is an environment.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ENGINES", "Engine", "chromium", "missing", "postgresql"]
+
+
+def postgresql() -> str | None:
+    """The directory of PostgreSQL's server programs; the newest where there are several."""
+    versions = Path("/usr/lib/postgresql")
+    found = sorted(versions.glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]) if p.parts[-3].isdigit() else 0)
+    if found:
+        return str(found[-1].parent)
+    program = shutil.which("initdb")
+    return str(Path(program).resolve().parent) if program else None
+
+
+def chromium() -> str | None:
+    """A browser that Playwright can drive."""
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One program that a suite drives for real."""
+
+    find: Callable[[], str | None]
+    packages: tuple[str, ...]
+    purpose: str
+
+
+ENGINES = {
+    "postgresql": Engine(postgresql, ("postgresql",), "every suite on PostgreSQL"),
+    "chromium": Engine(chromium, ("chromium",), "what a person sees in JupyterLab"),
+    "sudo": Engine(lambda: shutil.which("sudo"), ("sudo",), "kernels as another unix user by a sudo rule"),
+}
+
+
+def missing(name: str) -> str:
+    """Why suites that need the engine cannot run here, in one line; empty if they can."""
+    engine = ENGINES[name]
+    if engine.find() is not None:
+        return ""
+    return f"{name} is not installed (Debian: apt-get install {' '.join(engine.packages)}); it is for {engine.purpose}"

@@ -1,0 +1,162 @@
+"""A kernel outlives its gateway: real processes, real kill -9."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.gateway import ROOT, GatewayProcess
+from tests.harness.jupyter_server import JupyterServer
+from tests.harness.notebook import Message, Notebook
+from tests.harness.waiting import until
+
+LINES = 20_000
+ONE_BATCH = 512
+"""Messages in one link frame: what was written and not yet reported when the gateway died may come again."""
+PRINT = f"for i in range({LINES}): print(i, flush=True)"
+
+
+def numbers(messages: list[Message]) -> list[int]:
+    """The numbers that the cell printed, in the order in which they came."""
+    text = "".join(m["content"]["text"] for m in messages if m["header"]["msg_type"] == "stream")
+    return [int(line) for line in text.split()]
+
+
+def repeated(found: list[int]) -> int:
+    """How many numbers came twice; fails if any is missing or out of order beyond one repeated run."""
+    position, again = 0, 0
+    for number in found:
+        if number == position:
+            position += 1
+        else:
+            assert number < position, f"{number} came before {position}: output was lost"
+            again += 1
+    assert position == LINES, f"only {position} of {LINES} lines came"
+    return again
+
+
+COMPANION = "--ServerApp.kernel_websocket_connection_class=hub_gateway.companion.NumberedGatewayConnection"
+
+
+@pytest.fixture(params=["stock", "companion"])
+def server(gateway: GatewayProcess, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JupyterServer]:
+    """A jupyter_server in front of the gateway, as alice's single-user server: stock, or with our connection class."""
+    jupyter = JupyterServer(
+        tmp_path / "server",
+        gateway_url=gateway.url,
+        gateway_token=gateway.tokens["alice"],
+        arguments=(COMPANION,) if request.param == "companion" else (),
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    jupyter.exactly_once = request.param == "companion"
+    yield jupyter
+    jupyter.close()
+
+
+def start_kernel(gateway: GatewayProcess, user: str = "alice", name: str = "python") -> str:
+    with gateway.client(user) as client:
+        answer = client.post("/api/kernels", json={"name": name})
+        assert answer.status_code == 201, answer.text
+        kernel_id: str = answer.json()["id"]
+        return kernel_id
+
+
+def test_no_output_is_lost_when_the_gateway_is_killed(gateway: GatewayProcess, server: JupyterServer) -> None:
+    """The single-user server's own client reconnects; every line, every idle and every variable is there."""
+    kernel_id = server.open_notebook("python")
+    with Notebook(server.ws_url, kernel_id, server.headers) as notebook:
+        notebook.execute("secret = 42")
+        running = notebook.send(
+            "execute_request",
+            {"code": PRINT, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False},
+        )
+        messages: list[Message] = []
+        while len(numbers(messages)) < 3000:
+            messages.append(notebook.receive())
+        gateway.kill()
+        gateway.start()
+        result = notebook.collect(running, timeout=120)
+        assert result.status == "ok"
+        again = repeated(numbers(messages + result.messages))
+        allowed = 0 if server.exactly_once else ONE_BATCH
+        assert again <= allowed, f"{again} lines came twice; at most {allowed} may"
+        assert notebook.execute("print(secret)").text == "42\n"
+    assert len(gateway.agents()) == 1
+
+
+def test_output_waits_for_a_client_that_is_away(gateway: GatewayProcess) -> None:
+    """What a kernel prints while its gateway is dead and nobody listens is kept, buffers too."""
+    kernel_id = start_kernel(gateway)
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice"), session="kept", v1=True) as notebook:
+        notebook.execute("from ipykernel.comm import Comm; import time")
+        code = (
+            "time.sleep(1)\n"
+            "c = Comm(target_name='t', data={'n': 1}, buffers=[b'\\x00\\xff' * 1000])\n"
+            "print('done', flush=True)"
+        )
+        notebook.send("execute_request", {"code": code, "silent": False, "user_expressions": {}, "allow_stdin": False})
+        until(
+            lambda: any(m["content"].get("execution_state") == "busy" for m in [notebook.receive()]), "the cell to run"
+        )
+    gateway.kill()
+    gateway.start()
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice"), session="kept", v1=True) as notebook:
+        seen: list[Message] = []
+        while not any(m["channel"] == "shell" for m in seen):
+            seen.append(notebook.receive())
+        while seen[-1]["content"].get("execution_state") != "idle":
+            seen.append(notebook.receive())
+        opened = [m for m in seen if m["header"]["msg_type"] == "comm_open"]
+        assert [bytes(b) for b in opened[0]["buffers"]] == [b"\x00\xff" * 1000]
+        assert "done\n" in "".join(m["content"].get("text", "") for m in seen)
+
+
+def test_kernels_are_listed_and_usable_after_a_restart(gateway: GatewayProcess) -> None:
+    """SIGTERM is not a reason to stop a kernel either."""
+    kernel_id = start_kernel(gateway)
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice")) as notebook:
+        notebook.execute("x = 'still here'")
+    assert gateway.stop() == 0
+    gateway.start()
+    with gateway.client("alice") as client:
+        assert [k["id"] for k in client.get("/api/kernels").json()] == [kernel_id]
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice")) as notebook:
+        assert notebook.execute("print(x)").text == "still here\n"
+    assert len(gateway.agents()) == 1
+
+
+def test_a_kernel_that_was_killed_while_the_gateway_was_down_is_not_a_ghost(gateway: GatewayProcess) -> None:
+    """The node died with the kernel: the row must say dead and give its reservation back."""
+    kernel_id = start_kernel(gateway)
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice")) as notebook:
+        notebook.execute("pass")
+    agents = gateway.agents()
+    gateway.kill()
+    for agent in agents:
+        for child in agent.children(recursive=True):
+            child.kill()
+        agent.kill()
+    gateway.start()
+    with gateway.client("alice") as client:
+
+        def state() -> str:
+            answer = client.get(f"/api/kernels/{kernel_id}")
+            return "gone" if answer.status_code == 404 else str(answer.json()["execution_state"])
+
+        until(lambda: state() in ("dead", "gone"), "the kernel to be reported dead", timeout=40)
+
+
+def test_orphaned_kernels_end_themselves(make_gateway: Callable[..., GatewayProcess]) -> None:
+    """An agent that no gateway has spoken to for its limit ends itself and its kernel."""
+    gateway = make_gateway(config="c.Controller.orphan_seconds = 2.0\n").start()
+    kernel_id = start_kernel(gateway)
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice")) as notebook:
+        pid = int(notebook.execute("import os; print(os.getpid())").text)
+    agents = gateway.agents()
+    assert agents
+    gateway.kill()
+    import psutil
+
+    until(lambda: not psutil.pid_exists(pid) and not gateway.agents(), "agent and kernel to end", timeout=20)

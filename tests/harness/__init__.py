@@ -1,0 +1,1 @@
+"""Starts the real thing for tests: gateways, databases, hubs, kernels. Everything ends what it started."""
