@@ -113,7 +113,7 @@ class Runtime:
         await authenticator.start()
         self._culler = Culler(parent=app, service=kernels)
         if hub is not None:
-            self._activity = ActivityReporter(parent=app, service=kernels, post=hub.report_activity)
+            self._activity = ActivityReporter(parent=app, service=kernels, report=hub.report_activity)
         return make_application(self.services, base_url=app.base_url)
 
     async def take_over(self) -> None:

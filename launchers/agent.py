@@ -42,6 +42,7 @@ DELIMITER = b"<IDS|MSG>"
 BATCH_MESSAGES = 512
 BATCH_BYTES = 256 * 1024
 LARGE_BYTES = 64 * 1024
+BURST = 4
 JOINED_TEXT = 1024 * 1024
 QUEUE_BYTES = 16 * 2**20
 MAX_SESSIONS = 1000
@@ -468,11 +469,6 @@ class Ring:
         """Whether `compact` is due."""
         return self.size > self.due[0] or self.messages > self.due[1]
 
-    @property
-    def overfull(self) -> bool:
-        """Whether even what is never dropped goes beyond twice the limit."""
-        return self.size > 2 * self.max_bytes or self.messages > 2 * self.max_messages
-
     def trim(self, cursor: int) -> None:
         """Let go of everything up to `cursor`."""
         entry = self.root.next
@@ -492,33 +488,43 @@ class Ring:
             found, entry = entry, entry.next
         return found
 
-    def discard_oldest(self) -> None:
-        """Give up entries of any kind, down to the limit: the very last resort."""
-        while (self.size > self.max_bytes or self.messages > self.max_messages) and self.root.next is not self.tail:
-            entry = self.root.next
-            if entry is None:
-                break
+    def weigh(self, place: Entry) -> Tuple[int, int]:
+        """(bytes, messages) after `place`."""
+        size = messages = 0
+        entry = place.next
+        while entry is not None:
+            size += entry.size
+            messages += entry.count
+            entry = entry.next
+        return size, messages
+
+    def settle(self) -> None:
+        """Say when `compact` will be due again: not before something has come, or it would run all the time."""
+        self.due = (
+            max(self.max_bytes, self.size + self.max_bytes // 8),
+            max(self.max_messages, self.messages + self.max_messages // 8),
+        )
+
+    def discard_oldest(self, last: int, size: int, messages: int) -> None:
+        """Give up entries of any kind up to number `last`, down to this size: the very last resort."""
+        entry = self.root.next
+        while entry is not None and entry.last <= last and (self.size > size or self.messages > messages):
             self.dropped_messages += entry.count
             self.floor = entry.last
-            entry.gone = True
             self.trim(entry.last)
+            entry = entry.next
 
-    def compact(self, barriers: Set[int]) -> None:
-        """Make room, down to three quarters of the limit; replies, status, errors and comm messages stay.
+    def compact(self, barriers: Set[int], last: int, size: int, messages: int) -> None:
+        """Make room, down to this size, among what is numbered up to `last`; replies, status, errors and comm stay.
 
         First the oldest `stream` messages of one parent are joined, then the oldest output gives way to
         one notice per gap. Nothing is joined across a number in `barriers` (how far somebody has been
         served), so that nobody gets anything twice. Readers must find their place again by number.
         """
-        goal_bytes, goal_messages = self.max_bytes * 3 // 4, self.max_messages * 3 // 4
         for step in (self._join, self._drop):
             before, entry = self.root, self.root.next
-            while entry is not None and (self.size > goal_bytes or self.messages > goal_messages):
+            while entry is not None and entry.last <= last and (self.size > size or self.messages > messages):
                 before, entry = step(before, entry, barriers)
-        self.due = (
-            max(self.max_bytes, self.size + self.max_bytes // 8),
-            max(self.max_messages, self.messages + self.max_messages // 8),
-        )
 
     def _replace(self, before: Entry, first: Entry, last: Entry, entries: List[Entry]) -> Entry:
         """Put `entries` in place of first..last; returns the last of them (or `before`)."""
@@ -831,22 +837,39 @@ class Outlet:
     # -- room
 
     def _make_room(self) -> None:
+        """Bring the ring back to its limits.
+
+        What a connected client still waits for does not count up to `BURST` times the limit: it goes out as fast
+        as the link takes it. What only absent or slow clients have not got is joined, then dropped.
+        """
+        ring = self.ring
+        limit, count = ring.max_bytes, ring.max_messages
         barriers = {session.cursor for session in self.sessions.values()}
         readers = [peer.place.last for peer in self.peers.values()]
         replays = [session for session in self.sessions.values() if session.place is not None]
         barriers.update(readers, [session.place.last for session in replays if session.place is not None])
-        self.ring.compact(barriers)
-        if self.ring.overfull:
-            # First those who are not there; then, where even a connected client does not take it, the oldest of all.
+        waited = [peer.place for peer in self.peers.values() if peer.live]
+        waited += [session.place for session in replays if session.place is not None]
+        place = min(waited, key=lambda entry: entry.last) if waited else ring.tail
+        served = place.last
+        size, messages = ring.weigh(place)
+        if ring.size - size > limit or ring.messages - messages > count:
+            ring.compact(barriers, served, size + limit * 3 // 4, messages + count * 3 // 4)
+        if ring.size - size > 2 * limit or ring.messages - messages > 2 * count:
+            # What is never dropped is too much: first those who are not there, then the oldest, whoever needs it.
             away = [session for session in self.sessions.values() if session.state == "away"]
             for session in sorted(away, key=lambda one: one.cursor):
-                if self.ring.overfull:
+                if ring.size - size > limit or ring.messages - messages > count:
                     log("the buffer is full; session %r is given up" % session.name)
                     self.forget(session)
-            if self.ring.overfull:
-                self.ring.discard_oldest()
-        for peer, place in zip(list(self.peers.values()), readers):
-            peer.place = self.ring.after(place)
+                    self.trim()
+            ring.discard_oldest(served, size + limit, messages + count)
+        if ring.size > BURST * limit or ring.messages > BURST * count:
+            ring.compact(barriers, ring.seq, (BURST - 1) * limit, (BURST - 1) * count)
+            ring.discard_oldest(ring.seq, 2 * BURST * limit, 2 * BURST * count)
+        ring.settle()
+        for peer, reader in zip(list(self.peers.values()), readers):
+            peer.place = self.ring.after(reader)
         for session in replays:
             if session.place is not None:
                 session.place = self.ring.after(session.place.last)
@@ -974,6 +997,8 @@ class Outlet:
             if session.state == "away" and now - session.away_since > self.settings.session_seconds:
                 self.forget(session)
         self.trim()
+        if self.ring.size > self.ring.max_bytes or self.ring.messages > self.ring.max_messages:
+            self._make_room()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -174,10 +174,10 @@ class Reconciler:
         memory = self._memory.get(record.id)
         if memory is None or memory.epoch != lease.epoch:
             memory = self._memory[record.id] = _Memory(lease.epoch, now + self.timing.start)
-        if record.registration is None and not memory.launched:
+        left = memory.deadline - now
+        if record.registration is None and not memory.launched and left > 0:
             return await self._launch(record, lease, memory)
         report, memory.report = memory.report, None
-        left = memory.deadline - now
         if memory.exit is None and report is not None and report.phase is Phase.GONE:
             memory.exit = await self._post_mortem(record, report, "before it was ready")
         if memory.exit is None and left <= 0:
@@ -191,7 +191,9 @@ class Reconciler:
         return await self._await_ready(record, lease, memory, left)
 
     async def _await_ready(self, record: KernelRecord, lease: Lease, memory: _Memory, left: float) -> float | None:
-        facts = (await self.store.link_facts([record.id]))[record.id]
+        facts = (await self.store.link_facts([record.id])).get(record.id)
+        if facts is None:
+            return 0.0  # the row has changed since it was read
         try:
             relay = await self.links.connect(facts, timeout=min(self.timing.link, left))
         except Unavailable:
@@ -282,7 +284,9 @@ class Reconciler:
                 self.forget(record.id)
                 return None
         elif report is None or report.phase is not Phase.GONE:
-            facts = (await self.store.link_facts([record.id]))[record.id]
+            facts = (await self.store.link_facts([record.id])).get(record.id)
+            if facts is None:
+                return 0.0  # the row has changed since it was read
             try:
                 await self.links.connect(facts, timeout=self.timing.link)
                 self.forget(record.id)

@@ -255,7 +255,7 @@ class KernelService(LoggingConfigurable):
     # Inside
 
     async def _kernel_for(self, caller: Caller, body: Mapping[str, Any], path: str) -> KernelRecord:
-        kernel = body.get("kernel") or {}
+        kernel = {} if body.get("kernel") is None else body["kernel"]
         if not isinstance(kernel, Mapping):
             raise BadRequest("`kernel` must be an object with `id` or `name`.")
         if kernel.get("id"):

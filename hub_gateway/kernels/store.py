@@ -321,6 +321,7 @@ class KernelStore:
         replicas one is refused.
         """
         facts = _registration_of(kernel_id, payload)
+        outdated = "This launch is already registered, or is no longer the current one."
 
         def take(tx: Transaction) -> KernelRecord:
             row = tx.execute(
@@ -335,8 +336,8 @@ class KernelStore:
             if not hmac.compare_digest(expected.encode(), facts.proof.encode()):
                 raise Forbidden("The registration does not prove that it comes from the launched agent.")
             if registered_at is not None or status != KernelStatus.STARTING.value or facts.epoch != epoch:
-                raise Conflict("This launch is already registered, or is no longer the current one.")
-            tx.execute(
+                raise Conflict(outdated)
+            taken = tx.execute(
                 update(Kernel)
                 .where(Kernel.id == kernel_id, Kernel.registered_at.is_(None), Kernel.launch_epoch == epoch)
                 .values(
@@ -347,7 +348,9 @@ class KernelStore:
                     agent_pid=facts.pid,
                 )
                 .returning(Kernel.id)
-            ).one()
+            ).one_or_none()
+            if taken is None:
+                raise Conflict(outdated)
             return _one(tx, kernel_id)
 
         return await self.write(take)

@@ -272,10 +272,10 @@ class LocalProxy(ProcessProxy):
         kernel_id, gateway_id, pid = state.get("kernel_id"), state.get("gateway_id"), state.get("pid")
         assert isinstance(kernel_id, str) and isinstance(gateway_id, str)
         user = self._other_user(state.get("user", state.get("unix_user")))
-        if "only_pid" in state:  # a second agent of a kernel that lives: its directory is the other's
-            found = [a.process for a in tagged.agents(gateway_id, kernel_id) if a.process.pid == pid]
-            self._end(found, user)
-            return
+        if "only_pid" in state:
+            self._end([a.process for a in tagged.agents(gateway_id, kernel_id) if a.process.pid == pid], user)
+            if tagged.agents(gateway_id, kernel_id):
+                return  # it was a second agent of a kernel that lives, whose directory it is
         directory = self._directory(gateway_id, kernel_id, user)
         found = [agent.process for agent in tagged.agents(gateway_id, kernel_id)]
         self._end(found, user)

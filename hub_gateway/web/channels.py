@@ -16,7 +16,7 @@ from hub_gateway.link.codec import CHANNELS
 from hub_gateway.link.wire import V1_SUBPROTOCOL, encode
 from hub_gateway.metrics import METRICS
 from hub_gateway.web.base import APIHandler
-from hub_gateway.web.framewriter import FrameWriter
+from hub_gateway.web.framewriter import ONE_BATCH, FrameWriter, Window
 
 __all__ = ["NUMBERED_SUBPROTOCOL", "ChannelsHandler"]
 
@@ -25,6 +25,7 @@ NUMBERED_SUBPROTOCOL = "numbered.v1.kernel.websocket.hub-gateway"
 """v1 with each message's number before it (`<Q`); what the companion class for single-user servers speaks."""
 
 _DIALECTS = {NUMBERED_SUBPROTOCOL: Dialect.NUMBERED, V1_SUBPROTOCOL: Dialect.V1}
+NUMBERED_WINDOW = Window(16_384, 4 * 2**20)
 _IOPUB = CHANNELS.index(b"iopub")
 _MAX_SESSION = 200
 _NOTICE_SECONDS = 10.0
@@ -36,7 +37,8 @@ class ClientSink(FrameWriter):
     def __init__(
         self, handler: WebSocketHandler, *, session: str, keep: bool, after: int | None, dialect: Dialect
     ) -> None:
-        super().__init__(handler)
+        # A client that names the last number it saw gets nothing twice, however much was on its way.
+        super().__init__(handler, NUMBERED_WINDOW if dialect is Dialect.NUMBERED else ONE_BATCH)
         self.session = session
         self.keep = keep
         self.after = after
@@ -119,8 +121,14 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
         LOG.info("%s (%d so far)", sentence, self.refused, extra={"kernel_id": self.relay.kernel_id})
         sink.write(encode(sink.dialect, _IOPUB, notices.stream(f"{sentence}\n")), None)
 
+    def on_pong(self, data: bytes) -> None:
+        """The client has everything before the ping that this answers."""
+        if self.sink is not None:
+            self.sink.pong(data)
+
     def on_close(self) -> None:
         """Leave the relay; what comes from now on waits at the agent."""
         if self.sink is not None:
             METRICS.websockets.dec()
             self.relay.detach(self.sink)
+            self.sink.close()

@@ -1,63 +1,187 @@
-"""Writes ready-made websocket frames to tornado's stream: one system call a batch, not one a message.
+"""Writes ready-made websocket frames to tornado's stream, and learns what the client has taken.
 
-This is the only place that reaches past tornado's public `write_message`, which frames, masks and sends one
-message at a time. What it relies on (`WebSocketHandler.ws_connection.stream` is an IOStream whose `write` returns a
-future that is done once the bytes were handed to the operating system, and keeps the order) is pinned
-by tests/unit/test_framewriter.py.
+One system call a batch in place of one a message. This is the only place that reaches past tornado's public
+`write_message`; what it relies on (`WebSocketHandler.ws_connection.stream` is an IOStream whose `write` keeps the order)
+is pinned by tests/unit/test_framewriter.py.
+
+That bytes were handed to the operating system does not mean that the client has them: when this process is killed,
+a client that has not read them yet may lose them (tornado's client throws its read buffer away when the connection
+ends). So every so often a ping is put between the messages; its pong (RFC 6455, section 5.5.3) says that the client
+has taken everything before it. No more than `Window` is on its way at a time: that much may come twice after a kill.
 """
 
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from tornado.iostream import IOStream, StreamClosedError
 from tornado.websocket import WebSocketHandler
 
-__all__ = ["FrameWriter"]
+__all__ = ["ONE_BATCH", "FrameWriter", "Window"]
+
+PING_MESSAGES = 256
+PING_BYTES = 128 * 1024
+PING_SECONDS = 0.02
+PATIENCE_SECONDS = 5.0
+"""A client that has answered no ping for this long does not answer pings."""
+
+_MARK = b"hgw"
+_PING = struct.Struct("!BB3sQ")
+_PONG = struct.Struct("!3sQ")
+
+
+@dataclass(frozen=True)
+class Window:
+    """How much may be on its way to a client without its having said that it is there."""
+
+    messages: int
+    bytes: int
+
+
+ONE_BATCH = Window(512, 2 * 2**20)
+"""For clients that cannot name the last number they saw: one batch of the link, or two large messages."""
+
+
+@dataclass
+class _Group:
+    """What one pong stands for."""
+
+    number: int
+    seq: int | None = None
+    messages: int = 0
+    bytes: int = 0
 
 
 class FrameWriter:
-    """The sending side of one open websocket.
+    """The sending side of one open websocket. `on_flushed(seq)` says that the client has everything up to `seq`."""
 
-    `backlog` is what was accepted and not yet handed to the operating system, in bytes. `on_flushed(seq)` is
-    called when everything written with numbers up to `seq` was.
-    """
-
-    def __init__(self, handler: WebSocketHandler) -> None:
+    def __init__(self, handler: WebSocketHandler, window: Window = ONE_BATCH) -> None:
         connection = handler.ws_connection
         assert connection is not None, "the websocket is not open"
         stream = connection.stream
         assert isinstance(stream, IOStream)
         self._stream = stream
-        self.backlog = 0
+        self._window = window
         self.on_flushed: Callable[[int], None] | None = None
-        self._pending: deque[tuple[int, int | None]] = deque()
+        self.backlog = 0
+        """Bytes accepted and not yet written."""
+        self._queue: deque[tuple[bytes, int | None, int]] = deque()
+        self._newest = 0
+        self._group = _Group(1)
+        self._flying: deque[_Group] = deque()
+        self._messages = 0
+        self._bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._patience: asyncio.TimerHandle | None = None
+        self._answers = False
+        self._silent = False
 
     def write(self, data: bytes, seq: int | None) -> None:
         """Send complete frames; does nothing on a closed websocket (its `on_close` says so to everybody)."""
         if self._stream.closed():
             return
+        count = 0 if seq is None else max(1, seq - self._newest) if self._newest else 1
+        if seq is not None:
+            self._newest = seq
+        if self._queue or not self._fits(len(data), count):
+            self._queue.append((data, seq, count))
+            self.backlog += len(data)
+            self._ping()
+        else:
+            self._send(data, seq, count)
+
+    def _fits(self, size: int, count: int) -> bool:
+        if self._silent or self._messages == 0:
+            return True
+        return self._messages + count <= self._window.messages and self._bytes + size <= self._window.bytes
+
+    def _send(self, data: bytes, seq: int | None, count: int) -> None:
+        group = self._group
+        group.messages += count
+        group.bytes += len(data)
+        group.seq = group.seq if seq is None else seq
+        self._messages += count
+        self._bytes += len(data)
+        self._write(data)
+        if group.messages >= PING_MESSAGES or group.bytes >= PING_BYTES:
+            self._ping()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(PING_SECONDS, self._ping)
+
+    def _write(self, data: bytes) -> None:
         try:
             future = self._stream.write(data)
         except StreamClosedError:
             return
-        if future.done() and not self._pending:
-            if future.exception() is None:
-                self._tell(seq)
+        future.add_done_callback(_seen)
+
+    def _ping(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        group = self._group
+        if not group.bytes or self._stream.closed():
             return
-        self.backlog += len(data)
-        self._pending.append((len(data), seq))
-        future.add_done_callback(self._written)
+        self._group = _Group(group.number + 1)
+        self._flying.append(group)
+        self._write(_PING.pack(0x89, _PONG.size, _MARK, group.number))
+        if self._silent:
+            self._arrived(group.number)
+        elif not self._answers and self._patience is None:
+            self._patience = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._give_up_pongs)
 
-    def _written(self, future: asyncio.Future[None]) -> None:
-        # Futures of one stream are done in the order of the writes.
-        size, seq = self._pending.popleft()
-        self.backlog -= size
-        if not future.cancelled() and future.exception() is None:
-            self._tell(seq)
+    def pong(self, data: bytes) -> None:
+        """A pong of the client: ours, or somebody else's, which is passed over."""
+        if len(data) == _PONG.size and data.startswith(_MARK):
+            self._answers, self._silent = True, False
+            if self._patience is not None:
+                self._patience.cancel()
+                self._patience = None
+            self._arrived(_PONG.unpack(data)[1])
 
-    def _tell(self, seq: int | None) -> None:
+    def _arrived(self, number: int) -> None:
+        seq = None
+        while self._flying and self._flying[0].number <= number:
+            group = self._flying.popleft()
+            self._messages -= group.messages
+            self._bytes -= group.bytes
+            seq = seq if group.seq is None else group.seq
+        while self._queue and self._fits(len(self._queue[0][0]), self._queue[0][2]):
+            data, queued, count = self._queue.popleft()
+            self.backlog -= len(data)
+            self._send(data, queued, count)
+        if self._queue:
+            self._ping()
         if seq is not None and self.on_flushed is not None:
             self.on_flushed(seq)
+
+    def _give_up_pongs(self) -> None:
+        """A client that reads and never answers a ping breaks the standard; it is served as well as can be."""
+        self._patience = None
+        if self._stream.closed() or self._answers:
+            return
+        if self._stream.writing():
+            # It does not read at all: slow, not silent.
+            self._patience = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._give_up_pongs)
+            return
+        self._silent = True
+        if self._flying:
+            self._arrived(self._flying[-1].number)
+
+    def close(self) -> None:
+        """The websocket is closed."""
+        for timer in (self._timer, self._patience):
+            if timer is not None:
+                timer.cancel()
+        self._queue.clear()
+        self.backlog = 0
+
+
+def _seen(future: asyncio.Future[None]) -> None:
+    """A write that failed is a closed websocket, of which everybody hears by `on_close`."""
+    if not future.cancelled():
+        future.exception()

@@ -2,96 +2,111 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
+import re
+from collections.abc import Iterator
 
 import httpx
 import pytest
 import websocket
 
-from tests.e2e.realhub import RealHub
+from tests.harness.hub import NAVIGATE, PASSWORD, RealHub
 
-CORS = {"Sec-Fetch-Mode": "cors", "Sec-Fetch-Site": "same-origin"}
-NAVIGATE = {"Sec-Fetch-Mode": "navigate"}
-PREFIX = "/services/hub-gateway/"
-KERNEL = {"name": "python"}
+FETCH = {"Sec-Fetch-Mode": "cors", "Sec-Fetch-Site": "same-origin"}
 
 
-async def test_a_page_leads_to_the_hubs_login_and_back(real_hub: RealHub) -> None:
-    async with real_hub.browser(None) as browser:
-        login = await browser.page(f"{PREFIX}home")
-        assert login.url.path == "/hub/login"
-        token = browser.xsrf("/hub/")
-        form = {"username": "alice", "password": real_hub.password("alice"), "_xsrf": token}
-        page = await browser.client.post(str(login.url), data=form, headers=NAVIGATE)
-        assert page.status_code == 200, page.text
-        assert page.url.path == f"{PREFIX}home"
-        assert "code=" not in str(page.url), "the OAuth code stays in the address"
-        assert "alice" in page.text
+@pytest.fixture
+def alice(hub: RealHub) -> Iterator[httpx.Client]:
+    """A browser that has been at the gateway's page."""
+    session, page = hub.browser("alice")
+    assert "alice" in page.text
+    with session:
+        yield session
 
 
-async def test_logging_out_at_the_hub_closes_the_page(real_hub: RealHub) -> None:
-    async with real_hub.browser("bob") as browser:
-        assert "bob" in (await browser.page(f"{PREFIX}home")).text
-        await browser.page("/hub/logout")
-        assert (await browser.page(f"{PREFIX}home")).url.path == "/hub/login"
+def service_xsrf(session: httpx.Client) -> str:
+    return next(c.value or "" for c in session.cookies.jar if c.name == "_xsrf" and "services" in c.path)
 
 
-async def test_a_cookie_needs_the_xsrf_token_and_a_token_does_not(real_hub: RealHub) -> None:
-    async with real_hub.browser("alice") as browser:
-        await browser.page(f"{PREFIX}home")
-        address = f"{real_hub.service}/api/kernels"
-        without = await browser.client.post(address, json=KERNEL, headers=CORS)
-        assert without.status_code == 403
-        assert "message" in without.json(), "a program gets JSON, never the login page"
-        foreign = await browser.client.post(address, json=KERNEL, headers={**CORS, "X-XSRFToken": "2|nonsense"})
-        assert foreign.status_code == 403
-        xsrf = browser.xsrf(PREFIX)
-        assert xsrf
-        made = await browser.client.post(address, json=KERNEL, headers={**CORS, "X-XSRFToken": xsrf})
-        assert made.status_code == 201, made.text
-        gone = await browser.client.delete(f"{address}/{made.json()['id']}", headers={**CORS, "X-XSRFToken": xsrf})
-        assert gone.status_code == 204
+def test_the_page_is_clean_after_the_login(hub: RealHub) -> None:
+    session, page = hub.browser("alice", f"{hub.gateway_url}/home?from=a+link")
+    with session:
+        assert page.url.path.endswith("/services/hub-gateway/home")
+        assert page.url.params.get("from") == "a link", "the browser ends where it wanted to go"
+        assert "code" not in page.url.params, "the OAuth code must not stay in the address"
+        cookies = {cookie.name: cookie for cookie in session.cookies.jar if "services" in cookie.path}
+        assert cookies["service-hub-gateway"].has_nonstandard_attr("HttpOnly")
 
 
-def test_only_tokens_for_this_service_open_it(real_hub: RealHub) -> None:
-    fit, narrow = real_hub.token("alice"), real_hub.token("alice", ["read:users!user=alice"])
-    address = f"{real_hub.service}/api/kernelspecs"
+def test_logging_out_at_the_hub_closes_the_page(hub: RealHub, alice: httpx.Client) -> None:
+    alice.get(f"{hub.url}/hub/logout")
+    assert alice.get(f"{hub.gateway_url}/home").url.path.endswith("/hub/login")
+
+
+def test_a_page_is_not_for_scripts_without_the_xsrf_token(hub: RealHub, alice: httpx.Client) -> None:
+    alice.follow_redirects = False
+    without = alice.get(f"{hub.gateway_url}/home", headers=FETCH)
+    assert without.status_code in (302, 403)
+    assert "alice" not in without.text
+    with_it = alice.get(f"{hub.gateway_url}/home", headers={**FETCH, "X-XSRFToken": service_xsrf(alice)})
+    assert with_it.status_code == 200
+
+
+def test_the_rest_interface_believes_no_cookie(hub: RealHub, alice: httpx.Client) -> None:
+    """Pages of every user's server have the gateway's origin: they could send such requests for their visitors."""
+    alice.follow_redirects = False
+    for headers in (FETCH, {**FETCH, "X-XSRFToken": service_xsrf(alice)}, NAVIGATE):
+        answer = alice.post(f"{hub.gateway_url}/api/kernels", json={"name": "python"}, headers=headers)
+        assert answer.status_code in (401, 403)
+        assert set(answer.json()) >= {"reason", "message"}, "a program gets JSON, never the login page"
+    token = hub.user_token("alice")
+    headers = {"Authorization": f"token {token}"}
+    made = httpx.post(f"{hub.gateway_url}/api/kernels", json={"name": "python"}, headers=headers)
+    assert made.status_code == 201, "a token needs no XSRF token"
+    kernel = f"{hub.gateway_url}/api/kernels/{made.json()['id']}"
+    cookies = "; ".join(f"{cookie.name}={cookie.value}" for cookie in alice.cookies.jar)
+    with pytest.raises(websocket.WebSocketBadStatusException) as refused:
+        websocket.create_connection(
+            "ws" + kernel.removeprefix("http") + "/channels",
+            header={"Cookie": cookies, "Sec-Fetch-Mode": "websocket", "Sec-Fetch-Site": "same-origin"},
+            origin=str(httpx.URL(hub.url).join("/")).rstrip("/"),
+            timeout=20,
+        )
+    assert refused.value.status_code in (401, 403)
+    assert httpx.delete(kernel, headers=headers, timeout=30).status_code == 204
+
+
+def test_only_tokens_for_this_service_open_it(hub: RealHub) -> None:
+    address = f"{hub.gateway_url}/api/kernelspecs"
+    fit = hub.user_token("alice", scopes=["access:services!service=hub-gateway"])
     for scheme in ("token", "Bearer"):
         assert httpx.get(address, headers={"Authorization": f"{scheme} {fit}"}).status_code == 200
+    narrow = hub.user_token("alice", scopes=["read:users!user=alice"])
     refused = httpx.get(address, headers={"Authorization": f"token {narrow}"})
     assert refused.status_code == 403
     assert refused.json()["message"].endswith(".")
     for headers in ({}, {"Authorization": "token nobody-issued-this"}):
-        answer = httpx.get(address, headers=headers)
-        assert answer.status_code in (401, 403)
-        assert set(answer.json()) >= {"reason", "message"}
+        assert httpx.get(address, headers=headers).status_code in (401, 403)
     assert httpx.get(f"{address}?token={fit}").status_code in (401, 403), "tokens in addresses end up in logs"
 
 
-async def test_a_cookie_alone_opens_no_kernel(real_hub: RealHub) -> None:
-    """Every user's server has the gateway's origin: its pages could open such a websocket for its visitors."""
-    async with real_hub.browser("alice") as browser:
-        await browser.page(f"{PREFIX}home")
-        xsrf = browser.xsrf(PREFIX)
-        address = f"{real_hub.service}/api/kernels"
-        made = await browser.client.post(address, json=KERNEL, headers={**CORS, "X-XSRFToken": xsrf})
-        request = httpx.Request("GET", f"{address}/x")
-        browser.client.cookies.set_cookie_header(request)
-        headers = {"Cookie": request.headers["Cookie"], "Sec-Fetch-Mode": "websocket", "Sec-Fetch-Site": "same-origin"}
-        with pytest.raises(websocket.WebSocketBadStatusException) as refused:
-            websocket.create_connection(
-                f"{real_hub.ws_service}/api/kernels/{made.json()['id']}/channels",
-                header=headers,
-                origin=real_hub.url,
-                timeout=20,
-            )
-        assert refused.value.status_code in (401, 403)
-        await browser.client.delete(f"{address}/{made.json()['id']}", headers={**CORS, "X-XSRFToken": xsrf})
-
-
-async def test_the_root_answers_cheaply_to_anybody(real_hub: RealHub) -> None:
+def test_the_root_answers_cheaply_to_anybody(hub: RealHub) -> None:
     """The Hub asks it at start, and a load balancer all the time."""
-    async with httpx.AsyncClient() as client:
-        answer = await client.get(f"{real_hub.service}/")
+    answer = httpx.get(f"{hub.gateway_url}/")
     assert answer.status_code == 200
-    assert urlsplit(str(answer.url)).path == PREFIX
+    assert not answer.history
+
+
+def test_a_login_that_was_under_way_survives_a_restart(own_hub: RealHub) -> None:
+    """The OAuth state of a browser at the login page is in the database, not in the memory of the old process."""
+    with httpx.Client(headers=NAVIGATE, timeout=30, follow_redirects=True) as browser:
+        login = browser.get(f"{own_hub.gateway_url}/home")
+        assert login.url.path == "/hub/login"
+        own_hub.stop_hub()
+        own_hub.start_hub()
+        page = browser.get(login.url)
+        xsrf = re.search(r'name="_xsrf" value="([^"]+)"', page.text)
+        assert xsrf is not None
+        answer = browser.post(page.url, data={"username": "alice", "password": PASSWORD, "_xsrf": xsrf[1]})
+        assert answer.status_code == 200, answer.text[:2000]
+        assert answer.url.path == "/services/hub-gateway/home"
+        assert "alice" in answer.text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.realhub import RealHub
+from tests.harness.hub import RealHub
 from tests.harness.jupyter_server import JupyterServer
 from tests.harness.notebook import Notebook
 
@@ -15,9 +15,9 @@ LINES = 20_000
 
 
 @pytest.fixture
-def server(real_hub: RealHub, tmp_path: Path) -> Iterator[JupyterServer]:
+def server(hub: RealHub, tmp_path: Path) -> Iterator[JupyterServer]:
     """As in a single-user server: the gateway's address through the Hub's proxy, and alice's token."""
-    jupyter = JupyterServer(tmp_path / "server", gateway_url=real_hub.service, gateway_token=real_hub.token("alice"))
+    jupyter = JupyterServer(tmp_path / "server", gateway_url=hub.gateway_url, gateway_token=hub.user_token("alice"))
     yield jupyter
     jupyter.close()
 

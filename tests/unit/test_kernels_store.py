@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from pathlib import Path
@@ -149,7 +150,7 @@ async def test_leases_are_taken_once_and_raise_the_epoch(db: Database) -> None:
         await first.admit(new(f"k{number}"))
     rivals = [replica(db, f"r{n}x")[1] for n in range(4)]
     taken = await asyncio.gather(*(rival.claim() for rival in rivals))
-    assert sorted(sum((list(some) for some in taken), [])) == sorted(f"k{n}" for n in range(20))
+    assert sorted(itertools.chain(*taken)) == sorted(f"k{n}" for n in range(20))
     assert {(r.epoch) for r in await first.live()} == {2}
     assert await rivals[0].claim() == []
 

@@ -1,0 +1,1 @@
+"""How fast the gateway is, beside a direct connection and beside Enterprise Gateway. Run: `python -m benchmarks`."""

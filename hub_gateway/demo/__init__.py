@@ -1,0 +1,1 @@
+"""`jupyter hubgateway demo`: a whole JupyterHub with the gateway on one machine."""
