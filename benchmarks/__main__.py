@@ -68,7 +68,7 @@ def main() -> int:
         if options.eg_python:
             bench.eg = stack.enter_context(EnterpriseGateway(bench.fresh("eg"), options.eg_python))
         for name in options.only.split(","):
-            report.others[name] = settle()
+            report.others[name] = settle(patience=5 if options.quick else 60)
             print(f"{name} ... (others use {report.others[name]:.0f} % of the CPU)", file=sys.stderr, flush=True)
             try:
                 rows = MEASURES[name](bench)

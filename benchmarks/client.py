@@ -290,8 +290,13 @@ class Channels:
         chunks = [bytes(self.pending)]
         self.pending.clear()
         seconds, replied, tail = 0.0, False, b""
+        alive = started
         while not (seconds and replied):
             data = self.some()
+            now = time.perf_counter()
+            if now - alive > 5:  # pings are not looked for here, so pongs go unasked (RFC 6455, 5.5.3)
+                self.frame(10, b"")
+                alive = now
             chunks.append(data)
             near = tail + data
             at = near.find(b'idle"') if not seconds else -1

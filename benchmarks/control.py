@@ -137,7 +137,7 @@ def starts(bench: Bench) -> list[Row]:
     ours: list[float] = []
     eg: list[float] = []
     failed = 0
-    argv = bench.specs["python"]["argv"]
+    argv = bench.specs["ipykernel"]["argv"]
     concurrent_starts(argv, 2)  # warm: byte code and page cache
     for number in range(bench.rounds(5)):
         order = ["direct", "ours", "eg"] if number % 2 else ["eg", "ours", "direct"]
@@ -145,12 +145,12 @@ def starts(bench: Bench) -> list[Row]:
             if who == "direct":
                 direct.append(concurrent_starts(argv, KERNELS))
             elif who == "ours":
-                seconds, wrong = bench.hub.concurrent_starts("python", KERNELS)
+                seconds, wrong = bench.hub.concurrent_starts("ipykernel", KERNELS)
                 if wrong:
                     raise AssertionError(f"Hub Gateway: {wrong} of {KERNELS} concurrent starts failed")
                 ours.append(seconds)
             elif bench.eg is not None:
-                seconds, wrong = bench.eg.concurrent_starts("python", KERNELS)
+                seconds, wrong = bench.eg.concurrent_starts("ipykernel", KERNELS)
                 failed += wrong
                 eg.append(seconds)
     ratio = statistics.median(ours) / statistics.median(direct)
@@ -176,11 +176,11 @@ def stalled(bench: Bench, gateway: Gateway, output: Any, rounds: int) -> dict[st
     """What the loop monitor and the pinging process saw during concurrent starts."""
     pings: list[Pings] = []
     found: list[dict[str, Any]] = []
-    gateway.concurrent_starts("python", 2)
+    gateway.concurrent_starts("ipykernel", 2)
     for _ in range(rounds):
         gateway.stalls(output)
         with Pinger(gateway.endpoint) as pinger:
-            gateway.concurrent_starts("python", KERNELS)
+            gateway.concurrent_starts("ipykernel", KERNELS)
         found += gateway.stalls(output)
         pings.append(pinger.result)
     late = [entry["late"] for entry in found] or [0.0]

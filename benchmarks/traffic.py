@@ -33,12 +33,12 @@ def round_trips(bench: Bench) -> list[Row]:
     gateways: list[Gateway] = [gateway for gateway in (bench.hub, bench.eg) if gateway is not None]
     cpu: dict[str, float] = {}
     with ExitStack() as stack:
-        direct = stack.enter_context(DirectKernel(bench.specs["python"]["argv"]))
+        direct = stack.enter_context(DirectKernel(bench.specs["ipykernel"]["argv"]))
         direct.wait_until_ready()
         paths: dict[str, Callable[[str], float]] = {"direct": direct.execute}
         for gateway in gateways:
             for form, v1 in FORMS.items():
-                channels = stack.enter_context(gateway.channels(gateway.start("python"), v1=v1))
+                channels = stack.enter_context(gateway.channels(gateway.start("ipykernel"), v1=v1))
                 channels.kernel_info()
                 paths[f"{gateway.name} {form}"] = channels.execute
         samples: dict[str, list[float]] = {name: [] for name in paths}
@@ -64,8 +64,7 @@ def round_trips(bench: Bench) -> list[Row]:
     bench.report.notes.append(
         f"`pass` round trip: {count} cells on each path, request to execute_reply, one after the other, direct and "
         f"ours in random order, then {eg_count} on each path of Enterprise Gateway; each path with its own ipykernel; "
-        "raw "
-        "blocking websocket client. Direct with jupyter_client's "
+        "raw blocking websocket client. Direct with jupyter_client's "
         f"BlockingKernelClient: {milliseconds(by_client)}."
     )
     floor = statistics.median(samples["direct"])
@@ -230,7 +229,7 @@ def large_messages(bench: Bench) -> list[Row]:
                 f"200 messages of 1 MB, {form}",
                 ">= 0.45 x direct, > EG",
                 per_second(count, direct, "MB/s"),
-                per_second(count, ours, "MB/s") + " encrypted",
+                per_second(count, ours, "MB/s"),
                 per_second(count, eg, "MB/s"),
                 ratio,
                 fast and complete(ours) == ours,
@@ -305,7 +304,7 @@ def with_tornado(bench: Bench) -> list[Row]:
     for gateway in (bench.hub, bench.eg):
         if gateway is None:
             continue
-        kernels = gateway.start("python"), gateway.start("flood")
+        kernels = gateway.start("ipykernel"), gateway.start("flood")
         found[gateway.name] = cross_check(gateway.endpoint, *kernels, count=bench.rounds(100))
         gateway.delete_all()
     ours, eg = found["Hub Gateway"], found.get("Enterprise Gateway")

@@ -210,7 +210,7 @@ class HubGateway(JupyterApp):
         super().initialize(argv)
         if self._dispatching or self.subapp is not None:
             return
-        configure_logging(self.log, int(self.log_level), self.log_format_style, self.replica)
+        configure_logging(self.log, self.log.level, self.log_format_style, self.replica)
 
     def start(self) -> None:
         super().start()  # subcommands, --generate-config

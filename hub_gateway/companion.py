@@ -63,7 +63,7 @@ class NumberedGatewayConnection(GatewayWebSocketConnection):
         self.websocket_handler.set_nodelay(True)
         self._task = asyncio.ensure_future(self._run())
 
-    def disconnect(self) -> None:
+    def disconnect(self) -> None:  # type: ignore[override]  # as in the class above; its base has it async
         """The browser has left."""
         self.disconnected = True
         if self._task is not None:

@@ -1690,7 +1690,7 @@ class Agent:
         self.restarts_in_a_row = 0
         for msg_id in list(self.pending):
             self.conclude(self.pending.pop(msg_id), "aborted", "The kernel was restarted.")
-        self.publish("status", {"execution_state": "restarting"})
+        # No iopub status: JupyterLab takes `restarting` for a kernel that died, and tells the user so.
         self.outlet.broadcast({"event": "restarting"})
         self.tell_state()
         if alive:

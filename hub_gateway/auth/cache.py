@@ -42,14 +42,20 @@ class LookupCache(Generic[V]):
         self._entries.move_to_end(key)
         return (found[1],)
 
-    async def ask(self, key: str, ask: Callable[[], Awaitable[V]]) -> V:
-        """Ask the source, together with everybody who asks the same at this moment; errors are not kept."""
+    def begin(self, key: str, ask: Callable[[], Awaitable[V]]) -> asyncio.Task[V]:
+        """Ask the source, unless it is being asked the same already; errors are not kept."""
         task = self._asking.get(key)
         if task is None:
             task = asyncio.ensure_future(self._ask(key, ask))
+            # Also where everybody who asked has left meanwhile, an error is nobody's surprise.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
             self._asking[key] = task
+        return task
+
+    async def ask(self, key: str, ask: Callable[[], Awaitable[V]]) -> V:
+        """The answer of `begin`."""
         # One impatient caller must not take the answer from the others.
-        return await asyncio.shield(task)
+        return await asyncio.shield(self.begin(key, ask))
 
     async def _ask(self, key: str, ask: Callable[[], Awaitable[V]]) -> V:
         try:

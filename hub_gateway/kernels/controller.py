@@ -10,6 +10,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,10 @@ from hub_gateway.proxies.registry import Proxies
 if TYPE_CHECKING:
     from hub_gateway.link.relay import KernelRelay
 
-__all__ = ["Controller"]
+__all__ = ["SAME_MOMENT", "Controller"]
+
+SAME_MOMENT = timedelta(seconds=1)
+"""Agents tell the age of the last activity, so the moment that comes out of it varies by the way it took."""
 
 
 class Controller(LoggingConfigurable):
@@ -226,7 +230,12 @@ class Controller(LoggingConfigurable):
             if not (relay.linked and relay.ready):
                 continue
             now = Activity(kernel_id, relay.execution_state, relay.last_activity, relay.connections)
-            if self._written.get(kernel_id) != now:
+            before = self._written.get(kernel_id)
+            if (
+                before is None
+                or replace(before, last_activity=now.last_activity) != now
+                or (now.last_activity - before.last_activity >= SAME_MOMENT)
+            ):
                 seen.append(now)
         await self.store.write_activity(seen)
         self._written = {
@@ -256,7 +265,7 @@ class Controller(LoggingConfigurable):
     def _event(self, kernel_id: str, event: Mapping[str, Any]) -> None:
         """An agent, or the link to it, reports."""
         kind = event.get("event")
-        if kind in ("state", "restarting"):
+        if kind in ("state", "restarting") or (kind == "welcome" and event.get("phase") == "starting"):
             return  # listed from memory, written by `flush`
         exited = event.get("exited") if kind == "welcome" and event.get("phase") == "dead" else event
         if isinstance(exited, Mapping) and exited.get("event") == "exited":

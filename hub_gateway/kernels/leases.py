@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import delete, insert, or_, select, update
+from sqlalchemy import Table, bindparam, delete, insert, or_, select, update
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.db.clock import db_now
@@ -21,6 +21,17 @@ from hub_gateway.kernels.store import LIVE, KernelStore
 from hub_gateway.kernels.types import KernelRecord, KernelStatus, KernelTarget
 
 __all__ = ["Lease", "LeaseLost", "Leases"]
+
+_TABLE = cast(Table, Kernel.__table__)
+_FENCED = (
+    _TABLE.update()
+    .where(
+        _TABLE.c.id == bindparam("kernel"),
+        _TABLE.c.lease_holder == bindparam("holder"),
+        _TABLE.c.epoch == bindparam("fence"),
+    )
+    .returning(_TABLE.c.target)
+)
 
 FORGET_INSTANCES_AFTER = 7 * 86400.0
 
@@ -143,17 +154,9 @@ class Leases:
         """
 
         def write(tx: Transaction) -> KernelTarget:
-            target = tx.execute(
-                update(Kernel)
-                .where(
-                    Kernel.id == lease.kernel_id,
-                    Kernel.lease_holder == self.instance,
-                    Kernel.epoch == lease.epoch,
-                )
-                .values(**values)
-                .returning(Kernel.target)
-                .execution_options(synchronize_session=False)
-            ).scalar_one_or_none()
+            statement = _FENCED.values(**values)
+            named = {"kernel": lease.kernel_id, "holder": self.instance, "fence": lease.epoch}
+            target = tx.connection().execute(statement, named).scalar_one_or_none()
             if target is None:
                 raise LeaseLost(lease.kernel_id)
             if release:

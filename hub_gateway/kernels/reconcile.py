@@ -325,6 +325,7 @@ class Reconciler:
                 await asyncio.wait_for(relay.shutdown(), self.timing.stop)
             except (GatewayError, asyncio.TimeoutError) as error:
                 self.log.info("Kernel %s did not end when asked (%s); ending it", record.id, error)
+            self.links.disconnect(record.id)  # asked once, whatever else has to be repeated
         proxy = self.proxies.get(record.proxy)
         await asyncio.wait_for(proxy.terminate(state_of(record, self.gateway_id)), self.timing.terminate)
         failpoints.hit("stop.terminated")

@@ -15,7 +15,7 @@ from traitlets.config import LoggingConfigurable
 from hub_gateway.auth.base import Caller
 from hub_gateway.errors import BadRequest, Conflict, LaunchFailed, NotFound, Unavailable
 from hub_gateway.identity.unix import UnixUsers
-from hub_gateway.kernels.controller import Controller
+from hub_gateway.kernels.controller import SAME_MOMENT, Controller
 from hub_gateway.kernels.environment import client_environment, kernel_environment
 from hub_gateway.kernels.reconcile import tail_lines
 from hub_gateway.kernels.sessions import Sessions
@@ -295,6 +295,9 @@ class KernelService(LoggingConfigurable):
             return record if state is record.execution_state else replace(record, execution_state=state)
         relay = self.controller.links.existing(record.id)
         if relay is None or not relay.linked:
+            return record
+        known = (record.execution_state, record.connections) == (relay.execution_state, relay.connections)
+        if known and relay.last_activity - record.last_activity < SAME_MOMENT:
             return record
         return replace(
             record,

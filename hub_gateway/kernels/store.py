@@ -18,7 +18,7 @@ from hashlib import sha256
 from typing import Any, TypeVar, cast
 
 import zmq
-from sqlalchemy import ColumnElement, RowMapping, Select, bindparam, delete, select, update
+from sqlalchemy import RowMapping, Select, Table, bindparam, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session as Transaction
 
@@ -46,9 +46,27 @@ T = TypeVar("T")
 LIVE = (KernelStatus.STARTING.value, KernelStatus.RUNNING.value, KernelStatus.STOPPING.value)
 LISTED = (*LIVE, KernelStatus.FAILED.value)
 
-_TABLE = Kernel.__table__
+_TABLE = cast(Table, Kernel.__table__)
 _SECRET = {"launch", "launch_token", "link_secret", "link_public"}
 _COLUMNS = [column for column in _TABLE.columns if column.name not in _SECRET]
+
+# Made once: building a statement of this width takes longer than running it.
+_SELECT: Select[Any] = select(*_COLUMNS).order_by(_TABLE.c.created_at, _TABLE.c.id)
+_BY_ID = _SELECT.where(_TABLE.c.id == bindparam("kernel"))
+_BY_OWNER = _SELECT.where(_TABLE.c.owner == bindparam("owner"), _TABLE.c.status.in_(LISTED))
+_ALL_LIVE = _SELECT.where(_TABLE.c.status.in_(LIVE))
+_ALL_LISTED = _SELECT.where(_TABLE.c.status.in_(LISTED))
+_PLAN = select(Kernel.launch, Kernel.launch_token, Kernel.link_public).where(Kernel.id == bindparam("kernel"))
+_LINK = select(
+    Kernel.id,
+    Kernel.epoch,
+    Kernel.agent_host,
+    Kernel.agent_port,
+    Kernel.agent_public_key,
+    Kernel.agent_pid,
+    Kernel.link_public,
+    Kernel.link_secret,
+).where(Kernel.agent_port.is_not(None), Kernel.id.in_(bindparam("kernels", expanding=True)))
 
 
 @dataclass(frozen=True)
@@ -132,7 +150,7 @@ class KernelStore:
             and (not kept[2].done() or now - kept[1] < self._cache_seconds)
         ):
             return await asyncio.shield(kept[2])
-        reading = asyncio.ensure_future(self._select(Kernel.owner == owner, Kernel.status.in_(LISTED)))
+        reading = asyncio.ensure_future(self._select(_BY_OWNER, {"owner": owner}))
         if len(self._lists) > 10_000:
             self._lists.clear()
         self._lists[owner] = (self._version, now, reading)
@@ -144,21 +162,20 @@ class KernelStore:
 
     async def get(self, kernel_id: str) -> KernelRecord | None:
         """One kernel, whatever its status."""
-        found = await self._select(Kernel.id == kernel_id)
+        found = await self._select(_BY_ID, {"kernel": kernel_id})
         return found[0] if found else None
 
     async def live(self) -> Sequence[KernelRecord]:
         """All that may hold anything on a cluster, whoever holds the lease."""
-        return await self._select(Kernel.status.in_(LIVE))
+        return await self._select(_ALL_LIVE)
 
     async def listed(self) -> Sequence[KernelRecord]:
         """All kernels of all owners that are not stopped."""
-        return await self._select(Kernel.status.in_(LISTED))
+        return await self._select(_ALL_LISTED)
 
     async def plan(self, kernel_id: str) -> tuple[LaunchPlan, str, str]:
         """The launch plan, the launch token and the public half of the link key. Raises `NotFound`."""
-        columns = (Kernel.launch, Kernel.launch_token, Kernel.link_public)
-        row = await self.db.read(lambda tx: tx.execute(select(*columns).where(Kernel.id == kernel_id)).one_or_none())
+        row = await self.db.read(lambda tx: tx.execute(_PLAN, {"kernel": kernel_id}).one_or_none())
         if row is None:
             raise NotFound(f"There is no kernel {kernel_id}.")
         return _plan(self.vault.decrypt_json(row[0])), self.vault.decrypt(row[1]), row[2]
@@ -166,22 +183,11 @@ class KernelStore:
     async def link_facts(self, kernel_ids: Iterable[str]) -> dict[str, LinkFacts]:
         """What it takes to link to those kernels; those without a registered agent are left out."""
         wanted = list(kernel_ids)
-        columns = (
-            Kernel.id,
-            Kernel.epoch,
-            Kernel.agent_host,
-            Kernel.agent_port,
-            Kernel.agent_public_key,
-            Kernel.agent_pid,
-            Kernel.link_public,
-            Kernel.link_secret,
-        )
 
         def read(tx: Transaction) -> dict[str, LinkFacts]:
             found = {}
             for start in range(0, len(wanted), 500):
-                some = Kernel.id.in_(wanted[start : start + 500])
-                for row in tx.execute(select(*columns).where(some, Kernel.agent_port.is_not(None))):
+                for row in tx.execute(_LINK, {"kernels": wanted[start : start + 500]}):
                     key, epoch, host, port, public_key, pid, client_public, client_secret = row
                     registration = Registration(host or "", port or 0, public_key or "", pid or 0)
                     found[key] = LinkFacts(key, epoch, registration, client_public, self.vault.decrypt(client_secret))
@@ -189,9 +195,10 @@ class KernelStore:
 
         return await self.db.read(read)
 
-    async def _select(self, *where: ColumnElement[bool]) -> tuple[KernelRecord, ...]:
-        statement: Select[Any] = select(*_COLUMNS).where(*where).order_by(Kernel.created_at, Kernel.id)
-        return await self.db.read(lambda tx: tuple(_record(row) for row in tx.execute(statement).mappings()))
+    async def _select(self, statement: Select[Any], values: dict[str, Any] | None = None) -> tuple[KernelRecord, ...]:
+        return await self.db.read(
+            lambda tx: tuple(_record(row) for row in tx.execute(statement, values or {}).mappings())
+        )
 
     # Writing
 
@@ -202,7 +209,7 @@ class KernelStore:
 
         def insert(tx: Transaction) -> KernelRecord:
             tx.execute(
-                _TABLE.insert().values(  # type: ignore[attr-defined]
+                _TABLE.insert().values(
                     id=new.id,
                     owner=new.owner,
                     groups=list(new.groups),
@@ -264,7 +271,7 @@ class KernelStore:
             failed = (Kernel.id == kernel_id) & (Kernel.status == KernelStatus.FAILED.value)
             tx.execute(update(Kernel).where(Kernel.id == kernel_id).values(target=KernelTarget.STOPPED.value))
             tx.execute(update(Kernel).where(failed).values(status=KernelStatus.STOPPED.value))
-            row = tx.execute(select(*_COLUMNS).where(Kernel.id == kernel_id)).mappings().one_or_none()
+            row = tx.execute(_BY_ID, {"kernel": kernel_id}).mappings().one_or_none()
             return None if row is None else _record(row)
 
         return await self.write(stop)
@@ -360,7 +367,7 @@ class KernelStore:
         if not seen:
             return
         statement = (
-            _TABLE.update()  # type: ignore[attr-defined]
+            _TABLE.update()
             .where(_TABLE.c.id == bindparam("kernel"), _TABLE.c.status == KernelStatus.RUNNING.value)
             .values(
                 execution_state=bindparam("state"),
@@ -431,7 +438,7 @@ def _registration_of(kernel_id: str, payload: dict[str, Any]) -> _Facts:
 
 
 def _one(tx: Transaction, kernel_id: str) -> KernelRecord:
-    return _record(tx.execute(select(*_COLUMNS).where(Kernel.id == kernel_id)).mappings().one())
+    return _record(tx.execute(_BY_ID, {"kernel": kernel_id}).mappings().one())
 
 
 def _plan(found: Any) -> LaunchPlan:

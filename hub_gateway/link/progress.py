@@ -81,9 +81,8 @@ class Progress:
 
     def fail(self, text: str, traceback: list[str]) -> None:
         """There is no kernel and will be none: every request, now and later, is answered with the reason."""
-        pending = self._pending
+        pending = list(self._pending)
         self.done()
-        self._pending = []
         self._failure = (text, traceback or [text])
         for request in pending:
             self._refuse(request)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import zlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
@@ -37,14 +37,14 @@ class Lab:
     def shot(self, name: str) -> None:
         """Keep a screenshot."""
         ARTEFACTS.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=str(Path(ARTEFACTS) / f"{name}.png"))
+        self.page.screenshot(path=str(ARTEFACTS / f"{name}.png"))
 
     def log_in(self) -> None:
         """Log in at the Hub and wait for Lab's launcher."""
-        self.page.goto(f"{self.hub.url}/hub/login?next={self.hub.base_url}user/{self.user}/lab")
-        self.page.get_by_label("Username").fill(self.user)
-        self.page.get_by_label("Password", exact=True).fill(PASSWORD)
-        self.page.get_by_role("button", name="Sign in").click()
+        self.page.goto(f"{self.hub.url}/hub/login?next={self.hub.base_url}hub/spawn")
+        self.page.locator("#username_input").fill(self.user)
+        self.page.locator("#password_input").fill(PASSWORD)
+        self.page.locator("#login_submit").click()
         expect(self.page.locator("#jupyterlab-splash")).to_be_hidden(timeout=120_000)
         expect(self.page.locator(".jp-Launcher").first).to_be_visible(timeout=60_000)
 
@@ -53,9 +53,12 @@ class Lab:
         launcher = self.page.locator(".jp-Launcher:visible")
         if not launcher.count():
             self.page.keyboard.press("Control+Shift+L")
-        self.page.locator(".jp-LauncherCard[data-category='Notebook']").filter(has_text=kernel).first.click()
+        self.page.locator(f".jp-LauncherCard[data-category='Notebook'][title='{kernel}']").first.click()
         expect(self.notebook).to_be_visible(timeout=30_000)
         expect(self.cells.last).to_be_visible()
+        # Lab passes over cells that are run before the notebook has its kernel.
+        state = re.compile(re.escape(kernel) + r" \| (?!Connecting|Initializing)")
+        expect(self.page.locator("#jp-main-statusbar")).to_contain_text(state, timeout=60_000)
 
     @property
     def notebook(self) -> Locator:
@@ -85,18 +88,22 @@ class Lab:
 
 
 @pytest.fixture
-def page(chromium: str) -> Iterator[Page]:
+def page(chromium: str, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """A page of a browser of its own; how it looked at the end is kept."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         opened = browser.new_page(viewport={"width": 1280, "height": 900})
         opened.set_default_timeout(30_000)
         yield opened
+        ARTEFACTS.mkdir(parents=True, exist_ok=True)
+        opened.screenshot(path=str(ARTEFACTS / f"{request.node.name}-end.png"))
         browser.close()
 
 
 @pytest.fixture
-def lab(page: Page, lab_hub: RealHub) -> Lab:
-    opened = Lab(page, lab_hub, "alice")
+def lab(page: Page, lab_hub: RealHub, request: pytest.FixtureRequest) -> Lab:
+    # A user each: Lab restores what its user had open.
+    opened = Lab(page, lab_hub, f"user{zlib.crc32(request.node.name.encode())}")
     opened.log_in()
     return opened
 

@@ -19,8 +19,8 @@ def alice(hub: RealHub) -> Iterator[httpx.Client]:
     """A browser that has been at the gateway's page."""
     session, page = hub.browser("alice")
     assert "alice" in page.text
-    with session:
-        yield session
+    yield session
+    session.close()
 
 
 def service_xsrf(session: httpx.Client) -> str:
@@ -29,12 +29,12 @@ def service_xsrf(session: httpx.Client) -> str:
 
 def test_the_page_is_clean_after_the_login(hub: RealHub) -> None:
     session, page = hub.browser("alice", f"{hub.gateway_url}/home?from=a+link")
-    with session:
-        assert page.url.path.endswith("/services/hub-gateway/home")
-        assert page.url.params.get("from") == "a link", "the browser ends where it wanted to go"
-        assert "code" not in page.url.params, "the OAuth code must not stay in the address"
-        cookies = {cookie.name: cookie for cookie in session.cookies.jar if "services" in cookie.path}
-        assert cookies["service-hub-gateway"].has_nonstandard_attr("HttpOnly")
+    assert page.url.path.endswith("/services/hub-gateway/home")
+    assert page.url.params.get("from") == "a link", "the browser ends where it wanted to go"
+    assert "code" not in page.url.params, "the OAuth code must not stay in the address"
+    cookies = {cookie.name: cookie for cookie in session.cookies.jar if "services" in cookie.path}
+    assert cookies["service-hub-gateway"].has_nonstandard_attr("HttpOnly")
+    session.close()
 
 
 def test_logging_out_at_the_hub_closes_the_page(hub: RealHub, alice: httpx.Client) -> None:

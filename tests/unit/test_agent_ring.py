@@ -81,9 +81,9 @@ def test_a_client_that_names_its_last_number_overrides_the_record() -> None:
     outlet.attach(peer, b"s", None, True)
     for number in range(10):
         say_stream(outlet, f"{number}\n")
+    del sent[:]
     outlet.attach(peer, b"s", 7, True)
-    del sent[:-3]
-    assert [number for number, _, _ in received(sent, b"s")][-3:] == [8, 9, 10]
+    assert [number for number, _, _ in received(sent, b"s")] == [8, 9, 10]
 
 
 def test_replies_go_to_the_session_that_asked_only() -> None:

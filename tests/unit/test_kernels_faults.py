@@ -1,0 +1,192 @@
+"""Resource managers that fail on purpose, at every stage: nothing is lost, nothing is left, the user is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from traitlets import Int, Unicode
+
+from hub_gateway.auth.base import Caller
+from hub_gateway.db.models import Reservation
+from hub_gateway.errors import LaunchFailed, LaunchRefused, Unavailable
+from hub_gateway.kernels.service import CreateKernel
+from hub_gateway.kernels.types import ExecutionState, KernelStatus
+from hub_gateway.proxies.base import ClusterObject, LaunchRequest, PhaseReport, State
+from hub_gateway.proxies.local import LocalProxy
+from tests.contract.conftest import SPECS
+from tests.contract.mini import MiniGateway, Setup
+
+ALICE = Caller("alice")
+
+
+class FailingProxy(LocalProxy):
+    """The local proxy, with a resource manager that refuses, breaks off, or does not answer."""
+
+    stage = Int(-1).tag(config=True)
+    """How many states `launch` yields before it fails."""
+    how = Unicode("refused").tag(config=True)
+    dead_calls = Int(0).tag(config=True)
+    """How often `terminate` and `poll` fail before they work."""
+
+    async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
+        number = 0
+        async for state in super().launch(request):
+            self._fail(number)
+            yield {**state, "progress": f"step {number}"}
+            number += 1
+        self._fail(number)
+
+    def _fail(self, number: int) -> None:
+        if number != self.stage:
+            return
+        if self.how == "refused":
+            raise LaunchRefused("The queue research does not exist; choose another.")
+        if self.how == "failed":
+            raise LaunchFailed("ImagePullBackOff: no such image.")
+        if self.how == "hiccup":  # once
+            self.stage = -1
+            raise Unavailable("The cluster does not answer.")
+        raise KeyError("a defect in the proxy")
+
+    def _dead(self) -> None:
+        if self.dead_calls > 0:
+            self.dead_calls -= 1
+            raise Unavailable("The cluster does not answer.")
+
+    async def terminate(self, state: State) -> None:
+        self._dead()
+        await super().terminate(state)
+
+    async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
+        self._dead()
+        return await super().poll(states)
+
+    async def owned(self, gateway_id: str) -> Sequence[ClusterObject]:
+        self._dead()
+        return await super().owned(gateway_id)
+
+
+@pytest.fixture
+def state_dir() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="hgt-"))
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture
+def make_gateway(state_dir: Path, db_url: Callable[[], str | None]) -> Callable[..., MiniGateway]:
+    url = db_url() or f"sqlite:///{state_dir}/gateway.sqlite"
+
+    def make(**failing: Any) -> MiniGateway:
+        for name, spec in SPECS.items():
+            (state_dir / "kernels" / name).mkdir(parents=True, exist_ok=True)
+            stanza = {"metadata": {"process_proxy": {"name": "failing"}}}
+            (state_dir / "kernels" / name / "kernel.json").write_text(json.dumps({**spec, **stanza}))
+        config = {
+            "Proxies": {"extra_proxies": {"failing": FailingProxy}},
+            "FailingProxy": failing,
+            "Controller": {"start_seconds": 4.0, "shutdown_seconds": 0.5},
+        }
+        return MiniGateway(Setup(str(state_dir), url, (str(state_dir / "kernels"),), config))
+
+    return make
+
+
+async def assert_nothing_left(gateway: MiniGateway, state_dir: Path) -> None:
+    held = select(Reservation.kernel_id).where(Reservation.released_at.is_(None))
+    assert await gateway.db.read(lambda tx: tx.execute(held).all()) == []
+    local = LocalProxy()
+    local.runtime_root = str(state_dir / "run")
+    async with asyncio.timeout(10):
+        while await local.owned(gateway.gateway_id):
+            await asyncio.sleep(0.02)
+    await local.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("how", "words"), [("refused", "queue research"), ("failed", "ImagePullBackOff")])
+async def test_a_launch_that_fails(
+    make_gateway: Callable[..., MiniGateway], state_dir: Path, stage: int, how: str, words: str
+) -> None:
+    async with make_gateway(stage=stage, how=how) as gateway:
+        created = await gateway.service.create(ALICE, CreateKernel(name="python"))
+        client = await gateway.connect(ALICE, created.id)
+        _, reply = await client.result(client.run("1"))
+        assert words in str(reply["content"])
+        record = await gateway.settled(created.id)
+        assert record.status is KernelStatus.FAILED and words in record.message
+        (listed,) = await gateway.service.list(ALICE)
+        assert listed.execution_state is ExecutionState.DEAD
+        assert words in str(gateway.service.kernel_model(listed)["reason"])
+        await assert_nothing_left(gateway, state_dir)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+async def test_a_cluster_that_hiccups_is_asked_again(
+    make_gateway: Callable[..., MiniGateway], state_dir: Path, stage: int
+) -> None:
+    """The second attempt finds what the first one left: there is one agent."""
+    async with make_gateway(stage=stage, how="hiccup") as gateway:
+        record = await gateway.start(ALICE)
+        assert record.status is KernelStatus.RUNNING, record.message
+        assert len(await gateway.proxies.get("failing").owned(gateway.gateway_id)) == 1
+        await gateway.service.shutdown(ALICE, record.id)
+        await assert_nothing_left(gateway, state_dir)
+
+
+async def test_a_defect_in_a_proxy_ends_with_a_sentence(
+    make_gateway: Callable[..., MiniGateway], state_dir: Path
+) -> None:
+    async with make_gateway(stage=1, how="defect") as gateway:
+        record = await gateway.start(ALICE)
+        assert record.status is KernelStatus.FAILED
+        assert record.message and "KeyError" not in record.message
+        await assert_nothing_left(gateway, state_dir)
+
+
+async def test_a_reservation_is_held_until_the_kernel_is_proven_gone(
+    make_gateway: Callable[..., MiniGateway], state_dir: Path
+) -> None:
+    async with make_gateway() as gateway:
+        gateway.service.stop_wait_seconds = 0.0
+        record = await gateway.start(ALICE)
+        proxy = gateway.proxies.get("failing")
+        assert isinstance(proxy, FailingProxy)
+        proxy.dead_calls = 3
+        await gateway.service.shutdown(ALICE, record.id)
+        held = select(Reservation.kernel_id).where(Reservation.released_at.is_(None))
+        while proxy.dead_calls:
+            assert await gateway.db.read(lambda tx: tx.execute(held).scalars().all()) == [record.id]
+            await asyncio.sleep(0.01)
+        await gateway.controller.wait(record.id, lambda row: row is None or not row.live, 20)
+        await assert_nothing_left(gateway, state_dir)
+
+
+async def test_a_cluster_that_is_away_kills_no_kernel(make_gateway: Callable[..., MiniGateway]) -> None:
+    """Unknown is not gone: a gateway that starts while the cluster is away keeps every kernel."""
+    async with make_gateway() as gateway:
+        record = await gateway.start(ALICE)
+    async with make_gateway(dead_calls=3) as gateway:
+        assert [r.id for r in await gateway.service.list(ALICE)] == [record.id]
+        client = await gateway.connect(ALICE, record.id)
+        assert await client.execute("print(1)") == "1\n"
+        await gateway.service.shutdown(ALICE, record.id)
+
+
+async def test_progress_is_shown_while_it_starts(make_gateway: Callable[..., MiniGateway]) -> None:
+    async with make_gateway() as gateway:
+        created = await gateway.service.create(ALICE, CreateKernel(name="python"))
+        client = await gateway.connect(ALICE, created.id)
+        client.run("1")
+        shown = await client.receive(lambda m: m["msg_type"] in ("display_data", "update_display_data"))
+        assert "step" in str(shown["content"]["data"])
+        await gateway.settled(created.id)
+        await gateway.service.shutdown(ALICE, created.id)

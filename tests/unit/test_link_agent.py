@@ -1,0 +1,510 @@
+"""A real agent, real kernels, and the gateway's side of the link."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import os
+import signal
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import zmq
+
+from hub_gateway.errors import Conflict, PayloadTooLarge, Unavailable
+from hub_gateway.kernels.types import ExecutionState
+from hub_gateway.link import Dialect
+from tests.harness.link import FLOOD, IPYTHON, PUBLIC, SECRET, STOCK_IPYTHON, Collector, Gateway, RunningAgent, eventually
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Callable[..., Gateway]]:
+    """Starts an agent with a kernel, or another gateway on one; ends all of them."""
+    agents: list[RunningAgent] = []
+    gateways: list[Gateway] = []
+
+    def make(argv: list[str] = FLOOD, *, to: RunningAgent | None = None, **settings: Any) -> Gateway:
+        options = {name: settings.pop(name) for name in ("backlog_bytes", "queue_bytes") if name in settings}
+        if to is None:
+            to = RunningAgent(argv, **settings)
+            agents.append(to)
+        gateways.append(Gateway(to, **options))
+        return gateways[-1]
+
+    yield make
+    for gateway in gateways:
+        gateway.close()
+    for agent in agents:
+        agent.close()
+
+
+Start = Callable[..., Gateway]
+
+
+def numbers(sink: Collector) -> list[int]:
+    """The first word of each line of output."""
+    return [int(line.split()[0]) for line in sink.text().splitlines() if line]
+
+
+# -- a kernel and its agent
+
+
+async def test_what_a_client_sends_early_is_executed_once_the_kernel_is_up(start: Start) -> None:
+    gateway = start(IPYTHON)
+    sink = gateway.attach(Collector())
+    msg_id = gateway.send(sink, "print(6 * 7)")
+    await gateway.connect(ready=False)
+    await eventually(lambda: sink.finished(msg_id), "the cell to finish")
+    assert sink.text() == "42\n"
+    assert sink.of(msg_id, "execute_reply")[0]["content"]["status"] == "ok"
+    assert sink.states()[0] == "starting"
+    assert not [m for m in sink.messages if m["header"]["msg_type"] == "iopub_welcome"]
+    assert gateway.event("ready") and gateway.relay.ready
+
+
+@pytest.mark.parametrize("argv", [IPYTHON, STOCK_IPYTHON], ids=["ours", "stock"])
+async def test_a_busy_cell_is_interrupted(start: Start, argv: list[str]) -> None:
+    gateway = await start(argv).connect()
+    sink = gateway.attach(Collector())
+    msg_id = gateway.send(sink, "print('go', flush=True)\nimport time; time.sleep(60)")
+    await eventually(lambda: "go" in sink.text(), "the cell to run")
+    await eventually(lambda: gateway.relay.execution_state is ExecutionState.BUSY, "busy to be told")
+    await gateway.relay.interrupt()
+    await eventually(lambda: sink.finished(msg_id), "the cell to end")
+    assert sink.of(msg_id, "error")[0]["content"]["ename"] == "KeyboardInterrupt"
+    await eventually(lambda: gateway.relay.execution_state is ExecutionState.IDLE, "idle to be told")
+
+
+async def test_interrupt_by_message(start: Start) -> None:
+    gateway = await start(IPYTHON, interrupt_mode="message").connect()
+    sink = gateway.attach(Collector())
+    msg_id = gateway.send(sink, "print('go', flush=True)\nimport time; time.sleep(60)")
+    await eventually(lambda: "go" in sink.text(), "the cell to run")
+    await gateway.relay.interrupt()
+    await eventually(lambda: sink.finished(msg_id), "the cell to end")
+    assert sink.of(msg_id, "error")
+    assert not [m for m in sink.messages if m["header"]["msg_type"] == "interrupt_reply"]
+
+
+async def test_input_is_asked_of_the_session_that_runs_the_cell(start: Start) -> None:
+    gateway = await start(IPYTHON).connect()
+    sink, other = gateway.attach(Collector()), gateway.attach(Collector())
+    msg_id = gateway.request(
+        sink, "execute_request", {"code": "print(input('name? ') * 2)", "silent": False, "allow_stdin": True}
+    )
+    await eventually(lambda: sink.of(msg_id, "input_request"), "the question")
+    gateway.request(sink, "input_reply", {"value": "ab"}, channel="stdin")
+    await eventually(lambda: sink.finished(msg_id), "the cell to finish")
+    assert sink.text() == "abab\n" == other.text()
+    assert not other.of(msg_id, "input_request") and not other.of(msg_id, "execute_reply")
+
+
+async def test_a_restart_keeps_link_and_sessions(start: Start) -> None:
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector())
+    await gateway.execute(sink, "x = 1")
+    old = gateway.relay.welcome["pid"]
+    busy = gateway.send(sink, "import time; print('go', flush=True); time.sleep(60)")
+    await eventually(lambda: "go" in sink.text(), "the cell to run")
+    await gateway.relay.restart()
+    assert not psutil.pid_exists(old)
+    assert gateway.relay.ready and gateway.relay.execution_state is ExecutionState.IDLE
+    assert sink.finished(busy)
+    msg_id = await gateway.execute(sink, "print('x' in globals())")
+    assert sink.text() == "go\nFalse\n" and sink.of(msg_id, "execute_reply")
+    # JupyterLab takes that for a kernel that died, and tells the user so.
+    assert "restarting" not in sink.states()
+    assert (await gateway.relay.ping())["counters"]["restarts"] == 1
+
+
+async def test_a_killed_kernel_says_why_and_comes_back(start: Start) -> None:
+    gateway = await start(IPYTHON).connect()
+    sink, other = gateway.attach(Collector()), gateway.attach(Collector())
+    code = "import os, signal; os.write(2, b'about to run out of memory\\n'); os.kill(os.getpid(), signal.SIGKILL)"
+    msg_id, queued = gateway.send(sink, code), gateway.send(sink, "print('never')")
+    await eventually(lambda: sink.finished(msg_id) and sink.finished(queued), "both cells to end")
+    error = "\n".join(sink.of(msg_id, "error")[0]["content"]["traceback"])
+    assert "exit code 137 (SIGKILL; often out of memory)" in error and "about to run out of memory" in error
+    assert sink.of(msg_id, "execute_reply")[0]["content"]["status"] == "error"
+    assert sink.of(queued, "execute_reply")[0]["content"]["status"] == "aborted"
+    assert not other.of(msg_id, "execute_reply") and other.of(msg_id, "error")
+    exited = await eventually(lambda: gateway.event("exited"), "the exit to be told")
+    assert (exited["code"], exited["signal"], exited["while"], exited["will_restart"]) == (137, 9, "running", True)
+    assert "about to run out of memory" in exited["stderr_tail"]
+    await gateway.execute(sink, "print('back')")
+    assert sink.text() == "back\n" and "restarting" in sink.states()
+
+
+async def test_a_kernel_that_dies_again_and_again_is_left_dead(start: Start) -> None:
+    gateway = await start(restart_limit=2).connect()
+    sink = gateway.attach(Collector())
+    for _ in range(3):
+        await eventually(lambda: gateway.relay.ready, "the kernel to be ready")
+        await gateway.execute(sink, "exit 3")
+    last = await eventually(lambda: "dead" in sink.states(), "the kernel to be given up") and gateway.event("exited")
+    assert last is not None and (last["code"], last["will_restart"]) == (3, False)
+    msg_id = await gateway.execute(sink, "pass")
+    assert "exit code 3" in sink.of(msg_id, "error")[0]["content"]["evalue"]
+    await gateway.relay.restart()
+    await gateway.execute(sink, "flood 1 10")
+    assert numbers(sink) == [0]
+
+
+async def test_a_kernel_that_dies_at_start_is_reported_and_answered_for(start: Start) -> None:
+    dying = ["/bin/sh", "-c", "echo 'libcudart.so.12: cannot open shared object file' >&2; exit 3", "{connection_file}"]
+    gateway = await start(dying).connect(ready=False)
+    sink = gateway.attach(Collector())
+    msg_id = gateway.send(sink, "1 + 1")
+    await eventually(lambda: sink.finished(msg_id), "the cell to end")
+    assert "libcudart.so.12" in "\n".join(sink.of(msg_id, "error")[0]["content"]["traceback"])
+    exited = gateway.event("exited") or gateway.relay.welcome["exited"]
+    assert (exited["code"], exited["while"], exited["will_restart"]) == (3, "starting", False)
+    assert "libcudart.so.12" in exited["stderr_tail"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "cwd", "sentence"),
+    [
+        (["/nonexistent/interpreter", "{connection_file}"], None, "program /nonexistent/interpreter cannot be started"),
+        (FLOOD, "/nonexistent/folder", "working directory /nonexistent/folder cannot be entered"),
+    ],
+)
+async def test_what_cannot_be_executed_is_said_in_a_sentence(
+    start: Start, argv: list[str], cwd: str | None, sentence: str
+) -> None:
+    gateway = await start(argv, cwd=cwd, linger_seconds=0.5).connect(ready=False)
+    exited = gateway.event("exited") or gateway.relay.welcome["exited"]
+    assert sentence in exited["stderr_tail"] and exited["code"] == 127
+    await eventually(lambda: gateway.agent.process.poll() is not None, "the agent to end by itself")
+
+
+async def test_shutdown_leaves_nothing(start: Start) -> None:
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector())
+    await gateway.execute(sink, "import subprocess; child = subprocess.Popen(['sleep', '600'])")
+    kernel = psutil.Process(gateway.relay.welcome["pid"])
+    family = [kernel, *kernel.children(recursive=True)]
+    assert len(family) >= 2
+    await gateway.relay.shutdown()
+    assert gateway.agent.process.wait(10) == 0
+    await eventually(lambda: not any(p.is_running() and p.status() != "zombie" for p in family), "all to be gone")
+    assert {p.name for p in Path(gateway.agent.runtime_dir).iterdir()} <= {"kernel.log", "ipython"}
+
+
+async def test_the_kernel_does_not_survive_its_agent(start: Start) -> None:
+    gateway = await start(IPYTHON).connect()
+    kernel = psutil.Process(gateway.relay.welcome["pid"])
+    gateway.agent.process.kill()
+    await eventually(lambda: not kernel.is_running() or kernel.status() == "zombie", "the kernel to end")
+
+
+async def test_sigterm_ends_agent_and_kernel(start: Start) -> None:
+    gateway = await start().connect()
+    kernel = psutil.Process(gateway.relay.welcome["pid"])
+    gateway.agent.process.terminate()
+    assert gateway.agent.process.wait(10) == 0
+    assert not kernel.is_running()
+
+
+async def test_without_a_gateway_it_ends_itself(start: Start) -> None:
+    gateway = await start(orphan_seconds=1.0).connect()
+    kernel = psutil.Process(gateway.relay.welcome["pid"])
+    await asyncio.sleep(0)
+    gateway.throw_away()
+    await eventually(lambda: gateway.agent.process.poll() is not None, "the agent to end")
+    assert not kernel.is_running()
+    assert "no gateway for" in gateway.agent.log.read_text()
+
+
+# -- the registration, the port
+
+
+async def test_the_registration_is_proven_and_private(start: Start) -> None:
+    agent = start().agent
+    said = agent.said
+    text = "|".join(str(said[name]) for name in ("kernel_id", "epoch", "host", "port", "public_key"))
+    assert said["proof"] == hmac.new(b"token", text.encode(), hashlib.sha256).hexdigest()
+    for name in ("agent.json", f"kernel-{agent.kernel_id}.json"):
+        path = Path(agent.runtime_dir, name)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(agent.runtime_dir).st_mode) == 0o700
+    assert json.loads(Path(agent.runtime_dir, "agent.json").read_text()) == said
+    command = " ".join(psutil.Process(agent.process.pid).cmdline())
+    assert agent.kernel_id in command and "token" not in command
+
+
+def stranger(agent: RunningAgent, *, plain: bool = False) -> zmq.Socket[bytes]:
+    """A peer that knows the agent's public key, but is not the gateway."""
+    sock = zmq.Context.instance().socket(zmq.DEALER)
+    sock.linger = 0
+    if not plain:
+        sock.curve_publickey, sock.curve_secretkey = zmq.curve_keypair()
+        sock.curve_serverkey = agent.registration.public_key.encode()
+    sock.connect(f"tcp://{agent.registration.host}:{agent.registration.port}")
+    sock.send_multipart([b"\x12", b'{"op": "hello", "epoch": 99}'])
+    return sock
+
+
+async def test_an_unknown_peer_is_refused_and_counted(start: Start) -> None:
+    gateway = await start().connect()
+    strangers = [stranger(gateway.agent), stranger(gateway.agent, plain=True)]
+    counters: dict[str, int] = {}
+    while counters.get("refused_peers", 0) < 1 or counters.get("failed_handshakes", 0) < 2:
+        counters = (await gateway.relay.ping())["counters"]
+        await asyncio.sleep(0.01)
+    for sock in strangers:
+        assert not sock.poll(0)
+        sock.close(0)
+    sink = gateway.attach(Collector())
+    await gateway.execute(sink, "pass")
+
+
+async def test_garbage_on_the_port_does_not_disturb_a_cell(start: Start) -> None:
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector())
+    code = "import time\nfor i in range(300):\n    print(i, flush=True)\n    time.sleep(0.005)"
+    msg_id = gateway.send(sink, code)
+    address = (gateway.agent.registration.host, gateway.agent.registration.port)
+    rubbish = [os.urandom(3000), b"GET / HTTP/1.1\r\n\r\n", b"\xff" + bytes(8) + b"\x7f\x03", b"\x00" * 5000, b""]
+
+    def flood() -> None:
+        for round_ in range(200):
+            with socket.create_connection(address, timeout=5) as sock:
+                try:
+                    sock.sendall(rubbish[round_ % len(rubbish)])
+                except OSError:
+                    continue  # refused in the middle of it
+
+    await asyncio.gather(*(asyncio.to_thread(flood) for _ in range(3)))
+    await eventually(lambda: sink.finished(msg_id), "the cell to finish")
+    assert numbers(sink) == list(range(300))
+    assert (await gateway.relay.ping())["counters"]["failed_handshakes"] > 0
+
+
+async def test_bad_frames_of_a_gateway_are_counted(start: Start) -> None:
+    gateway = await start().connect()
+    link = gateway.relay._link
+    assert link is not None
+    for frames in ([b"\x10", b"s"], [b"\x99"], [b"\x11", b"123"], [b"\x12", b"not json"], [b"\x12", b'{"op": 1}']):
+        link.send(frames)
+    assert (await gateway.relay.ping())["counters"]["bad_frames"] == 5
+    sink = gateway.attach(Collector())
+    await gateway.execute(sink, "pass")
+
+
+async def test_a_stale_epoch_is_refused(start: Start) -> None:
+    first = start()
+    second = start(to=first.agent)
+    await first.connect(epoch=5)
+    with pytest.raises(Conflict):
+        await second.connect(epoch=4)
+    await second.connect(epoch=6)
+    with pytest.raises(Conflict, match="taken this kernel over"):
+        await first.relay.restart()
+
+
+async def test_an_agent_that_is_not_there_is_unavailable(start: Start) -> None:
+    gateway = start()
+    gateway.agent.process.kill()
+    with pytest.raises(Unavailable):
+        await gateway.relay.connect(gateway.agent.registration, SECRET, PUBLIC, 1, timeout=0.3)
+    with pytest.raises(Unavailable):
+        await gateway.relay.interrupt()
+
+
+# -- sessions, replay, slow clients
+
+
+async def test_nothing_is_lost_when_the_gateway_is_thrown_away(start: Start) -> None:
+    first = await start(IPYTHON).connect()
+    sink = first.attach(Collector("the notebook"))
+    msg_id = first.send(sink, "secret = 42\nfor i in range(5000): print(i, flush=True)")
+    await eventually(lambda: len(numbers(sink)) > 500, "some output")
+    first.throw_away()
+    second = start(to=first.agent)
+    again = second.attach(Collector("the notebook"))
+    await second.connect(epoch=2)
+    await eventually(lambda: again.finished(msg_id), "the rest")
+    both = numbers(sink) + numbers(again)
+    twice = len(both) - 5000
+    assert 0 <= twice <= 512
+    assert numbers(again) == list(range(5000 - len(numbers(again)), 5000))
+    await second.execute(again, "print(secret)")
+
+
+async def test_a_client_that_names_its_last_number_gets_everything_exactly_once(start: Start) -> None:
+    first = await start().connect()
+    sink = first.attach(Collector("s", dialect=Dialect.NUMBERED))
+    msg_id = first.send(sink, "flood 20000 20")
+    await eventually(lambda: len(sink.messages) > 1000, "some output")
+    first.throw_away()
+    seen = sink.messages[: len(sink.messages) - 100]  # the connection broke before the last ones arrived
+    second = start(to=first.agent)
+    again = second.attach(Collector("s", dialect=Dialect.NUMBERED, after=seen[-1]["number"]))
+    await second.connect(epoch=2)
+    await eventually(lambda: again.finished(msg_id), "the rest")
+    stream = [m["content"]["text"] for m in seen + again.messages if m["header"]["msg_type"] == "stream"]
+    assert [int(text.split()[0]) for text in stream] == list(range(20000))
+
+
+async def test_output_waits_for_a_session_that_is_away(start: Start) -> None:
+    gateway = await start().connect()
+    sink, other = gateway.attach(Collector("away")), gateway.attach(Collector("here"))
+    await gateway.execute(sink, "pass")
+    await eventually(lambda: len(other.messages) >= 2, "both to be served")
+    seen = sink.messages[-1]["header"]["msg_id"]
+    gateway.relay.detach(sink)
+    await gateway.execute(other, "flood 100 20")
+    back = gateway.attach(Collector("away"))
+    await eventually(lambda: len(numbers(back)) == 100, "what was missed")
+    assert seen not in [m["header"]["msg_id"] for m in back.messages]
+    fresh = gateway.attach(Collector("new here"))
+    await gateway.execute(fresh, "pass")
+    assert not numbers(fresh)
+
+
+async def test_a_session_that_does_not_keep_its_place_starts_afresh(start: Start) -> None:
+    gateway = await start().connect()
+    sink, other = gateway.attach(Collector("s", keep=False)), gateway.attach(Collector())
+    await gateway.execute(sink, "pass")
+    gateway.relay.detach(sink)
+    await gateway.execute(other, "flood 100 20")
+    back = gateway.attach(Collector("s", keep=False))
+    await gateway.execute(back, "pass")
+    assert not numbers(back)
+
+
+async def test_two_gateways_at_once(start: Start) -> None:
+    first = await start().connect()
+    second = await start(to=first.agent).connect()
+    one, two = first.attach(Collector()), second.attach(Collector())
+    await second.execute(two, "pass")
+    msg_id = await first.execute(one, "flood 5000 20")
+    await eventually(lambda: len(numbers(two)) == 5000, "the output at the other gateway")
+    assert numbers(one) == numbers(two) == list(range(5000))
+    assert one.of(msg_id, "execute_reply") and not two.of(msg_id, "execute_reply")
+
+
+async def test_a_session_may_move_from_one_gateway_to_another(start: Start) -> None:
+    first = await start().connect()
+    second = await start(to=first.agent).connect()
+    sink = first.attach(Collector("s"))
+    await first.execute(sink, "flood 10 20")
+    moved = second.attach(Collector("s"))
+    await second.execute(moved, "flood 10 20")
+    assert numbers(moved) == list(range(10)) == numbers(sink)
+
+
+@pytest.mark.parametrize("command", ["flood 60000 200", "data 120 200000"])
+async def test_a_slow_client_is_bounded_and_holds_up_nobody(start: Start, command: str) -> None:
+    gateway = await start(backlog_bytes=2**20).connect()
+    slow, fast = gateway.attach(Collector(held=True)), gateway.attach(Collector())
+    msg_id = await gateway.execute(fast, command)
+    assert slow.most < 2**20 + 600_000
+    assert gateway.counts["paused"] >= 1
+
+    def drain() -> bool:
+        slow.release(held=True)
+        return bool(slow.of(msg_id, "status")) and slow.of(msg_id, "status")[-1]["content"]["execution_state"] == "idle"
+
+    await eventually(drain, "the slow one to get the rest")
+    assert slow.most < 2**20 + 600_000
+    assert slow.text() == fast.text()
+    assert [m["buffers"] for m in slow.messages] == [m["buffers"] for m in fast.messages if m["channel"] == "iopub"]
+
+
+async def test_overflow_is_joined_and_the_rest_comes_in_order(start: Start) -> None:
+    gateway = await start(ring_messages=1000).connect()
+    away, here = gateway.attach(Collector("away")), gateway.attach(Collector("here"))
+    await gateway.execute(away, "pass")
+    gateway.relay.detach(away)
+    await gateway.execute(here, "flood 20000 20")
+    await gateway.execute(here, "pass")
+    counters = (await gateway.relay.ping())["counters"]
+    assert counters["joined_messages"] > 10_000 and counters["dropped_messages"] == 0
+    back = gateway.attach(Collector("away"))
+    await eventually(lambda: len(numbers(back)) == 20_000, "everything")
+    assert numbers(back) == list(range(20_000)) and len(back.messages) < 2000
+
+
+# -- what is said in the kernel's place
+
+
+async def test_progress_is_shown_in_place_and_goes_away(start: Start) -> None:
+    gateway = start()
+    sink = gateway.attach(Collector())
+    msg_id = gateway.send(sink, "flood 1 10")
+    gateway.relay.announce("Waiting in queue research.")
+    gateway.relay.announce("Pulling the image.")
+    [shown], [updated] = sink.of(msg_id, "display_data"), sink.of(msg_id, "update_display_data")
+    assert shown["content"]["data"]["text/plain"] == "Waiting in queue research."
+    assert updated["content"]["data"]["text/plain"] == "Pulling the image."
+    assert shown["content"]["transient"] == updated["content"]["transient"]
+    await gateway.connect()
+    await eventually(lambda: sink.finished(msg_id), "the cell to finish")
+    assert sink.of(msg_id, "clear_output") and numbers(sink) == [0]
+
+
+async def test_a_start_that_failed_is_explained_in_every_cell(start: Start) -> None:
+    gateway = start()
+    sink = gateway.attach(Collector())
+    msg_id = gateway.send(sink, "1")
+    gateway.relay.fail("The image could not be pulled: no such tag.", ["first line", "second line"])
+    assert sink.finished(msg_id)
+    assert sink.of(msg_id, "error")[0]["content"]["traceback"] == ["first line", "second line"]
+    later = gateway.attach(Collector())
+    info = gateway.request(later, "kernel_info_request", {})
+    assert later.finished(info) and "dead" not in later.states()  # it is still going to ask
+    again = gateway.send(later, "2")
+    assert later.of(again, "error")[0]["content"]["evalue"].startswith("The image could not")
+    assert later.states()[-1] == "dead"
+
+
+async def test_what_waits_for_the_link_is_bounded(start: Start) -> None:
+    gateway = start(queue_bytes=10_000)
+    sink = gateway.attach(Collector())
+    with pytest.raises(PayloadTooLarge):
+        gateway.send(sink, "#" * 20_000)
+    msg_id = gateway.send(sink, "flood 1 10")
+    await gateway.connect()
+    await eventually(lambda: sink.finished(msg_id), "the cell that fitted")
+
+
+async def test_the_stock_client_is_told_once_what_it_does_not_get(start: Start) -> None:
+    gateway = await start().connect()
+    sink = gateway.attach(Collector(dialect=Dialect.JSON_TEXT_ONLY))
+    msg_id = await gateway.execute(sink, "data 3 1000")
+    assert len(sink.of(msg_id, "display_data")) == 3
+    assert sink.text("stderr").count("companion") == 1
+
+
+async def test_loopback_with_curve_where_ipc_is_not_possible(start: Start) -> None:
+    gateway = await start(IPYTHON, transport="tcp", kernel_encryption="curve").connect()
+    sink = gateway.attach(Collector())
+    await gateway.execute(sink, "print(1)")
+    assert sink.text() == "1\n"
+    path = Path(gateway.agent.runtime_dir, f"kernel-{gateway.agent.kernel_id}.json")
+    connection = json.loads(path.read_text())
+    plain = zmq.Context.instance().socket(zmq.SUB)
+    plain.subscribe(b"")
+    plain.connect(f"tcp://127.0.0.1:{connection['iopub_port']}")
+    await gateway.execute(sink, "print(2)")
+    assert not plain.poll(100)
+    plain.close(0)
+
+
+async def test_signals_reach_the_process_group(start: Start) -> None:
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector())
+    await gateway.execute(sink, "import signal; signal.signal(signal.SIGUSR1, lambda *_: print('got it', flush=True))")
+    await gateway.relay.signal(signal.SIGUSR1)
+    await eventually(lambda: "got it" in sink.text(), "the handler to run")
+    with pytest.raises(Conflict):
+        await gateway.relay.signal(9999)
