@@ -284,47 +284,47 @@ class Channels:
                 return
 
     def flood(self, code: str) -> Transfer:
-        """Run a flood of small messages; the bytes are kept and looked at afterwards."""
+        """Run a flood of small messages: pings are answered at once, the rest is kept and looked at afterwards."""
         started = time.perf_counter()
         msg_id = self.send("execute_request", execute_content(code)).encode()
-        chunks = [bytes(self.pending)]
+        frames: list[bytes] = []
+        rest = bytes(self.pending)
         self.pending.clear()
         seconds, replied, tail = 0.0, False, b""
-        alive = started
         while not (seconds and replied):
             data = self.some()
-            now = time.perf_counter()
-            if now - alive > 5:  # pings are not looked for here, so pongs go unasked (RFC 6455, 5.5.3)
-                self.frame(10, b"")
-                alive = now
-            chunks.append(data)
             near = tail + data
             at = near.find(b'idle"') if not seconds else -1
             if at >= 0 and near.find(msg_id, max(0, at - STATUS_SIZE), at) >= 0:  # not that of an earlier request
                 seconds = time.perf_counter() - started
             replied = replied or near.find(b"execute_reply") >= 0
             tail = near[-STATUS_SIZE:]
-        received = b"".join(chunks)
-        end = self.walk(received)
-        self.pending += received[end:]
+            rest += data
+            end = self.walk(rest)
+            frames.append(rest[:end])
+            rest = rest[end:]
+        self.pending += rest
+        received = b"".join(frames)
         numbers = [int(found) for found in STREAM_NUMBER.findall(received)]
         return Transfer(seconds, numbers, len(received))
 
-    @staticmethod
-    def walk(data: bytes) -> int:
-        """Follow the frames through `data`; the end of the last whole one."""
+    def walk(self, data: bytes) -> int:
+        """Follow the frames through `data` and answer pings; the end of the last whole frame."""
         at, size = 0, len(data)
-        while at + 10 <= size:
+        while at + 2 <= size:
             length, head = data[at + 1], 2
             if length == 126:
                 length, head = int.from_bytes(data[at + 2 : at + 4], "big"), 4
             elif length == 127:
                 length, head = int.from_bytes(data[at + 2 : at + 10], "big"), 10
-            if data[at] not in (0x81, 0x82, 0x89):
-                raise ValueError(f"not a frame at {at}: {data[at : at + 20]!r}")
-            if at + head + length > size:
+            end = at + head + length
+            if end > size:
                 break
-            at += head + length
+            if data[at] == 0x89:
+                self.frame(10, data[at + head : end])
+            elif data[at] not in (0x81, 0x82):
+                raise ValueError(f"not a message: {data[at : at + 20]!r}")
+            at = end
         return at
 
     def large(self, code: str) -> Transfer:

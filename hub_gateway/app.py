@@ -11,7 +11,7 @@ import socket
 import sys
 import uuid
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 from urllib.parse import urlsplit
 
 from jupyter_client.kernelspec import KernelSpecManager
@@ -210,7 +210,7 @@ class HubGateway(JupyterApp):
         super().initialize(argv)
         if self._dispatching or self.subapp is not None:
             return
-        configure_logging(self.log, self.log.level, self.log_format_style, self.replica)
+        configure_logging(self.log, cast("int | str", self.log_level), self.log_format_style, self.replica)
 
     def start(self) -> None:
         super().start()  # subcommands, --generate-config

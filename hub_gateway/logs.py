@@ -63,7 +63,7 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
-def configure_logging(log: logging.Logger | Any, level: int, style: str, replica: str) -> None:
+def configure_logging(log: logging.Logger | Any, level: int | str, style: str, replica: str) -> None:
     """Send this application's log, tornado's and alembic's to stderr in one format."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter(replica) if style == "json" else TextFormatter(replica))

@@ -5,6 +5,7 @@ No label carries a user's name or a kernel's id: metrics are read by more people
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,7 +13,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from hub_gateway.kernels.types import ExecutionState
 
-__all__ = ["CONTENT_TYPE_LATEST", "METRICS", "Metrics"]
+__all__ = ["CONTENT_TYPE_LATEST", "METRICS", "LoopWatch", "Metrics"]
 
 LINK_COUNTS: Mapping[str, tuple[str, str]] = {
     "messages": ("kernel_messages_relayed", "Messages from kernels that were handed to websockets."),
@@ -28,6 +29,9 @@ LINK_COUNTS: Mapping[str, tuple[str, str]] = {
 SWALLOWED = ("controller", "culler", "activity", "reaper", "poll", "scan", "flush", "renew", "reap", "hub", "other")
 OUTCOMES = ("admitted", "refused", "failed")
 AUTHENTICATIONS = ("cached", "accepted", "refused", "unavailable", "stale")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "other")
+STATUSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
+LOOP_SECONDS = 0.1
 
 
 class Metrics:
@@ -53,6 +57,12 @@ class Metrics:
             ["method", "status"],
             registry=self.registry,
         )
+        self.loop_delays = Histogram(
+            "hubgateway_event_loop_delay_seconds",
+            f"How late the event loop is with what is due every {LOOP_SECONDS} s.",
+            buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0),
+            registry=self.registry,
+        )
         self.link = {name: counter(metric, text) for name, (metric, text) in LINK_COUNTS.items()}
         for state in ExecutionState:
             self.kernels.labels(state.value)
@@ -62,6 +72,13 @@ class Metrics:
             self.authentications.labels(result)
         for where in SWALLOWED:
             self.swallowed.labels(where)
+        for method in METHODS:
+            for status in STATUSES:
+                self.requests.labels(method, status)
+
+    def count_request(self, method: str, status: int, seconds: float) -> None:
+        """An HTTP request. A method that only an attacker would use does not make a series of its own."""
+        self.requests.labels(method if method in METHODS else "other", f"{status // 100}xx").observe(seconds)
 
     def count_link(self, name: str, amount: int) -> None:
         """A relay's or link's count; a name that is not known here is counted as swallowed."""
@@ -78,6 +95,29 @@ class Metrics:
     def expose(self) -> bytes:
         """All of it, in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class LoopWatch:
+    """Measures how late the event loop is: one timer, whose delay is what everybody else waits, too."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin to measure, on the running loop."""
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_at(loop.time() + LOOP_SECONDS, self._look, loop, loop.time() + LOOP_SECONDS)
+
+    def _look(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        now = loop.time()
+        self._metrics.loop_delays.observe(max(0.0, now - due))
+        self._timer = loop.call_at(now + LOOP_SECONDS, self._look, loop, now + LOOP_SECONDS)
+
+    async def close(self) -> None:
+        """Stop measuring."""
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 METRICS = Metrics()

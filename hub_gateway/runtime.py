@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import zmq
 
 from hub_gateway import __version__
-from hub_gateway.db import migrate
 from hub_gateway.db.engine import Database
+from hub_gateway.db.revision import prepare_at_start
 from hub_gateway.db.secrets import Vault
 from hub_gateway.errors import BadRequest
 from hub_gateway.identity.unix import UnixUsers
@@ -20,7 +20,7 @@ from hub_gateway.kernels.culler import Culler
 from hub_gateway.kernels.service import KernelService
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.link import KernelRelay
-from hub_gateway.metrics import METRICS
+from hub_gateway.metrics import METRICS, LoopWatch
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.services import Services, WebSettings
 
@@ -46,6 +46,7 @@ class Runtime:
         self.instance = instance
         self.url = ""
         self.services: Services | None = None
+        self._loop_watch = LoopWatch(METRICS)
         self._controller: Controller | None = None
         self._culler: Culler | None = None
         self._activity: ActivityReporter | None = None
@@ -58,13 +59,14 @@ class Runtime:
         from hub_gateway.web.application import make_application
 
         app = self.app
+        self._loop_watch.start()
         scheme = "https" if app.certfile else "http"
         host = app.ip if app.ip not in ("", "0.0.0.0", "::", "*") else "127.0.0.1"
         self.url = f"{scheme}://{host}:{port}{app.base_url}"
         cookie_secret = await asyncio.to_thread(self._cookie_secret)
         hub, authenticator = self._authentication(cookie_secret)
         db = self._db = Database(app.db_url)
-        await asyncio.to_thread(migrate.prepare, db, upgrade_older=app.upgrade_db)
+        await asyncio.to_thread(prepare_at_start, db, upgrade_older=app.upgrade_db)
         vault = await asyncio.to_thread(Vault.from_file, app.secret_keys_file)
         context = self._zmq = zmq.Context(io_threads=1)
         context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
@@ -142,7 +144,7 @@ class Runtime:
         if self.services is not None:
             self.services.ready = False
             self.services.draining = True
-        for part in (self._culler, self._activity, self._controller, self._proxies):
+        for part in (self._loop_watch, self._culler, self._activity, self._controller, self._proxies):
             if part is not None:
                 await part.close()
         if self.services is not None:

@@ -28,7 +28,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
-
     Frames = List[bytes]
     Event = Dict[str, Any]
 
@@ -43,6 +42,8 @@ BATCH_MESSAGES = 512
 BATCH_BYTES = 256 * 1024
 LARGE_BYTES = 64 * 1024
 BURST = 4
+RETAIN_BYTES = 8 * 2**20
+RETAIN_MESSAGES = 10000
 JOINED_TEXT = 1024 * 1024
 QUEUE_BYTES = 16 * 2**20
 MAX_SESSIONS = 1000
@@ -125,6 +126,8 @@ class Settings:
         self.shutdown_seconds: float = values["shutdown_seconds"]
         self.stderr_bytes: int = values["stderr_bytes"]
         self.restart_limit: int = values["restart_limit"]
+        if self.register_url and not self.register_url.startswith(("https://", "http://")):
+            raise ValueError("'register_url' must be an http or https URL")
         self.linger_seconds = float(agent.get("linger_seconds") or LINGER_SECONDS)
 
     @staticmethod
@@ -234,7 +237,7 @@ class KernelProcess:
                 os.execvpe(argv[0], argv, env)
             except OSError as error:
                 os.write(writer, b"%d" % (error.errno or 0))
-            except BaseException:  # a forked copy of the agent must not go on in any case
+            except BaseException:  # noqa: BLE001 - a forked copy of the agent must not go on in any case
                 os.write(writer, b"0")
             os._exit(127)
         os.close(writer)
@@ -469,10 +472,10 @@ class Ring:
         """Whether `compact` is due."""
         return self.size > self.due[0] or self.messages > self.due[1]
 
-    def trim(self, cursor: int) -> None:
-        """Let go of everything up to `cursor`."""
+    def trim(self, cursor: int, size: int = 0, messages: int = 0) -> None:
+        """Let go of what is numbered up to `cursor`, but not below this size."""
         entry = self.root.next
-        while entry is not None and entry.last <= cursor:
+        while entry is not None and entry.last <= cursor and (self.size > size or self.messages > messages):
             self.size -= entry.size
             self.messages -= entry.count
             self.root = entry
@@ -731,6 +734,7 @@ class Outlet:
         self.settings = settings
         self.send = send
         self.ring = Ring(settings.ring_bytes, settings.ring_messages, own_session)
+        self.retained = min(RETAIN_BYTES, settings.ring_bytes // 8), min(RETAIN_MESSAGES, settings.ring_messages // 8)
         self.peers: Dict[bytes, Peer] = {}
         self.sessions: Dict[bytes, Session] = {}
 
@@ -875,9 +879,13 @@ class Outlet:
                 session.place = self.ring.after(session.place.last)
 
     def trim(self) -> None:
-        """Let go of what every session has been served."""
+        """Let go of what every session has been served.
+
+        The newest of it stays: what was handed to a socket may yet be lost on its way, and a client that
+        numbers what it gets can then ask for it again.
+        """
         if self.sessions:
-            self.ring.trim(min([session.cursor for session in self.sessions.values()]))
+            self.ring.trim(min([session.cursor for session in self.sessions.values()]), *self.retained)
         else:
             self.ring.trim(self.ring.seq)
 
@@ -1342,13 +1350,13 @@ class Agent:
             self.ask(SHELL, "kernel_info_request", {})
             self.after("nudge", 0.2 if self.info_seen else 5.0, self.nudge)
 
-    def drain(self, channel: int) -> None:
+    def drain(self, channel: int) -> None:  # noqa: C901 - in one piece: this is the hot path
         """Take what a kernel socket has, up to one batch, and publish it."""
         sockets = self.sockets
         if sockets is None:
             return
         zmq_again, noblock = self.zmq.Again, self.zmq.NOBLOCK
-        receive, body_of, accept = sockets.sockets[channel].recv_multipart, sockets.body, self.accept
+        receive, body_of = sockets.sockets[channel].recv_multipart, sockets.body
         copying = self.copying[channel]
         target = b""
         heads: Frames = []
@@ -1371,7 +1379,7 @@ class Agent:
             total = sum(lengths)
             # Most output needs no look: neither a status nor the agent's own affair.
             if channel != IOPUB or self.nudges or lengths[3] < 256 or not self.iopub_live:
-                to = accept(channel, body)
+                to = self.accept_output(body) if channel == IOPUB else self.accept_reply(channel, body)
                 if to is None:
                     continue
             else:
@@ -1402,25 +1410,25 @@ class Agent:
         if count:
             self.outlet.batch(target, heads, out, count, size)
 
-    def accept(self, channel: int, body: Any) -> Optional[bytes]:
-        """Look at a message: whom it is for (b"" for everybody), or None where it is not for clients."""
-        if channel == IOPUB:
-            header = body[0]
-            self.iopub_live = True
-            if b'"iopub_welcome"' in header:
-                self.check_ready()
-                return None
-            if self.nudges and self.own in body[1] and text_of(load_dict(body[1]), "session") == self.session:
-                if b'"idle"' in body[3]:
-                    self.nudges.discard(text_of(load_dict(body[1]), "msg_id"))
-                if self.phase in ("starting", "restarting"):
-                    self.check_ready()
-                return None
-            if b'"status"' in header and b'"execution_state"' in body[3]:
-                self.on_status(body)
-            if self.phase in ("starting", "restarting"):
-                self.check_ready()
-            return b""
+    def accept_output(self, body: Any) -> Optional[bytes]:
+        """Look at an iopub message: b"" for everybody, or None where it is not for clients."""
+        header = body[0]
+        self.iopub_live = True
+        to: Optional[bytes] = b""
+        if b'"iopub_welcome"' in header:
+            to = None
+        elif self.nudges and self.own in body[1] and text_of(load_dict(body[1]), "session") == self.session:
+            if b'"idle"' in body[3]:
+                self.nudges.discard(text_of(load_dict(body[1]), "msg_id"))
+            to = None
+        elif b'"status"' in header and b'"execution_state"' in body[3]:
+            self.on_status(body)
+        if self.phase != "running":
+            self.check_ready()
+        return to
+
+    def accept_reply(self, channel: int, body: Any) -> Optional[bytes]:
+        """Look at a message of another channel: the session that it is for, or None."""
         parent = load_dict(bytes(memoryview(body[1])))
         session = text_of(parent, "session")
         if session == self.session:
@@ -1572,7 +1580,7 @@ class Agent:
         """A control operation. Malformed ones are counted."""
         op, ident = call["op"], call.get("id")
         epoch = call.get("epoch", peer.epoch if peer is not None else 0)
-        session, after = call.get("session"), call.get("after")
+        session = call.get("session")
         if not isinstance(epoch, int) or not (session is None or isinstance(session, str)):
             self.counters["bad_frames"] += 1
             return
@@ -1581,15 +1589,8 @@ class Agent:
             return
         if peer is None:
             return
-        key = (session or "").encode("utf-8", "replace")
-        if op == "attach" and key and (after is None or isinstance(after, int)):
-            self.outlet.attach(peer, key, after, bool(call.get("keep", True)), ident)
-        elif op == "pause":
-            self.outlet.pause(peer, key)
-        elif op == "detach":
-            found = peer.sessions.get(key)
-            if found is not None:
-                self.outlet.detach(found, bool(call.get("forget", not found.keep)))
+        if session is not None:
+            self.on_session_call(peer, session.encode("utf-8", "replace"), call)
         elif op == "ping":
             self.outlet.event(peer, dict({"event": "pong", "id": ident, "counters": self.count()}, **self.state()))
         elif op == "interrupt":
@@ -1609,6 +1610,20 @@ class Agent:
             self.counters["bad_frames"] += 1
             if ident is not None:
                 self.done(peer.name, ident, "unknown operation")
+
+    def on_session_call(self, peer: Peer, name: bytes, call: Event) -> None:
+        """An operation on one session."""
+        op, after = call["op"], call.get("after")
+        if op == "attach" and name and (after is None or isinstance(after, int)):
+            self.outlet.attach(peer, name, after, bool(call.get("keep", True)), call.get("id"))
+        elif op == "pause":
+            self.outlet.pause(peer, name)
+        elif op == "detach":
+            found = peer.sessions.get(name)
+            if found is not None:
+                self.outlet.detach(found, bool(call.get("forget", not found.keep)))
+        else:
+            self.counters["bad_frames"] += 1
 
     def on_hello(self, name: bytes, epoch: int) -> None:
         if epoch < self.epoch:
@@ -1862,7 +1877,7 @@ class Agent:
 
 def public_host(settings: Settings) -> str:
     """The address at which gateways reach this node."""
-    if settings.listen not in ("0.0.0.0", "::", "*"):
+    if settings.listen not in ("0.0.0.0", "::", "*"):  # noqa: S104
         return settings.listen
     import socket
 
@@ -1899,9 +1914,11 @@ def post_registration(settings: Settings, text: str) -> None:
     delay = 0.25
     while True:
         headers = {"Content-Type": "application/json", "User-Agent": "hub-gateway-agent"}
-        request = urllib.request.Request(settings.register_url, text.encode(), headers, method="POST")
+        request = urllib.request.Request(  # noqa: S310
+            settings.register_url, text.encode(), headers, method="POST"
+        )
         try:
-            with urllib.request.urlopen(request, timeout=10):
+            with urllib.request.urlopen(request, timeout=10):  # noqa: S310 - the scheme was checked
                 return
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 429):
@@ -1923,7 +1940,7 @@ def make_directories(settings: Settings) -> str:
     os.chmod(settings.runtime_dir, 0o700)
     if settings.transport != "ipc" or len(os.fsencode(settings.runtime_dir)) + len("/g1000-5") <= PATH_LIMIT:
         return settings.runtime_dir
-    directory = os.path.join("/tmp", "hg-" + os.urandom(8).hex())
+    directory = os.path.join("/tmp", "hg-" + os.urandom(8).hex())  # noqa: S108 - new, and 0700
     os.mkdir(directory, 0o700)
     return directory
 

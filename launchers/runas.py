@@ -26,7 +26,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, NoReturn
+    from typing import Any, Dict
 
     Document = Dict[str, Any]
 

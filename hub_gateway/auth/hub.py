@@ -104,9 +104,10 @@ class HubAuthenticator(Authenticator):
         if model is None:
             return None
         if not self.hub_auth.check_scopes(self.hub_auth.access_scopes, model):
+            needed = " or ".join(sorted(self.hub_auth.access_scopes))
             raise Forbidden(
-                f"{str(model.get('kind', 'user')).capitalize()} {model['name']} may not use this gateway: the token lacks "
-                f"the scope {' or '.join(sorted(self.hub_auth.access_scopes))}; ask the Hub's administrator for it."
+                f"{str(model.get('kind', 'user')).capitalize()} {model['name']} may not use this gateway: the token "
+                f"lacks the scope {needed}; ask the Hub's administrator for it."
             )
         return caller_of(model)
 
@@ -217,10 +218,9 @@ class HubService(LoggingConfigurable):
     async def report_activity(self, user: str, body: Mapping[str, JSON]) -> None:
         """`POST users/:user/activity`. Raises `Unavailable`."""
         url = f"{self.oauth.api_url}/users/{quote(user, safe='')}/activity"
+        request = self.oauth._api_request("POST", url, json=dict(body))  # type: ignore[no-untyped-call]
         try:
-            await asyncio.wait_for(
-                self.oauth._api_request("POST", url, json=dict(body)), self.authenticator.hub_timeout
-            )
+            await asyncio.wait_for(request, self.authenticator.hub_timeout)
         except ValueError:
             # A good answer: it is empty, which jupyterhub tries to read as JSON.
             return

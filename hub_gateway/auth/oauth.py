@@ -21,13 +21,14 @@ Model: TypeAlias = Mapping[str, Any]
 Lookup: TypeAlias = Callable[[str, str], Awaitable[Model | None]]
 
 
-class GatewayOAuth(HubOAuth):  # type: ignore[misc]  # jupyterhub has no type information
+class GatewayOAuth(HubOAuth):
     """HubOAuth whose logins under way survive a restart, and may end on another replica.
 
     What belongs to a login (where to go next, the PKCE verifier) is not kept in memory but travels in the state
     itself, encrypted with a key made from the cookie secret. A visitor who never logs in leaves nothing behind.
 
-    Users are looked up by `lookup(token, session_id)` where it is set; never synchronously, which would stop the event loop.
+    Users are looked up by `lookup(token, session_id)` where it is set; never synchronously, which would stop the
+    event loop.
     """
 
     state_key = Bytes(help="The secret from which the state's key is made.")
@@ -37,12 +38,13 @@ class GatewayOAuth(HubOAuth):  # type: ignore[misc]  # jupyterhub has no type in
         """The Hub's user of a request, by its cookie."""
         if sync:
             raise RuntimeError("a synchronous look-up would stop the event loop")
-        found: Awaitable[Model | None] = super().get_user(handler, sync=False)
+        found: Awaitable[Model | None] = super().get_user(handler, sync=False)  # type: ignore[no-untyped-call]
         return found
 
     def get_token(self, handler: RequestHandler, in_cookie: bool = True) -> str | None:
         """The token of the cookie. Pages are for browsers; what has a token of its own uses the REST API."""
-        return self._get_token_cookie(handler) if in_cookie else None
+        found: str | None = self._get_token_cookie(handler) if in_cookie else None  # type: ignore[no-untyped-call]
+        return found
 
     def user_for_token(
         self, token: str, use_cache: bool = True, session_id: str = "", *, sync: bool = True
@@ -52,7 +54,9 @@ class GatewayOAuth(HubOAuth):  # type: ignore[misc]  # jupyterhub has no type in
             raise RuntimeError("a synchronous look-up would stop the event loop")
         if use_cache and self.lookup is not None:
             return self.lookup(token, session_id)
-        found: Awaitable[Model | None] = super().user_for_token(token, use_cache, session_id, sync=False)
+        found: Awaitable[Model | None] = super().user_for_token(  # type: ignore[no-untyped-call]
+            token, use_cache, session_id, sync=False
+        )
         return found
 
     def _fernet(self) -> Fernet:

@@ -1,8 +1,8 @@
 """The Hub scopes that this gateway knows, as data: the Hub's configuration and the documentation are made from it.
 
 They are custom scopes of JupyterHub (they begin with `custom:`), to be defined in `c.JupyterHub.custom_scopes`
-and granted by `c.JupyterHub.load_roles`; each may be filtered by `!user=` or `!group=`. A browser's token carries only those
-that the service lists in `oauth_client_allowed_scopes` too.
+and granted by `c.JupyterHub.load_roles`; each may be filtered by `!user=` or `!group=`. A browser's token carries
+only those that the service lists in `oauth_client_allowed_scopes` too.
 """
 
 from __future__ import annotations

@@ -15,11 +15,10 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 
 from hub_gateway._paths import migrations_dir
 from hub_gateway.db.engine import Database
+from hub_gateway.db.revision import LOCK
 from hub_gateway.errors import Unavailable
 
 __all__ = ["RevisionError", "backup", "check_revision", "current", "head", "migrations_path", "prepare", "upgrade"]
-
-LOCK = 0x48756247  # "HubG": replicas that start together upgrade one after the other
 
 
 class RevisionError(Unavailable):

@@ -332,6 +332,11 @@ class Controller(LoggingConfigurable):
         await self.store.age_out(
             now - timedelta(seconds=self.failed_seconds), now - timedelta(seconds=self.history_seconds)
         )
+        listed = {record.id for record in await self.store.listed()}
+        for kernel_id, relay in self.links:
+            if kernel_id not in listed and not relay.connections:
+                self.links.drop(kernel_id)
+        self._changed = {key: event for key, event in self._changed.items() if key in listed}
 
     async def _every(self, seconds: float, name: str, call: Callable[[], Awaitable[None]]) -> None:
         """Call again and again; one failure is logged and counted, and changes nothing for the next time."""

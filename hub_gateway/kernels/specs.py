@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from traitlets import Float, List, Unicode
 from traitlets.config import LoggingConfigurable
 
+from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import BadRequest, Forbidden, NotFound
 from hub_gateway.kernels.types import JSON
 
@@ -204,6 +206,7 @@ class KernelSpecs(LoggingConfigurable):
         argv = tuple(found["argv"])
         if not argv or not all(isinstance(argument, str) for argument in argv):
             raise BadRequest("argv is empty or holds something that is not a string.")
+        argv = tuple(_filled(argument, directory) for argument in argv)
         proxy = stanza.get("name") or stanza.get("class_name")
         return Spec(
             name=name,
@@ -228,6 +231,14 @@ class KernelSpecs(LoggingConfigurable):
         for logo in sorted(directory.glob("logo-*")):
             found[logo.stem] = prefix + quote(logo.name)
         return found
+
+
+def _filled(argument: str, directory: str) -> str:
+    """An argument with Jupyter's placeholders filled (and ours for the launchers), except `{connection_file}`."""
+    known = {"{resource_dir}": directory, "{prefix}": sys.prefix, "{launchers_dir}": str(launchers_dir())}
+    for name, value in known.items():
+        argument = argument.replace(name, value)
+    return argument
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:

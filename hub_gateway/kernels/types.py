@@ -152,4 +152,5 @@ class NewKernel:
 
 def isoformat(moment: datetime) -> str:
     """`%Y-%m-%dT%H:%M:%S.%fZ`, microseconds always: jupyter_server's gateway client parses just that."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    # Six times as fast as strftime, which shows in a list of kernels. The moment is in UTC: "+00:00" is cut off.
+    return moment.isoformat(timespec="microseconds")[:26] + "Z"

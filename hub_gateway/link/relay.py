@@ -120,9 +120,9 @@ class KernelRelay:
         if client is None or client.sink is not sink:
             return
         sink.on_flushed = None
+        self._acknowledge()
         del self._clients[client.key]
-        if self._link is not None and self._link.greeted:
-            self._acknowledge()
+        if self._link is not None and self._link.greeted and client.state is not Delivery.MOVED:
             self._link.tell("detach", session=sink.session, forget=not sink.keep)
 
     def receive(self, sink: Sink, channel: str, parts: list[bytes], session_of_header: str) -> None:
@@ -152,6 +152,8 @@ class KernelRelay:
 
     def _attach(self, client: Client) -> None:
         link = self._link
+        if client.state is Delivery.MOVED:
+            return
         if link is None or not link.greeted:
             client.state = Delivery.WAITING
             return
@@ -206,7 +208,8 @@ class KernelRelay:
             self._link.close()
             self._link = None
         for client in self._clients.values():
-            client.state = Delivery.WAITING
+            if client.state is not Delivery.MOVED:
+                client.state = Delivery.WAITING
 
     def _require_link(self) -> AgentLink:
         if self._link is None or not self._link.greeted:
@@ -410,9 +413,7 @@ class KernelRelay:
         if name == "moved":
             client = self._clients.get(event.to)
             if client is not None:
-                # Another replica serves this session now; the client is there, this websocket is a remnant.
-                client.state = Delivery.PAUSED
-                return
+                client.state = Delivery.MOVED
         elif name == "ready":
             self._on_state(data)
             self._on_ready()

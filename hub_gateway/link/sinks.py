@@ -41,6 +41,7 @@ class Delivery(enum.Enum):
     REPLAY = "replay"  # gets what is addressed to it
     LIVE = "live"  # gets everything
     PAUSED = "paused"  # too slow: waits for its websocket to drain
+    MOVED = "moved"  # its session is served by another replica: this websocket is a remnant
 
 
 class Client:

@@ -311,7 +311,7 @@ class LocalProxy(ProcessProxy):
                 del self._children[process.pid]
 
     def _send(self, processes: Sequence[psutil.Process], signum: int, user: str | None) -> None:
-        if user is not None and os.geteuid() != 0:
+        if user is not None and not self._is_root():
             self._runas(user, "signal", pids=[one.pid for one in processes], signum=signum)
             return
         for process in processes:
@@ -422,8 +422,12 @@ class LocalProxy(ProcessProxy):
             return None
         return name
 
+    def _is_root(self) -> bool:
+        """Whether this gateway may become any user by itself."""
+        return os.geteuid() == 0
+
     def _runas(self, user: str, action: str, **request: Any) -> dict[str, Any]:
-        prefix = [] if os.geteuid() == 0 else [word.replace("{user}", user) for word in self.sudo_command]
+        prefix = [] if self._is_root() else [word.replace("{user}", user) for word in self.sudo_command]
         command = [*prefix, self.python, "-I", str(launchers_dir() / "runas.py")]
         return runas.call(command, {"user": user, "action": action, **request})
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tornado.web import Application, url
+from tornado.httputil import HTTPServerRequest
+from tornado.web import Application, RequestHandler, _HandlerDelegate, url
 
 from hub_gateway.services import Services
-from hub_gateway.web.base import NotFoundHandler, log_request
+from hub_gateway.web.base import BaseHandler, NotFoundHandler, TooLargeHandler, log_request
 from hub_gateway.web.channels import ChannelsHandler
 from hub_gateway.web.health import (
     APIRootHandler,
@@ -19,13 +20,13 @@ from hub_gateway.web.health import (
 )
 from hub_gateway.web.kernels import InterruptHandler, KernelHandler, KernelsHandler, LaunchHandler, RestartHandler
 from hub_gateway.web.kernelspecs import KernelSpecHandler, KernelSpecsHandler, ResourceHandler
-from hub_gateway.web.pages import CallbackHandler, HomeHandler
 from hub_gateway.web.sessions import SessionHandler, SessionsHandler
+from hub_gateway.web.static import StaticHandler
 
-__all__ = ["ROUTES", "make_application"]
+__all__ = ["ROUTES", "GatewayApplication", "make_application", "pages"]
 
 KERNEL = "/api/kernels/([^/]+)"
-ROUTES: tuple[tuple[str, Any], ...] = (
+ROUTES: tuple[tuple[str, type[BaseHandler]], ...] = (
     ("", RootHandler),
     ("/healthz", HealthHandler),
     ("/readyz", ReadyHandler),
@@ -46,17 +47,49 @@ ROUTES: tuple[tuple[str, Any], ...] = (
 )
 """Path below base_url, and handler."""
 
-PAGES: tuple[tuple[str, Any], ...] = (("/home", HomeHandler), ("/oauth_callback", CallbackHandler))
-"""The same for pages, which need a Hub."""
+
+class GatewayApplication(Application):
+    """Refuses bodies that are too large with a sentence, where tornado would answer a bare 400."""
+
+    def __init__(self, routes: list[Any], services: Services, **settings: Any) -> None:
+        super().__init__(routes, **settings)
+        self.services = services
+
+    def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> _HandlerDelegate:
+        """The handler that was asked for, or the one that says that the body is too large."""
+        found = super().find_handler(request, **kwargs)
+        meant: type[RequestHandler] = found.handler_class
+        limit = self.services.web.max_body_bytes
+        if issubclass(meant, BaseHandler) and meant.max_body_bytes is not None:
+            limit = min(limit, meant.max_body_bytes)
+        length = request.headers.get("Content-Length", "")
+        announced = int(length) if length.isascii() and length.isdigit() and len(length) < 19 else 0
+        connection = request.connection
+        set_limit = getattr(connection, "set_max_body_size", None)
+        if set_limit is not None:
+            # Above what is allowed, so that a body in chunks, which announces no length, meets our own limit too.
+            set_limit(max(announced, 2 * limit))
+        if announced <= limit:
+            return found
+        arguments = {"services": self.services, "limit": limit, "announced": announced}
+        return self.get_handler_delegate(request, TooLargeHandler, arguments)
 
 
-def make_application(services: Services, *, base_url: str = "/") -> Application:
+def pages() -> tuple[tuple[str, type[BaseHandler]], ...]:
+    """The same for pages, which need a Hub; without one, jupyterhub's client (13 MB) is not even imported."""
+    from hub_gateway.web.pages import CallbackHandler, HomeHandler
+
+    return (("/home", HomeHandler), ("/oauth_callback", CallbackHandler), ("/static/([^/]+)", StaticHandler))
+
+
+def make_application(services: Services, *, base_url: str = "/") -> GatewayApplication:
     """The tornado application, with every address below `base_url`."""
     prefix = base_url.rstrip("/")
-    routes = (*ROUTES, *PAGES) if services.hub is not None else ROUTES
+    routes = (*ROUTES, *pages()) if services.hub is not None else ROUTES
     arguments = {"services": services}
-    return Application(
+    return GatewayApplication(
         [url(f"{prefix}{path}/?" if path else f"{prefix}/?", handler, arguments) for path, handler in routes],
+        services,
         default_handler_class=NotFoundHandler,
         default_handler_args=arguments,
         log_function=log_request,

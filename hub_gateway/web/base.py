@@ -4,25 +4,45 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import secrets
 from collections.abc import Awaitable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NoReturn
+from urllib.parse import parse_qsl, urlencode
 
-from tornado.web import HTTPError, RequestHandler
+from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from hub_gateway.auth.base import Caller
-from hub_gateway.errors import BadRequest, GatewayError, PayloadTooLarge, Unauthenticated
+from hub_gateway.errors import BadRequest, GatewayError, NotFound, PayloadTooLarge, Unauthenticated
 from hub_gateway.metrics import METRICS
 from hub_gateway.services import Services
 
-__all__ = ["APIHandler", "BaseHandler", "NotFoundHandler", "json_body", "log_request"]
+__all__ = [
+    "APIHandler",
+    "BaseHandler",
+    "NotFoundHandler",
+    "TooLargeHandler",
+    "json_body",
+    "log_request",
+    "string_field",
+    "too_large",
+]
 
 LOG = logging.getLogger("hub_gateway.web")
+MAX_STRING = 4096
+DRAIN_BYTES = 32 * 2**20
+"""How much of a body that is too large is read and thrown away, so that its sender gets to read the answer."""
+
 _TOKEN = re.compile(r"(?:token|bearer)\s+(\S+)\s*$", re.IGNORECASE)
-_SECRET_ARGUMENT = re.compile(r"((?:^|[?&])(?:token|code|state)=)[^&]*", re.IGNORECASE)
-_KNOWN = {error.status: error for error in GatewayError.__subclasses__()}
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_LOGGED_ARGUMENTS = frozenset(("user", "session_id", "last_seq"))
+_METHODS = ("GET", "HEAD", "POST", "DELETE", "PATCH", "PUT")
+_KNOWN: Mapping[int, type[GatewayError]] = {
+    **{error.status: error for error in GatewayError.__subclasses__()},
+    500: GatewayError,
+}
 
 
 class BaseHandler(RequestHandler):
@@ -30,21 +50,59 @@ class BaseHandler(RequestHandler):
 
     services: Services
     request_id: str
+    max_body_bytes: int | None = None
+    """Limit of the body where it is lower than the configured one."""
 
     def initialize(self, services: Services) -> None:
         self.services = services
         self.request_id = secrets.token_hex(8)
+        self.set_header("X-Request-Id", self.request_id)
 
     def set_default_headers(self) -> None:
         self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
         self.set_header("Cache-Control", "no-store")
         self.clear_header("Server")
+        request_id = getattr(self, "request_id", None)
+        if request_id is not None:  # tornado calls this again before it writes an error
+            self.set_header("X-Request-Id", request_id)
+
+    def decode_argument(self, value: bytes, name: str | None = None) -> str:
+        """A part of the path, or an argument. No name of anything holds control characters."""
+        text = super().decode_argument(value, name)
+        if name is None and _UNPRINTABLE.search(text):
+            raise NotFound("There is nothing at this address of the gateway.")
+        return text
+
+    @classmethod
+    def allowed(cls) -> tuple[str, ...]:
+        """The methods that this handler implements."""
+        missing = RequestHandler._unimplemented_method
+        found = [name for name in _METHODS if getattr(cls, name.lower()) is not missing]
+        if "GET" not in found:
+            found.remove("HEAD")
+        return (*found, "OPTIONS")
+
+    async def head(self, *args: str) -> None:
+        """As `get`; tornado leaves the body out."""
+        found = self.get(*args)
+        if found is not None:
+            await found
+
+    def options(self, *args: str) -> None:
+        """What may be done here. Nothing is allowed to other origins."""
+        self.set_header("Allow", ", ".join(self.allowed()))
+        self.set_status(204)
 
     @property
     def safe_path(self) -> str:
-        """The path and query without what may be secret."""
-        return _SECRET_ARGUMENT.sub(r"\1[secret]", self.request.uri or "")
+        """The path, and of the query what is known to be no secret."""
+        path, _, query = (self.request.uri or "").partition("?")
+        shown = [
+            (name, value if name in _LOGGED_ARGUMENTS else "...")
+            for name, value in parse_qsl(query, keep_blank_values=True)
+        ]
+        return f"{path}?{urlencode(shown)}" if shown else path
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
         """Expected errors on one line, defects with their traceback."""
@@ -58,20 +116,13 @@ class BaseHandler(RequestHandler):
         else:
             LOG.error("Unexpected error", exc_info=(typ, value, tb), extra=extra)
 
-    def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Every error is JSON: `{"reason", "message", "code"}`."""
-        error = kwargs.get("exc_info", (None, None, None))[1]
-        self.set_header("Content-Type", "application/json; charset=UTF-8")
+    def describe(self, status_code: int, error: BaseException | None) -> tuple[int, dict[str, str]]:
+        """The status of an error, and its body: `{"reason", "message", "code"}`."""
         if isinstance(error, GatewayError):
-            self.set_status(error.status)
-            if error.retry_after is not None:
-                self.set_header("Retry-After", str(int(error.retry_after)))
-            if error.status == 401:
-                self.set_header("WWW-Authenticate", "token")
-            self.finish({**error.as_json(), "request_id": self.request_id})
-            return
+            return error.status, error.as_json()
         known = _KNOWN.get(status_code)
         reason = HTTPStatus(status_code).phrase if status_code in HTTPStatus._value2member_map_ else "Error"
+        message = None
         if isinstance(error, HTTPError):
             message = error.log_message % error.args if error.log_message and error.args else error.log_message
             message = message or f"{self.request.method} is not possible here: {reason}."
@@ -81,7 +132,25 @@ class BaseHandler(RequestHandler):
                 f"Try again, and tell the administrator this number if it persists: {self.request_id}."
             )
         code = known.code if known else reason.lower().replace(" ", "_")
-        self.finish({"reason": reason, "message": message, "code": code, "request_id": self.request_id})
+        return status_code, {"reason": reason, "message": message, "code": code}
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Every error is JSON."""
+        error = kwargs.get("exc_info", (None, None, None))[1]
+        status, body = self.describe(status_code, error)
+        self.set_status(status)
+        self.set_error_headers(status, error)
+        self.set_header("Content-Type", "application/json; charset=UTF-8")
+        self.finish(json.dumps(body))
+
+    def set_error_headers(self, status: int, error: BaseException | None) -> None:
+        """The headers that go with a status."""
+        if isinstance(error, GatewayError) and error.retry_after is not None:
+            self.set_header("Retry-After", str(max(1, math.ceil(error.retry_after))))
+        if status == 401:
+            self.set_header("WWW-Authenticate", "token")
+        elif status == 405:
+            self.set_header("Allow", ", ".join(self.allowed()))
 
 
 class APIHandler(BaseHandler):
@@ -93,33 +162,24 @@ class APIHandler(BaseHandler):
     caller: Caller
 
     def prepare(self) -> Awaitable[None] | None:
-        return self._authenticate()
+        return None if self.request.method == "OPTIONS" else self.enter()
 
-    async def _authenticate(self) -> None:
-        self.caller = await self.identify()
-
-    async def identify(self, *, fresh: bool = False) -> Caller:
-        """The caller. Raises `Unauthenticated`, and what the authenticator raises."""
-        header = self.request.headers.get("Authorization", "")
-        found = _TOKEN.match(header)
+    async def enter(self) -> None:
+        """Find out who is calling. Raises `Unauthenticated`, and what the authenticator raises."""
+        found = _TOKEN.match(self.request.headers.get("Authorization", ""))
+        # jupyter_server without a token sends "token " with nothing behind it: nobody.
         if found is None:
             raise Unauthenticated(
                 "The request carries no token; send the header `Authorization: token ...` with a token of the Hub."
+                if self.services.hub is not None
+                else "The request carries no token; send the header `Authorization: token ...` with your token."
             )
-        caller = await self.services.authenticator.authenticate(
-            found.group(1), remote_ip=self.request.remote_ip or "", fresh=fresh
-        )
+        caller = await self.services.authenticator.authenticate(found[1], remote_ip=self.request.remote_ip or "")
         if caller is None:
             raise Unauthenticated(
                 "The token is not valid or has expired; restart your server to get a new one, or log in again."
             )
-        return caller
-
-    async def options(self, *args: str) -> None:
-        """What may be done here. Nothing is allowed to other origins."""
-        self.set_header("Allow", ", ".join(self.SUPPORTED_METHODS))
-        self.set_status(204)
-        await self.finish()
+        self.caller = caller
 
     def write_json(self, value: Any, status: int = 200) -> None:
         """Answer with JSON."""
@@ -135,11 +195,37 @@ class NotFoundHandler(BaseHandler):
         raise HTTPError(404, "There is nothing at this address of the gateway.")
 
 
+@stream_request_body
+class TooLargeHandler(BaseHandler):
+    """In the place of the handler that was meant, where the announced body exceeds its limit."""
+
+    def initialize(self, services: Services, limit: int, announced: int) -> None:  # type: ignore[override]
+        super().initialize(services)
+        self.limit = limit
+        if announced > DRAIN_BYTES:
+            self.prepare = self.refuse  # type: ignore[method-assign]
+
+    def data_received(self, chunk: bytes) -> None:
+        """Thrown away."""
+
+    def refuse(self, *args: str) -> NoReturn:
+        """Whatever the method."""
+        raise too_large(self.limit)
+
+    get = head = post = put = patch = delete = options = refuse
+
+
+def too_large(limit: int) -> PayloadTooLarge:
+    """The error for a body over its limit."""
+    return PayloadTooLarge(f"The request's body exceeds the limit of {limit} bytes; send less.")
+
+
 def json_body(handler: BaseHandler) -> dict[str, Any]:
     """The request's body, which must be a JSON object; {} where there is none."""
     body = handler.request.body
-    if len(body) > handler.services.web.max_body_bytes:
-        raise PayloadTooLarge(f"The request's body exceeds {handler.services.web.max_body_bytes} bytes.")
+    limit = min(handler.max_body_bytes or math.inf, handler.services.web.max_body_bytes)
+    if len(body) > limit:
+        raise too_large(int(limit))
     if not body.strip():
         return {}
     try:
@@ -154,15 +240,17 @@ def json_body(handler: BaseHandler) -> dict[str, Any]:
 def string_field(body: Mapping[str, Any], name: str) -> str | None:
     """An optional string of a body. Raises `BadRequest`."""
     value = body.get(name)
-    if value is not None and not isinstance(value, str):
-        raise BadRequest(f"The field `{name}` must be a string.")
+    if value is not None and (not isinstance(value, str) or len(value) > MAX_STRING or _UNPRINTABLE.search(value)):
+        raise BadRequest(
+            f"The field `{name}` must be a string of at most {MAX_STRING} characters, without control characters."
+        )
     return value
 
 
 def log_request(handler: RequestHandler) -> None:
     """tornado's access log: one line a request, no query secrets; successful polls only at debug level."""
     status, seconds = handler.get_status(), handler.request.request_time()
-    METRICS.requests.labels(handler.request.method, str(status)).observe(seconds)
+    METRICS.count_request(handler.request.method or "", status, seconds)
     quiet = status < 400 and handler.request.method in ("GET", "HEAD", "OPTIONS")
     level = logging.DEBUG if quiet else logging.INFO
     if LOG.isEnabledFor(level):

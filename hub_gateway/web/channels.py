@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Awaitable
 
 from tornado.websocket import WebSocketHandler
 
-from hub_gateway.errors import GatewayError
+from hub_gateway.errors import BadRequest, GatewayError
 from hub_gateway.link import Dialect, KernelRelay, decode
 from hub_gateway.link import messages as notices
 from hub_gateway.link.codec import CHANNELS
@@ -56,13 +55,16 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
     refused = 0
     told = float("-inf")
 
-    def prepare(self) -> Awaitable[None] | None:
-        return self._prepare()
-
-    async def _prepare(self) -> None:
-        await self._authenticate()
-        # Before the handshake, so that a kernel that is not the caller's answers 404 and nothing opens.
+    async def enter(self) -> None:
+        """Find the caller's kernel before the handshake: what is not theirs answers 404, and nothing opens."""
+        await super().enter()
         self.relay = await self.services.kernels.relay(self.caller, self.path_args[0])
+
+    async def get(self, *args: str) -> None:
+        """The handshake. Raises `BadRequest` for a request that is none."""
+        if self.request.headers.get("Upgrade", "").lower() != "websocket":
+            raise BadRequest("This is the address of a kernel's websocket; open it with a websocket client.")
+        await super().get(*args)
 
     def check_origin(self, origin: str) -> bool:
         """Any: no cookie is ever believed here, and a page cannot send somebody's token."""

@@ -1,8 +1,9 @@
 """Writes ready-made websocket frames to tornado's stream, and learns what the client has taken.
 
 One system call a batch in place of one a message. This is the only place that reaches past tornado's public
-`write_message`; what it relies on (`WebSocketHandler.ws_connection.stream` is an IOStream whose `write` keeps the order)
-is pinned by tests/unit/test_framewriter.py.
+`write_message`; what it relies on (`WebSocketHandler.ws_connection.stream` is an IOStream, whose `write` keeps the
+order and answers with a future that is done when all up to there was handed to the operating system) is pinned
+by tests/unit/test_web_framewriter.py.
 
 That bytes were handed to the operating system does not mean that the client has them: when this process is killed,
 a client that has not read them yet may lose them (tornado's client throws its read buffer away when the connection
@@ -17,6 +18,7 @@ import struct
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tornado.iostream import IOStream, StreamClosedError
 from tornado.websocket import WebSocketHandler
@@ -54,6 +56,8 @@ class _Group:
     seq: int | None = None
     messages: int = 0
     bytes: int = 0
+    written: asyncio.Future[None] | None = None
+    """Done when its ping was handed to the operating system: no honest pong comes before that."""
 
 
 class FrameWriter:
@@ -95,7 +99,7 @@ class FrameWriter:
             self._send(data, seq, count)
 
     def _fits(self, size: int, count: int) -> bool:
-        if self._silent or self._messages == 0:
+        if self._messages == 0:
             return True
         return self._messages + count <= self._window.messages and self._bytes + size <= self._window.bytes
 
@@ -112,12 +116,13 @@ class FrameWriter:
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(PING_SECONDS, self._ping)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> asyncio.Future[None] | None:
         try:
             future = self._stream.write(data)
         except StreamClosedError:
-            return
+            return None
         future.add_done_callback(_seen)
+        return future
 
     def _ping(self) -> None:
         if self._timer is not None:
@@ -128,9 +133,10 @@ class FrameWriter:
             return
         self._group = _Group(group.number + 1)
         self._flying.append(group)
-        self._write(_PING.pack(0x89, _PONG.size, _MARK, group.number))
+        group.written = self._write(_PING.pack(0x89, _PONG.size, _MARK, group.number))
         if self._silent:
-            self._arrived(group.number)
+            if group.written is not None:
+                group.written.add_done_callback(partial(self._handed_over, group.number))
         elif not self._answers and self._patience is None:
             self._patience = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._give_up_pongs)
 
@@ -143,9 +149,16 @@ class FrameWriter:
                 self._patience = None
             self._arrived(_PONG.unpack(data)[1])
 
+    def _handed_over(self, number: int, written: asyncio.Future[None]) -> None:
+        if not written.cancelled() and written.exception() is None:
+            self._arrived(number)
+
     def _arrived(self, number: int) -> None:
         seq = None
         while self._flying and self._flying[0].number <= number:
+            written = self._flying[0].written
+            if written is None or not written.done():
+                break
             group = self._flying.popleft()
             self._messages -= group.messages
             self._bytes -= group.bytes
@@ -160,7 +173,10 @@ class FrameWriter:
             self.on_flushed(seq)
 
     def _give_up_pongs(self) -> None:
-        """A client that reads and never answers a ping breaks the standard; it is served as well as can be."""
+        """A client that reads and never answers a ping breaks the standard; it is served as well as can be.
+
+        For it, what was handed to the operating system counts as arrived.
+        """
         self._patience = None
         if self._stream.closed() or self._answers:
             return

@@ -1,4 +1,4 @@
-"""What the Hub, load balancers and Prometheus ask. None of it needs a token, and none of it tells anything of anybody."""
+"""What the Hub, load balancers and Prometheus ask: without a token, and it tells nothing of anybody."""
 
 from __future__ import annotations
 
@@ -35,9 +35,6 @@ class RootHandler(BaseHandler):
 
     def get(self) -> None:
         self.finish({"service": "hub-gateway", "version": __version__})
-
-    def head(self) -> None:
-        self.set_status(200)
 
 
 class HealthHandler(RootHandler):
@@ -78,19 +75,26 @@ class APIRootHandler(APIHandler):
 
 @lru_cache(maxsize=1)
 def load_spec() -> dict[str, Any]:
-    """The OpenAPI description of everything served here."""
+    """The OpenAPI description of everything served here. Takes a while: not for the event loop."""
     found: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "openapi.yaml").read_text())
     found["info"]["version"] = __version__
     return found
 
 
+@lru_cache(maxsize=2)
+def written_spec(form: str) -> str:
+    """The description as `json` or `yaml`."""
+    text = json.dumps(load_spec())
+    # By way of JSON, so that what the file shares by anchors is written out.
+    return yaml.safe_dump(json.loads(text), sort_keys=False) if form == "yaml" else text
+
+
 class SpecHandler(BaseHandler):
     """The OpenAPI description, as JSON or YAML."""
 
-    def get(self, form: str) -> None:
-        if form == "yaml":
-            self.set_header("Content-Type", "application/yaml")
-            self.finish(yaml.safe_dump(load_spec(), sort_keys=False))
-        else:
-            self.set_header("Content-Type", "application/json; charset=UTF-8")
-            self.finish(json.dumps(load_spec()))
+    async def get(self, form: str) -> None:
+        text = await asyncio.to_thread(written_spec, form)
+        kind = "application/yaml" if form == "yaml" else "application/json"
+        self.set_header("Content-Type", f"{kind}; charset=UTF-8")
+        self.set_header("Cache-Control", "public, max-age=3600")
+        await self.finish(text)

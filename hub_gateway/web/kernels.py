@@ -11,8 +11,6 @@ from hub_gateway.web.base import APIHandler, BaseHandler, json_body, string_fiel
 
 __all__ = ["InterruptHandler", "KernelHandler", "KernelsHandler", "LaunchHandler", "RestartHandler", "kernel_request"]
 
-LAUNCH_BODY_BYTES = 16 * 1024
-
 
 def kernel_request(body: dict[str, Any]) -> CreateKernel:
     """What `POST /api/kernels` asks for. Raises `BadRequest`."""
@@ -49,9 +47,6 @@ class KernelHandler(APIHandler):
     async def get(self, kernel_id: str) -> None:
         self.write_json(self.services.kernels.kernel_model(await self.services.kernels.get(self.caller, kernel_id)))
 
-    async def head(self, kernel_id: str) -> None:
-        await self.get(kernel_id)
-
     async def delete(self, kernel_id: str) -> None:
         await self.services.kernels.shutdown(self.caller, kernel_id)
         self.set_status(204)
@@ -76,8 +71,8 @@ class RestartHandler(APIHandler):
 class LaunchHandler(BaseHandler):
     """Where an agent says where it listens. It has no user's token: it proves that this gateway launched it."""
 
+    max_body_bytes = 16 * 1024
+
     async def post(self, kernel_id: str) -> None:
-        if len(self.request.body) > LAUNCH_BODY_BYTES:
-            raise BadRequest("A registration is a few hundred bytes.")
         await self.services.kernels.register(kernel_id, json_body(self))
         self.set_status(204)

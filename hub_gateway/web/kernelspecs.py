@@ -47,9 +47,6 @@ class ResourceHandler(APIHandler):
         self.set_header("Cache-Control", "private, max-age=3600")
         self.write(content)
 
-    async def head(self, name: str, path: str) -> None:
-        await self.get(name, path)
-
 
 def one_of(found: object, name: str) -> object:
     """One entry of the catalogue. Raises `NotFound`."""

@@ -8,17 +8,17 @@ from typing import Any
 from jupyterhub.services.auth import HubOAuthCallbackHandler, HubOAuthenticated, UserNotAllowed
 from tornado.web import HTTPError, authenticated
 
-from hub_gateway.auth.hub import GatewayOAuth, caller_of
-from hub_gateway.errors import Forbidden, GatewayError, Unavailable
+from hub_gateway.auth.hub import caller_of
+from hub_gateway.auth.oauth import GatewayOAuth
+from hub_gateway.errors import Forbidden, Unavailable
 from hub_gateway.services import Services
 from hub_gateway.web.base import BaseHandler
 
-__all__ = ["CallbackHandler", "HomeHandler", "PageHandler", "TEMPLATES"]
+__all__ = ["TEMPLATES", "CallbackHandler", "HomeHandler", "PageHandler"]
 
 TEMPLATES = Path(__file__).parent / "templates"
-STYLE = (
-    "default-src 'none'; style-src 'self' 'unsafe-inline'; img-src 'self'; frame-ancestors 'none'; form-action 'self'"
-)
+POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; frame-ancestors 'none'; form-action 'self'"
+AGAIN = "hub-gateway-again"
 
 
 class PageHandler(HubOAuthenticated, BaseHandler):
@@ -27,45 +27,52 @@ class PageHandler(HubOAuthenticated, BaseHandler):
     jupyterhub looks users up synchronously when it is asked for `current_user`; `prepare` has found it before that.
     """
 
+    hub_auth: GatewayOAuth
+
     def initialize(self, services: Services) -> None:
         super().initialize(services)
         assert services.hub is not None
-        self.hub_auth: GatewayOAuth = services.hub.oauth
+        self.hub_auth = services.hub.oauth
 
     def set_default_headers(self) -> None:
         super().set_default_headers()
-        self.set_header("Content-Security-Policy", STYLE)
+        self.set_header("Content-Security-Policy", POLICY)
+        self.set_header("Referrer-Policy", "same-origin")
 
     async def prepare(self) -> None:
+        self.current_user = await self.visitor()
+
+    async def visitor(self) -> dict[str, Any] | None:
+        """The Hub's description of who has the cookie. Raises `Forbidden`, `Unavailable`."""
+        model = await self.hub_auth.get_user(self, sync=False)
+        if model is None:
+            return None
         try:
-            model = await self.hub_auth.get_user(self, sync=False)
-        except HTTPError as error:
-            raise Unavailable(
-                "The JupyterHub cannot be reached at the moment; try again in a few seconds.", hint=str(error)
-            ) from error
-        if model is not None:
-            try:
-                model = self.check_hub_user(model)
-            except UserNotAllowed:
-                raise Forbidden(
-                    f"{model['name']} may not use this gateway; ask the Hub's administrator for access to the service."
-                ) from None
-        self.current_user = model
+            allowed: dict[str, Any] = self.check_hub_user(dict(model))
+        except UserNotAllowed:
+            raise Forbidden(
+                f"{model['name']} may not use this gateway; ask the Hub's administrator for access to the service."
+            ) from None
+        return allowed
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """A page with one sentence."""
         error = kwargs.get("exc_info", (None, None, None))[1]
-        if isinstance(error, GatewayError):
-            status_code, sentence = error.status, error.message
-        elif isinstance(error, HTTPError) and error.log_message:
-            sentence = error.log_message % error.args if error.args else error.log_message
-        else:
-            sentence = f"Something unexpected went wrong; tell the administrator this number: {self.request_id}."
-        self.set_status(status_code)
-        self.render("error.html", sentence=sentence, home=self.hub_auth.base_url + "home", status=status_code)
+        status, body = self.describe(status_code, error)
+        self.set_status(status)
+        self.set_error_headers(status, error)
+        self.render("error.html", sentence=body["message"], home=self.home, status=status)
+
+    @property
+    def home(self) -> str:
+        """The address of the home page."""
+        return f"{self.hub_auth.base_url}home"
 
     def get_template_path(self) -> str:
         return str(TEMPLATES)
+
+    def get_template_namespace(self) -> dict[str, Any]:
+        return {**super().get_template_namespace(), "base": self.hub_auth.base_url}
 
 
 class HomeHandler(PageHandler):
@@ -78,21 +85,24 @@ class HomeHandler(PageHandler):
         self.render("home.html", caller=caller, kernels=kernels, hub=self.hub_auth.hub_prefix)
 
 
-class CallbackHandler(HubOAuthCallbackHandler, BaseHandler):
+class CallbackHandler(PageHandler, HubOAuthCallbackHandler):
     """Where the Hub sends a browser back after the login. A login that has gone stale is begun anew, once."""
-
-    def initialize(self, services: Services) -> None:
-        super().initialize(services)
-        assert services.hub is not None
-        self.hub_auth: GatewayOAuth = services.hub.oauth
 
     async def get(self) -> None:
         state = self.get_argument("state", "")
-        if self.get_argument("error", None) is None and not self.hub_auth._decode_state(state):
-            if self.get_cookie("hub-gateway-again"):
+        if self.get_argument("error", None) is None and not self.hub_auth.knows(state):
+            if self.get_cookie(AGAIN):
                 raise Forbidden("The login took too long or was begun elsewhere; open the page again to log in anew.")
             # A cookie that lives for a minute keeps a browser without cookies from going round in circles.
-            self.set_cookie("hub-gateway-again", "1", max_age=60, httponly=True, path=self.hub_auth.base_url)
-            self.redirect(self.hub_auth.base_url + "home")
+            self.set_cookie(AGAIN, "1", max_age=60, httponly=True, path=self.hub_auth.base_url)
+            self.redirect(self.home)
             return
-        await super().get()
+        try:
+            await HubOAuthCallbackHandler.get(self)
+        except HTTPError as error:
+            if error.status_code < 500:
+                raise
+            # jupyterhub's own sentence names internal addresses.
+            raise Unavailable(
+                "The JupyterHub could not complete the login; open the page again in a few seconds.", hint=str(error)
+            ) from error

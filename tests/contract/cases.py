@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -18,7 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
-__all__ = ["CASES", "ProxyCase"]
+from hub_gateway.proxies.local import LocalProxy
+
+__all__ = ["CASES", "SUDO", "ProxyCase"]
 
 UNIX_USERS = ("hgt-alice", "hgt-bob")
 
@@ -63,12 +66,15 @@ def own_user(state_dir: Path) -> Mapping[str, Any]:
 def python_for_everybody() -> str | None:
     """A Python with our packages that other unix users can execute; None where there is none."""
     place = Path(tempfile.mkdtemp(prefix="hgt-python-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
     place.chmod(0o755)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for base in (sys.executable, shutil.which(version, path="/usr/local/bin:/usr/bin")):
         if base is None:
             continue
-        made = subprocess.run([base, "-m", "venv", "--clear", "--without-pip", str(place)], capture_output=True, check=False)
+        made = subprocess.run(
+            [base, "-m", "venv", "--clear", "--without-pip", str(place)], capture_output=True, check=False
+        )
         if made.returncode:
             continue
         # Our own packages, from where they are: the interpreter is of the same version.
@@ -79,7 +85,6 @@ def python_for_everybody() -> str | None:
         with contextlib.suppress(PermissionError):
             if subprocess.run(probe, user="nobody", capture_output=True, check=False, cwd="/").returncode == 0:
                 return python
-    shutil.rmtree(place)
     return None
 
 
@@ -102,6 +107,24 @@ def other_user(state_dir: Path) -> Mapping[str, Any]:
         "LocalProxy": {"python": python, "user_runtime_root": str(state_dir / "users")},
     }
 
+
+class SudoProxy(LocalProxy):
+    """The local proxy as an unprivileged gateway has it; root needs no rule for sudo."""
+
+    def _is_root(self) -> bool:
+        return False
+
+
+def by_sudo(state_dir: Path) -> Mapping[str, Any]:
+    if shutil.which("sudo") is None:
+        pytest.skip("sudo is not installed")
+    config = other_user(state_dir)
+    traits = {"extra_proxies": {"sudo": SudoProxy}, "default_proxy": "sudo"}
+    return {**config, "Proxies": traits, "SudoProxy": config["LocalProxy"]}
+
+
+SUDO = ProxyCase("local-by-sudo", 2, by_sudo, UNIX_USERS, {"nowhere": "nonexistent"})
+"""Differs from the case before in how the launcher is called, so it is put to a part of the suite only."""
 
 CASES = {
     "local": ProxyCase("local", 3, own_user, refusals={"nowhere": "nonexistent"}),

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from hub_gateway.auth.base import Caller
-from tests.contract.cases import CASES, UNIX_USERS, ProxyCase
+from tests.contract.cases import CASES, SUDO, UNIX_USERS, ProxyCase
 from tests.contract.mini import MiniGateway, Setup
 
 PYTHON = ["python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -55,7 +55,7 @@ class Bench:
 
 @pytest.fixture(params=list(CASES))
 def bench(request: pytest.FixtureRequest, db_url: Callable[[], str | None]) -> Iterator[Bench]:
-    case = CASES[request.param]
+    case = SUDO if request.param == SUDO.name else CASES[request.param]
     state_dir = Path(tempfile.mkdtemp(prefix="hgt-"))  # unix sockets need short paths
     config = case.prepare(state_dir)
     kernels = state_dir / "kernels"

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -17,17 +17,11 @@ from hub_gateway.errors import NotFound
 from hub_gateway.kernels import failpoints
 from hub_gateway.kernels.service import CreateKernel
 from hub_gateway.kernels.types import KernelRecord, KernelStatus
-from tests.contract.cases import CASES
+from tests.contract.cases import CASES, SUDO
 from tests.contract.conftest import Bench
-from tests.contract.mini import MiniGateway, arguments
+from tests.contract.mini import MiniGateway, Setup, arguments
 from tests.harness.gateway import ROOT
-
-
-async def eventually(condition: Callable[[], object], what: str, timeout: float = 30) -> None:
-    deadline = asyncio.get_running_loop().time() + timeout
-    while not condition():
-        assert asyncio.get_running_loop().time() < deadline, f"not within {timeout} s: {what}"
-        await asyncio.sleep(0.05)
+from tests.harness.waiting import eventually
 
 
 async def reserved(gateway: MiniGateway) -> set[str]:
@@ -36,6 +30,7 @@ async def reserved(gateway: MiniGateway) -> set[str]:
     return set(await gateway.db.read(lambda tx: tx.execute(statement).scalars().all()))
 
 
+@pytest.mark.parametrize("bench", [*CASES, SUDO.name], indirect=True)
 async def test_life(bench: Bench) -> None:
     """Launch, execute, interrupt, restart, logs, shut down; then nothing is left."""
     async with bench.gateway() as gateway:
@@ -50,8 +45,8 @@ async def test_life(bench: Bench) -> None:
         assert record.status is KernelStatus.RUNNING, record.message
         assert await reserved(gateway) == {record.id}
 
-        busy = client.run("import time\nwhile True: time.sleep(0.01)")
-        await client.receive(lambda m: m["content"].get("execution_state") == "busy")
+        busy = client.run("import time\nprint('begun')\nwhile True: time.sleep(0.01)")
+        await client.receive(lambda m: "begun" in str(m["content"].get("text")))
         await gateway.service.interrupt(bench.alice, record.id)
         _, reply = await client.result(busy)
         assert reply["content"]["ename"] == "KeyboardInterrupt"
@@ -81,8 +76,8 @@ async def test_interrupt_by_message(bench: Bench) -> None:
     async with bench.gateway() as gateway:
         record = await gateway.start(bench.alice, "message")
         client = await gateway.connect(bench.alice, record.id)
-        busy = client.run("import time; time.sleep(60)")
-        await client.receive(lambda m: m["content"].get("execution_state") == "busy")
+        busy = client.run("import time; print('begun'); time.sleep(60)")
+        await client.receive(lambda m: "begun" in str(m["content"].get("text")))
         await gateway.service.interrupt(bench.alice, record.id)
         _, reply = await client.result(busy)
         assert reply["content"]["status"] == "error"
@@ -117,7 +112,7 @@ async def test_a_killed_kernel_comes_back(bench: Bench) -> None:
     async with bench.gateway() as gateway:
         record = await gateway.start(bench.alice)
         client = await gateway.connect(bench.alice, record.id)
-        running = client.run("import os; os.kill(os.getpid(), 9)")
+        running = client.run("import os, time; time.sleep(1); os.kill(os.getpid(), 9)")
         _, reply = await client.result(running)
         assert reply["content"]["status"] == "error"
         assert "SIGKILL" in str(reply["content"])
@@ -126,6 +121,7 @@ async def test_a_killed_kernel_comes_back(bench: Bench) -> None:
         await gateway.service.shutdown(bench.alice, record.id)
 
 
+@pytest.mark.parametrize("bench", [*CASES, SUDO.name], indirect=True)
 async def test_a_killed_agent_is_noticed(bench: Bench) -> None:
     """kill -9 of agent and kernel: the kernel is dead, says so, and holds nothing; a restart starts it anew."""
     async with bench.gateway() as gateway:
@@ -266,7 +262,11 @@ async def test_stopped_after_the_gateway_was_killed_during_launch(bench: Bench, 
 async def test_gateway_killed_during_stop(bench: Bench, point: str) -> None:
     assert killed_at(bench, point, stop=True)
     async with bench.gateway() as gateway:
-        await eventually_async(gateway, bench)
+
+        async def gone() -> bool:
+            return not await gateway.service.list(bench.alice)
+
+        await eventually(gone, "the kernel not to be listed")
         assert await reserved(gateway) == set()
         await eventually(lambda: not bench.leftovers(gateway), f"nothing left: {bench.leftovers(gateway)}")
 
@@ -295,13 +295,6 @@ async def forget(gateway: MiniGateway, record: KernelRecord) -> None:
     await gateway.service.store.write(lambda tx: tx.execute(delete(Kernel).where(Kernel.id == record.id)) and None)
 
 
-async def eventually_async(gateway: MiniGateway, bench: Bench) -> None:
-    deadline = asyncio.get_running_loop().time() + 30
-    while await gateway.service.list(bench.alice):
-        assert asyncio.get_running_loop().time() < deadline, "the kernel is still listed"
-        await asyncio.sleep(0.05)
-
-
 def agents(gateway: MiniGateway) -> list[int]:
     from hub_gateway.proxies import tagged
 
@@ -325,7 +318,5 @@ def killed_at(bench: Bench, point: str, *, stop: bool = False) -> bool:
     return True
 
 
-def _with(bench: Bench, **config: dict[str, object]) -> object:
-    from dataclasses import replace
-
+def _with(bench: Bench, **config: dict[str, object]) -> Setup:
     return replace(bench.setup, config={**bench.setup.config, **config})

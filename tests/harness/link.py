@@ -248,7 +248,9 @@ class Gateway:
     def request(self, sink: Collector, msg_type: str, content: dict[str, Any], channel: str = "shell") -> str:
         msg_id = uuid.uuid4().hex
         header = {"msg_id": msg_id, "msg_type": msg_type, "session": sink.session, "username": "", "version": "5.3"}
-        self.relay.receive(sink, channel, [json.dumps(header).encode(), b"{}", b"{}", json.dumps(content).encode()], sink.session)
+        self.relay.receive(
+            sink, channel, [json.dumps(header).encode(), b"{}", b"{}", json.dumps(content).encode()], sink.session
+        )
         return msg_id
 
     async def execute(self, sink: Collector, code: str, timeout: float = 30.0) -> str:

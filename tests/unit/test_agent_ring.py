@@ -17,7 +17,14 @@ agent = load_agent()
 
 def make_outlet(**limits: Any) -> tuple[Any, list[list[bytes]]]:
     section = {"client_public_key": "x", "launch_token": "y", **limits}
-    document = {"version": 1, "kernel_id": "k", "gateway_id": "g", "argv": ["k"], "runtime_dir": "/tmp", "agent": section}
+    document = {
+        "version": 1,
+        "kernel_id": "k",
+        "gateway_id": "g",
+        "argv": ["k"],
+        "runtime_dir": "/tmp",
+        "agent": section,
+    }
     sent: list[list[bytes]] = []
 
     def send(frames: list[bytes]) -> bool:
@@ -29,7 +36,9 @@ def make_outlet(**limits: Any) -> tuple[Any, list[list[bytes]]]:
 
 def say(outlet: Any, msg_type: str, content: dict[str, Any], parent: str = "p", to: bytes = b"") -> None:
     channel = 0 if to else 3
-    outlet.message(channel, agent.make_message("kernel", msg_type, content, json.dumps({"msg_id": parent}).encode()), to)
+    outlet.message(
+        channel, agent.make_message("kernel", msg_type, content, json.dumps({"msg_id": parent}).encode()), to
+    )
 
 
 def say_stream(outlet: Any, text: str, parent: str = "p") -> None:
@@ -45,7 +54,7 @@ def received(sent: list[list[bytes]], session: bytes) -> list[tuple[int, str, di
         if isinstance(value, codec.Event):
             if value.to == session:
                 replay, live = value.data["event"] == "attaching", value.data["event"] == "attached"
-        elif value.to == session and (live or replay) or not value.to and live:
+        elif (value.to == session and (live or replay)) or (not value.to and live):
             assert isinstance(value, codec.Batch)
             for number, _, parts in value.messages():
                 if not found or number > found[-1][0]:

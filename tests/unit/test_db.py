@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, select, text, update
 
-from hub_gateway.db import migrate
+from hub_gateway.db import migrate, revision
 from hub_gateway.db.clock import db_now
 from hub_gateway.db.engine import Database
 from hub_gateway.db.models import Base, Kernel, OAuthState, Setting, utcnow
@@ -111,7 +112,7 @@ async def test_times_are_aware_and_exact(db: Database) -> None:
     moment = utcnow()
     await db.write(lambda tx: tx.add(OAuthState(id="s", value="v", expires_at=moment)))
     found = await db.read(lambda tx: tx.execute(select(OAuthState.expires_at)).scalar_one())
-    assert found == moment and found.utcoffset() is not None and found.utcoffset().total_seconds() == 0
+    assert found == moment and found.utcoffset() == timedelta(0)
 
 
 async def test_the_database_has_a_clock(db: Database) -> None:
@@ -131,6 +132,13 @@ async def test_an_empty_database_is_set_up(empty: Database) -> None:
 
 async def test_migrations_make_what_the_models_say(db: Database) -> None:
     with db.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+
+
+async def test_a_new_database_needs_no_alembic(empty: Database) -> None:
+    revision.prepare_at_start(empty, upgrade_older=False)
+    assert migrate.head() == revision.HEAD == migrate.current(empty)
+    with empty.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
 
 

@@ -23,6 +23,7 @@ from hub_gateway.proxies.base import ClusterObject, LaunchRequest, PhaseReport, 
 from hub_gateway.proxies.local import LocalProxy
 from tests.contract.conftest import SPECS
 from tests.contract.mini import MiniGateway, Setup
+from tests.harness.waiting import eventually
 
 ALICE = Caller("alice")
 
@@ -105,9 +106,11 @@ async def assert_nothing_left(gateway: MiniGateway, state_dir: Path) -> None:
     assert await gateway.db.read(lambda tx: tx.execute(held).all()) == []
     local = LocalProxy()
     local.runtime_root = str(state_dir / "run")
-    async with asyncio.timeout(10):
-        while await local.owned(gateway.gateway_id):
-            await asyncio.sleep(0.02)
+
+    async def clean() -> bool:
+        return not await local.owned(gateway.gateway_id)
+
+    await eventually(clean, "nothing left", timeout=10)
     await local.close()
 
 

@@ -23,6 +23,7 @@ from hub_gateway.kernels.culler import Culler
 from hub_gateway.kernels.service import CreateKernel, owner_of
 from hub_gateway.kernels.types import ExecutionState
 from tests.contract.mini import MiniGateway, Setup
+from tests.harness.waiting import eventually
 
 SLEEP = {"argv": ["/bin/sleep", "600", "{connection_file}"], "display_name": "Sleep", "language": "none"}
 SPECS: dict[str, dict[str, Any]] = {
@@ -129,8 +130,8 @@ async def test_what_cannot_be_done_to_a_starting_kernel(gateway: MiniGateway) ->
 
 async def test_kernelspecs_are_what_the_user_may_use(gateway: MiniGateway) -> None:
     alice, bob = await gateway.service.kernelspecs(ALICE), await gateway.service.kernelspecs(BOB)
-    assert sorted(bob["kernelspecs"]) == ["eg", "elsewhere", "never_culled", "private", "sleep"]  # type: ignore[arg-type]
-    assert sorted(alice["kernelspecs"]) == ["eg", "elsewhere", "never_culled", "sleep"]  # type: ignore[arg-type]
+    assert list(bob["kernelspecs"]) == ["eg", "elsewhere", "never_culled", "private", "sleep"]  # type: ignore[arg-type]
+    assert list(alice["kernelspecs"]) == ["eg", "elsewhere", "never_culled", "sleep"]  # type: ignore[arg-type]
     assert alice["default"] in alice["kernelspecs"]  # type: ignore[operator]
     sleep: Any = alice["kernelspecs"]
     assert sleep["sleep"]["resources"] == {"logo-64x64": "/kernelspecs/sleep/logo-64x64.png"}
@@ -157,9 +158,11 @@ async def test_a_new_kernelspec_is_found_without_a_restart(gateway: MiniGateway,
     (state_dir / "kernels" / "new").mkdir()
     (state_dir / "kernels" / "new" / "kernel.json").write_text(json.dumps(SLEEP))
     gateway.service.specs.refresh_seconds = 0.0
-    async with asyncio.timeout(10):
-        while "new" not in (await gateway.service.kernelspecs(ALICE))["kernelspecs"]:  # type: ignore[operator]
-            await asyncio.sleep(0.01)
+
+    async def found() -> bool:
+        return "new" in (await gateway.service.kernelspecs(ALICE))["kernelspecs"]  # type: ignore[operator]
+
+    await eventually(found, "the new kernelspec", timeout=10)
 
 
 # Sessions

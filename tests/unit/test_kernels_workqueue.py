@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from hub_gateway.kernels.workqueue import WorkQueue
+from tests.harness.waiting import eventually
 
 Handler = Callable[[str], Awaitable[float | None]]
 
@@ -29,9 +30,7 @@ async def make_queue() -> AsyncIterator[Callable[..., WorkQueue]]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0)
+    await eventually(condition, "the queue", timeout=5, interval=0)
 
 
 async def test_a_key_that_is_added_often_is_handled_once(make_queue: Callable[..., WorkQueue]) -> None:

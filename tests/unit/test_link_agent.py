@@ -21,7 +21,18 @@ import zmq
 from hub_gateway.errors import Conflict, PayloadTooLarge, Unavailable
 from hub_gateway.kernels.types import ExecutionState
 from hub_gateway.link import Dialect
-from tests.harness.link import FLOOD, IPYTHON, PUBLIC, SECRET, STOCK_IPYTHON, Collector, Gateway, RunningAgent, eventually
+from hub_gateway.link.sinks import Delivery
+from tests.harness.link import (
+    FLOOD,
+    IPYTHON,
+    PUBLIC,
+    SECRET,
+    STOCK_IPYTHON,
+    Collector,
+    Gateway,
+    RunningAgent,
+    eventually,
+)
 
 
 @pytest.fixture
@@ -127,7 +138,9 @@ async def test_a_restart_keeps_link_and_sessions(start: Start) -> None:
 async def test_a_killed_kernel_says_why_and_comes_back(start: Start) -> None:
     gateway = await start(IPYTHON).connect()
     sink, other = gateway.attach(Collector()), gateway.attach(Collector())
-    code = "import os, signal; os.write(2, b'about to run out of memory\\n'); os.kill(os.getpid(), signal.SIGKILL)"
+    await gateway.execute(sink, "import os, signal; os.write(2, b'about to run out of memory\\n')")
+    await eventually(lambda: "about to run" in gateway.agent.log.read_text(), "the agent to have read stderr")
+    code = "os.kill(os.getpid(), signal.SIGKILL)"
     msg_id, queued = gateway.send(sink, code), gateway.send(sink, "print('never')")
     await eventually(lambda: sink.finished(msg_id) and sink.finished(queued), "both cells to end")
     error = "\n".join(sink.of(msg_id, "error")[0]["content"]["traceback"])
@@ -397,9 +410,11 @@ async def test_a_session_may_move_from_one_gateway_to_another(start: Start) -> N
     second = await start(to=first.agent).connect()
     sink = first.attach(Collector("s"))
     await first.execute(sink, "flood 10 20")
+    await eventually(lambda: first.relay._ack_handle is None, "the agent to be told how far the session is")
     moved = second.attach(Collector("s"))
     await second.execute(moved, "flood 10 20")
     assert numbers(moved) == list(range(10)) == numbers(sink)
+    await eventually(lambda: first.relay._clients[b"s"].state is Delivery.MOVED, "the first one to be told")
 
 
 @pytest.mark.parametrize("command", ["flood 60000 200", "data 120 200000"])

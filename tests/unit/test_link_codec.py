@@ -108,7 +108,11 @@ def test_acknowledgements_reach_the_agent(processed: int, cursors: list[tuple[by
     assert kind == "ack" and value == (processed, cursors)
 
 
-@given(st.dictionaries(st.text(max_size=8).filter(lambda name: name != "op"), st.integers() | st.text(max_size=8), max_size=4))
+@given(
+    st.dictionaries(
+        st.text(max_size=8).filter(lambda name: name != "op"), st.integers() | st.text(max_size=8), max_size=4
+    )
+)
 def test_calls_reach_the_agent(fields: dict[str, object]) -> None:
     kind, value = agent.parse_command([codec.CALL, json.dumps({"op": "ping", **fields}).encode()])
     assert kind == "call" and value == {"op": "ping", **fields}
