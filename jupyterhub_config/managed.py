@@ -49,6 +49,9 @@ c.JupyterHub.services = [
 # routes while the Hub is away: start `configurable-http-proxy` as a service of its own, with CONFIGPROXY_AUTH_TOKEN
 # in both environments (https://jupyterhub.readthedocs.io/en/stable/howto/separate-proxy.html).
 c.ConfigurableHTTPProxy.should_start = False
+# A proxy that is restarted has lost its routes. The Hub looks for that as often (seconds) as it collects activity;
+# jupyter_server gives a lost connection up after 35 seconds, and the default is 300.
+c.JupyterHub.last_activity_interval = 10
 
 # -- who may do what -----------------------------------------------------------------------------------------
 

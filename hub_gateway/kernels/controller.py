@@ -65,9 +65,14 @@ class Controller(LoggingConfigurable):
         86400.0, help="How long (seconds) an agent keeps the place of a client that is away, and its output."
     ).tag(config=True)
     ring_bytes = Integer(
-        64 * 2**20, help="How much output (bytes) an agent keeps for clients that are away or slow."
+        256 * 2**20,
+        help="""How much output (bytes) an agent keeps, at most, for clients that are away or slow.
+
+        Memory of the kernel's node, used only as far as there is such output. Beyond it the oldest `stream` and
+        display messages give way to a notice; replies, status, errors and comm messages stay.
+        """,
     ).tag(config=True)
-    ring_messages = Integer(100_000, help="How many messages an agent keeps, see `ring_bytes`.").tag(config=True)
+    ring_messages = Integer(1_000_000, help="How many messages an agent keeps, see `ring_bytes`.").tag(config=True)
     window_bytes = Integer(
         8 * 2**20, help="How much (bytes) may be on its way from an agent to a gateway and not processed."
     ).tag(config=True)

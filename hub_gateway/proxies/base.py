@@ -55,8 +55,8 @@ class AgentSettings:
     """Where to post the registration; empty where the proxy reads it itself."""
     listen: str = "127.0.0.1"
     transport: Literal["ipc", "tcp"] = "ipc"
-    ring_bytes: int = 64 * 2**20
-    ring_messages: int = 100_000
+    ring_bytes: int = 256 * 2**20
+    ring_messages: int = 1_000_000
     window_bytes: int = 8 * 2**20
     orphan_seconds: float = 3600.0
     session_seconds: float = 86400.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ __all__ = ["Agent", "agents", "alive", "arguments", "is_agent", "mark", "marked"
 
 MARK = "owner.json"
 TAIL_BYTES = 64 * 2**10
+_PROGRAM = re.compile(r"agent\.([\w-]+\.)?pyc?")
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
 
 
@@ -122,7 +124,7 @@ def _tagged() -> Iterator[tuple[psutil.Process, dict[str, str]]]:
 
 def _tags(argv: list[str]) -> dict[str, str]:
     # Only what is an agent by its script: users may run whatever else with the same arguments.
-    if not any(Path(argument).name == "agent.py" for argument in argv[1:4]):
+    if not any(_PROGRAM.fullmatch(Path(argument).name) for argument in argv[1:4]):
         return {}
     rest = iter(argv[1:])
     return {word: value for word in rest if word.startswith("--") for value in (next(rest, ""),)}

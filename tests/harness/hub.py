@@ -52,6 +52,7 @@ c.JupyterHub.bind_url = "http://127.0.0.1:{public}{base_url}"
 c.JupyterHub.hub_bind_url = "http://127.0.0.1:{hub}"
 c.ConfigurableHTTPProxy.api_url = "http://127.0.0.1:{api}"
 c.ConfigurableHTTPProxy.should_start = False
+c.JupyterHub.last_activity_interval = 5  # how soon the Hub gives a restarted proxy its routes again
 c.ConfigurableHTTPProxy.auth_token = {proxy_token!r}
 c.JupyterHub.cleanup_servers = False
 c.JupyterHub.cleanup_proxy = False

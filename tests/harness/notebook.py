@@ -102,8 +102,17 @@ class Notebook:
 
     def receive(self, timeout: float | None = None) -> Message:
         """The next message of any channel."""
-        self.socket.settimeout(timeout or self.timeout)
-        data = self.socket.recv()
+        deadline = time.monotonic() + (timeout or self.timeout)
+        while True:
+            self.socket.settimeout(max(0.01, deadline - time.monotonic()))
+            # recv() would answer pings by itself, each of which gives the wait its whole timeout anew.
+            opcode, data = self.socket.recv_data(control_frame=True)
+            if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
+                break
+            if opcode == websocket.ABNF.OPCODE_CLOSE:
+                raise websocket.WebSocketConnectionClosedException(f"the server closed the websocket: {data!r}")
+        if opcode == websocket.ABNF.OPCODE_TEXT:
+            data = data.decode()
         message = self.decode(data)
         self.seen.append(message)
         return message
