@@ -163,7 +163,7 @@ def floods(bench: Bench) -> list[Row]:
             ours: dict[str, list[float]] = {form: [] for form in FORMS}
             eg: dict[str, list[float]] = {form: [] for form in FORMS}
             cpu: dict[str, float] = {}
-            agents = bench.hub.children_cpu("agent.py")
+            agents = bench.hub.children_cpu("agent.")
             before = bench.hub.cpu()
             for _ in range(rounds):
                 direct.append(checked(paths.direct.flood(code), size))
@@ -171,7 +171,7 @@ def floods(bench: Bench) -> list[Row]:
                     run = paths.channels["Hub Gateway", form].flood(code)
                     ours[form].append(checked(run, size))
             cpu["Hub Gateway"] = (bench.hub.cpu() - before) / (rounds * size * len(FORMS))
-            agent_cpu = (bench.hub.children_cpu("agent.py") - agents) / (rounds * size * len(FORMS))
+            agent_cpu = (bench.hub.children_cpu("agent.") - agents) / (rounds * size * len(FORMS))
             if bench.eg is not None and eg_rounds:
                 before = bench.eg.cpu()
                 for form in FORMS:

@@ -30,7 +30,9 @@ __all__ = ["NumberedGatewayConnection"]
 NUMBERED_SUBPROTOCOL = "numbered.v1.kernel.websocket.hub-gateway"
 V1_SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"
 NUMBER_BYTES = 8
+FIRST_PAUSE = 0.2
 MAX_PAUSE = 5.0
+STEADY_SECONDS = 1.0
 
 
 class NumberedGatewayConnection(GatewayWebSocketConnection):
@@ -107,14 +109,10 @@ class NumberedGatewayConnection(GatewayWebSocketConnection):
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        since, pause = loop.time(), 0.2
+        since, pause = loop.time(), FIRST_PAUSE
         while not self.disconnected:
             try:
-                ws = await websocket_connect(
-                    self._request(),
-                    max_message_size=self.max_message_bytes,
-                    subprotocols=[NUMBERED_SUBPROTOCOL] if self._v1 else None,
-                )
+                ws = await self._connected()
             except (OSError, HTTPClientError, WebSocketError) as error:
                 if isinstance(error, HTTPClientError) and error.code == 404:
                     self.log.warning("Kernel %s is gone", self.kernel_id)
@@ -125,10 +123,11 @@ class NumberedGatewayConnection(GatewayWebSocketConnection):
                     self.websocket_handler.close(1013, "The gateway is away")
                     return
                 self.log.warning("No gateway for kernel %s yet: %s", self.kernel_id, error)
-                await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+                await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311  # nothing secret about it
                 pause = min(2 * pause, MAX_PAUSE)
                 continue
             self.ws = ws
+            opened = loop.time()
             try:
                 self._send_queued(ws)
                 await self._pass_on(ws)
@@ -136,7 +135,29 @@ class NumberedGatewayConnection(GatewayWebSocketConnection):
                 self.log.debug("The browser's or the gateway's websocket closed")
             finally:
                 self.ws = None
-            since, pause = loop.time(), 0.2
+                ws.close()
+            since = loop.time()
+            if since - opened > STEADY_SECONDS:
+                pause = FIRST_PAUSE
+            else:
+                # A gateway that takes websockets only to close them is not to be asked without a pause.
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MAX_PAUSE)
+
+    async def _connected(self) -> WebSocketClientConnection:
+        """A new websocket to the gateway; one that comes when nobody waits for it any more is closed."""
+        connecting = asyncio.ensure_future(
+            websocket_connect(
+                self._request(),
+                max_message_size=self.max_message_bytes,
+                subprotocols=[NUMBERED_SUBPROTOCOL] if self._v1 else None,
+            )
+        )
+        try:
+            return await asyncio.shield(connecting)
+        except asyncio.CancelledError:
+            connecting.add_done_callback(_close_late)
+            raise
 
     def _send_queued(self, ws: WebSocketClientConnection) -> None:
         while self._queue:
@@ -159,3 +180,8 @@ class NumberedGatewayConnection(GatewayWebSocketConnection):
                 written = write(message, binary=isinstance(message, bytes))
             if not written.done():
                 await written
+
+
+def _close_late(connecting: asyncio.Future[WebSocketClientConnection]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().close()

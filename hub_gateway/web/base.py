@@ -69,7 +69,10 @@ class BaseHandler(RequestHandler):
 
     def decode_argument(self, value: bytes, name: str | None = None) -> str:
         """A part of the path, or an argument. No name of anything holds control characters."""
-        text = super().decode_argument(value, name)
+        try:
+            text = super().decode_argument(value, name)
+        except HTTPError as error:
+            raise BadRequest("The address is not valid UTF-8.") from error
         if name is None and _UNPRINTABLE.search(text):
             raise NotFound("There is nothing at this address of the gateway.")
         return text

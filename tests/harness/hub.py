@@ -168,6 +168,12 @@ class RealHub:
         arguments = ["--ip=127.0.0.1", f"--port={self.public}", "--api-ip=127.0.0.1", f"--api-port={self.api}"]
         arguments.append(f"--default-target=http://127.0.0.1:{self.hub_port}")
         self.proxy = self._spawn("proxy", [command, *arguments], {"CONFIGPROXY_AUTH_TOKEN": self.proxy_token})
+        until(lambda: self._listens(self.public), f"the proxy to listen: {self.root}/proxy.log")
+
+    @staticmethod
+    def _listens(port: int) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
 
     def start_hub(self, timeout: float = 90) -> None:
         """Start the Hub and wait until the gateway answers through the proxy."""

@@ -1,0 +1,133 @@
+"""The OpenAPI description is held against the handlers, and the handlers against it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+
+from hub_gateway import __version__
+from hub_gateway.web.application import ROUTES, pages
+from hub_gateway.web.health import load_spec
+from tests.contract.mini import MiniGateway, Setup
+from tests.harness.web import WebServer
+
+SPEC = load_spec()
+SAME = ("HEAD", "OPTIONS")
+
+
+def described() -> dict[str, dict[str, Any]]:
+    """Operations by path, with every parameter in braces made equal."""
+    return {re.sub(r"\{[^}]+\}", "{}", path): operations for path, operations in SPEC["paths"].items()}
+
+
+def served() -> dict[str, set[str]]:
+    """Methods by path."""
+    found: dict[str, set[str]] = {}
+    for path, handler in (*ROUTES, *pages()):
+        methods = {method.lower() for method in handler.allowed() if method not in SAME}
+        for form in ("json", "yaml"):
+            plain = path.replace(r"swagger\.(json|yaml)", f"swagger.{form}")
+            found[re.sub(r"\([^)]+\)", "{}", plain) or "/"] = methods
+    return found
+
+
+def test_every_address_and_method_is_described() -> None:
+    methods = {
+        path: {name for name in operations if name in ("get", "post", "put", "patch", "delete")}
+        for path, operations in described().items()
+    }
+    assert methods == served()
+
+
+def test_every_operation_says_what_it_needs_and_answers() -> None:
+    names = []
+    for path, operations in SPEC["paths"].items():
+        for method, operation in operations.items():
+            if method == "parameters":
+                continue
+            names.append(operation["operationId"])
+            assert operation["summary"].endswith("."), path
+            answers = set(operation["responses"])
+            page = "pages" in operation["tags"]
+            if operation.get("security") != [] and not page:
+                assert {"401", "403", "429", "503"} <= answers, (method, path)
+            if "requestBody" in operation:
+                assert {"400", "413"} <= answers, (method, path)
+            if "{kernel_id}" in path or "{session_id}" in path:
+                assert "404" in answers, (method, path)
+    assert len(names) == len(set(names))
+
+
+async def test_it_is_served_in_both_forms() -> None:
+    async with WebServer(None, base_url="/x/") as server, server.client() as nobody:
+        found = await nobody.get("/api/swagger.json")
+        assert found.headers["Content-Type"].startswith("application/json")
+        assert found.json()["info"]["version"] == __version__
+        assert yaml.safe_load((await nobody.get("/api/swagger.yaml")).text) == found.json()
+        assert (await nobody.get("/api/swagger.xml")).status_code == 404
+
+
+# -- fuzzing
+
+
+@pytest.fixture
+def state_dir() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="hgt-"))
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture
+async def server(state_dir: Path) -> AsyncIterator[WebServer]:
+    (state_dir / "kernels" / "dies").mkdir(parents=True)
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Dies", "language": "none"}
+    (state_dir / "kernels" / "dies" / "kernel.json").write_text(json.dumps(spec))
+    config = {"LocalProxy": {"shutdown_seconds": 1.0}, "Controller": {"shutdown_seconds": 0.5}}
+    setup = Setup(str(state_dir), f"sqlite:///{state_dir}/g.sqlite", (str(state_dir / "kernels"),), config)
+    async with MiniGateway(setup) as mini, WebServer(mini.service, db=mini.db) as made:
+        yield made
+        local = mini.proxies.get("local")
+        await asyncio.gather(*(local.terminate(found.state) for found in await local.owned(mini.gateway_id)))
+
+
+OPERATIONS = [
+    (method, path)
+    for path, operations in SPEC["paths"].items()
+    for method, operation in operations.items()
+    if method != "parameters" and "pages" not in operation["tags"] and "channels" not in path
+]
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=[f"{m} {p}" for m, p in OPERATIONS])
+async def test_whatever_is_sent_the_answer_is_as_described(server: WebServer, method: str, path: str) -> None:
+    """No 500, no other status or form of answer than is written, whatever schemathesis thinks of."""
+    described = json.loads(json.dumps(SPEC))
+    described["servers"] = [{"url": server.url}]
+    operation = schemathesis.openapi.from_dict(described)[path][method.upper()]
+
+    @settings(
+        max_examples=15 if method == "post" and path == "/api/kernels" else 40,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate],
+    )
+    @given(case=operation.as_strategy())
+    def fuzz(case: Any) -> None:
+        answer = case.call(base_url=server.url, headers={"Authorization": "token alice-token"}, timeout=30)
+        case.validate_response(answer)
+        assert answer.status_code < 500 or answer.status_code == 503, answer.text
+
+    await asyncio.to_thread(fuzz)
