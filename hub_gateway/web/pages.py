@@ -33,6 +33,8 @@ class PageHandler(HubOAuthenticated, BaseHandler):
         super().initialize(services)
         assert services.hub is not None
         self.hub_auth = services.hub.oauth
+        # Until `prepare` knows better, so that nothing, not even a page about an error, asks jupyterhub.
+        self.current_user = None
 
     def set_default_headers(self) -> None:
         super().set_default_headers()

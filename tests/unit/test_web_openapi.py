@@ -15,6 +15,7 @@ import pytest
 import schemathesis
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from hub_gateway import __version__
 from hub_gateway.web.application import ROUTES, pages
@@ -127,7 +128,8 @@ async def test_whatever_is_sent_the_answer_is_as_described(server: WebServer, me
     @given(case=operation.as_strategy())
     def fuzz(case: Any) -> None:
         answer = case.call(base_url=server.url, headers={"Authorization": "token alice-token"}, timeout=30)
-        case.validate_response(answer)
+        # What a schema cannot say (names of environment variables, proofs) may still be refused.
+        case.validate_response(answer, excluded_checks=[positive_data_acceptance])
         assert answer.status_code < 500 or answer.status_code == 503, answer.text
 
     await asyncio.to_thread(fuzz)
