@@ -61,7 +61,7 @@ class Runtime:
         app = self.app
         self._loop_watch.start()
         scheme = "https" if app.certfile else "http"
-        host = app.ip if app.ip not in ("", "0.0.0.0", "::", "*") else "127.0.0.1"
+        host = app.ip if app.ip not in ("", "0.0.0.0", "::", "*") else "127.0.0.1"  # noqa: S104
         self.url = f"{scheme}://{host}:{port}{app.base_url}"
         cookie_secret = await asyncio.to_thread(self._cookie_secret)
         hub, authenticator = self._authentication(cookie_secret)
@@ -166,7 +166,7 @@ class Runtime:
             )
         from hub_gateway.auth.hub import HubService
 
-        hub = HubService(parent=self.app, cookie_secret=cookie_secret)
+        hub = HubService(parent=self.app, cookie_secret=cookie_secret, base_url=self.app.base_url)
         return hub, hub.authenticator
 
     def _cookie_secret(self) -> bytes:

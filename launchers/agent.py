@@ -78,7 +78,7 @@ class Settings:
         "register_url": "",
         "ring_bytes": 256 * 2**20,
         "ring_messages": 1000000,
-        "window_bytes": 8 * 2**20,
+        "window_bytes": 4 * 2**20,
         "orphan_seconds": 3600.0,
         "session_seconds": 86400.0,
         "start_seconds": 60.0,

@@ -133,7 +133,8 @@ class Environment:
                 self.locks(["node"])  # Debian has node and npm in different packages
                 path = f"{self.bin}{os.pathsep}{path}"
                 npm = str(self.bin / "npm")
-            run([npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts"], env={**os.environ, "PATH": path})
+            quiet = ["--no-audit", "--no-fund", "--no-update-notifier"]
+            run([npm, "ci", "--ignore-scripts", *quiet], env={**os.environ, "PATH": path})
             self.finished("chp", stamp)
 
 

@@ -14,6 +14,8 @@ from tests.harness.gateway import GatewayProcess
 
 pytest_plugins = ["tests.report", "tests.harness.databases"]
 
+# Not `-m ipykernel_launcher`, which loses output on a busy machine (see launchers/ipykernel_launcher.py).
+PYTHON = [sys.executable, "{launchers_dir}/ipykernel_launcher.py", "-f", "{connection_file}"]
 DYING = ["/bin/sh", "-c", "echo 'cannot open shared object file: libcudart.so.12' >&2; exit 3", "{connection_file}"]
 
 
@@ -23,9 +25,9 @@ def kernelspec(argv: list[str], display_name: str, **more: Any) -> dict[str, Any
 
 
 KERNELSPECS: dict[str, dict[str, Any]] = {
-    "python": kernelspec([sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "Python"),
+    "python": kernelspec(PYTHON, "Python"),
     "message_mode": kernelspec(
-        [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        PYTHON,
         "Python, interrupted by message",
         interrupt_mode="message",
     ),

@@ -52,8 +52,8 @@ def options() -> str:
     lines = [
         "# Options",
         "",
-        "In `jupyter_hubgateway_config.py`, or the file that `--config` names, as `c.Class.option = value`; on the command",
-        "line as `--Class.option=value`. `jupyter hubgateway --generate-config` writes a file with all of them.",
+        "In `jupyter_hubgateway_config.py`, or the file that `--config` names, as `c.Class.option = value`; on the",
+        "command line as `--Class.option=value`. `jupyter hubgateway --generate-config` writes a file with all.",
         "",
     ]
     for cls in sorted(configurables(), key=lambda cls: (cls.__name__ != "HubGateway", cls.__name__)):
@@ -109,8 +109,8 @@ def command_line() -> str:
     lines = [
         "# Command line",
         "",
-        "`jupyter hubgateway` without a subcommand runs the gateway ([options](options.md)). Each of the commands reads the",
-        "same configuration file, and takes `--config=FILE`, `--state-dir=DIRECTORY`, `--db-url=URL` and `--help`.",
+        "`jupyter hubgateway` without a subcommand runs the gateway ([options](options.md)). Each of the commands reads",
+        "the same configuration file, and takes `--config=FILE`, `--state-dir=DIRECTORY`, `--db-url=URL` and `--help`.",
         "",
     ]
     for name, (path, summary) in subcommands.items():
@@ -154,7 +154,8 @@ def rest() -> str:
     """The OpenAPI file as a page."""
     path = PACKAGE / "web" / "openapi.yaml"
     spec = yaml.safe_load(path.read_text())
-    lines = [f"# {spec['info'].get('title', 'REST interface')}", "", paragraphs(spec["info"].get("description", "")), ""]
+    info = spec["info"]
+    lines = [f"# {info.get('title', 'REST interface')}", "", paragraphs(info.get("description", "")), ""]
     lines += ["The same as an OpenAPI file: `GET {base_url}/api/swagger.yaml`.", ""]
     for address, operations in spec["paths"].items():
         lines += [f"## `{address}`", ""]

@@ -202,11 +202,12 @@ class HubAuthenticator(Authenticator):
 
 
 class HubService(LoggingConfigurable):
-    """This gateway as a service of a Hub. Everything it needs stands in the JUPYTERHUB_* environment."""
+    """This gateway as a service of a Hub. Everything else that it needs stands in the JUPYTERHUB_* environment."""
 
-    def __init__(self, *, cookie_secret: bytes, **kwargs: Any) -> None:
+    def __init__(self, *, cookie_secret: bytes, base_url: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.oauth = GatewayOAuth(parent=self, state_key=cookie_secret)
+        # Given here, since jupyterhub looks for it in the environment when it is imported, and cookies belong to it.
+        self.oauth = GatewayOAuth(parent=self, state_key=cookie_secret, base_url=base_url)
         if not self.oauth.access_scopes:
             raise BadRequest(
                 "It is not known which of the Hub's users may come in: the service has no name.",

@@ -18,8 +18,8 @@ __all__ = ["Check"]
 class Check(Command):
     """Look at everything that the gateway needs, and say in one line each what is wrong and what to do.
 
-    Run it as the user, with the environment and with the configuration file of the gateway. It changes
-    nothing, and may run beside a gateway. The exit code is 1 if there is an error.
+    Run it as the user, with the environment and with the configuration file of the gateway. It touches no
+    data and starts no kernel, and may run beside a gateway. The exit code is 1 if there is an error.
     """
 
     name = "jupyter-hubgateway-check"

@@ -74,7 +74,7 @@ class Controller(LoggingConfigurable):
     ).tag(config=True)
     ring_messages = Integer(1_000_000, help="How many messages an agent keeps, see `ring_bytes`.").tag(config=True)
     window_bytes = Integer(
-        8 * 2**20, help="How much (bytes) may be on its way from an agent to a gateway and not processed."
+        4 * 2**20, help="How much (bytes) may be on its way from an agent to a gateway and not processed."
     ).tag(config=True)
     stderr_bytes = Integer(16 * 2**10, help="How much of a kernel's last stderr (bytes) is kept.").tag(config=True)
     restart_limit = Integer(

@@ -57,7 +57,7 @@ class AgentSettings:
     transport: Literal["ipc", "tcp"] = "ipc"
     ring_bytes: int = 256 * 2**20
     ring_messages: int = 1_000_000
-    window_bytes: int = 8 * 2**20
+    window_bytes: int = 4 * 2**20
     orphan_seconds: float = 3600.0
     session_seconds: float = 86400.0
     start_seconds: float = 60.0

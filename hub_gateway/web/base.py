@@ -37,6 +37,9 @@ DRAIN_BYTES = 32 * 2**20
 
 _TOKEN = re.compile(r"(?:token|bearer)\s+(\S+)\s*$", re.IGNORECASE)
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# What no database takes: NUL, and surrogates that are not a pair. JSON can have them by escapes only.
+_SUSPECT = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
+_UNSTORABLE = re.compile(r"\\u0000|[\ud800-\udfff]")
 _LOGGED_ARGUMENTS = frozenset(("user", "session_id", "last_seq"))
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "PATCH", "PUT")
 _KNOWN: Mapping[int, type[GatewayError]] = {
@@ -237,6 +240,8 @@ def json_body(handler: BaseHandler) -> dict[str, Any]:
         raise BadRequest(f"The request's body is not JSON ({error}); send a JSON object.") from error
     if not isinstance(value, dict):
         raise BadRequest("The request's body must be a JSON object.")
+    if _SUSPECT.search(body) and _UNSTORABLE.search(json.dumps(value, ensure_ascii=False)):
+        raise BadRequest("The request's body holds control characters or halves of characters; remove them.")
     return value
 
 

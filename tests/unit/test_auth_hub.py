@@ -34,7 +34,7 @@ async def hub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeHub]:
 
 def service(**traits: Any) -> HubService:
     config = Config({"HubAuthenticator": traits})
-    return HubService(cookie_secret=b"c" * 32, parent=Configurable(config=config))
+    return HubService(cookie_secret=b"c" * 32, base_url=BASE_URL, parent=Configurable(config=config))
 
 
 @pytest.fixture

@@ -150,8 +150,11 @@ async def test_what_is_somebody_elses_does_not_exist(server: WebServer, alice: h
         (b'"sleep"', 400, "object"),
         (b"null", 400, "object"),
         (b'{"name": 7}', 400, "`name`"),
-        (b'{"name": "a\\u0000b"}', 400, "`name`"),
-        (b'{"name": "\\ud800"}', 400, "`name`"),
+        (b'{"name": "a\\u0001b"}', 400, "`name`"),
+        (b'{"name": "a\\u0000b"}', 400, "control characters"),
+        (b'{"name": "\\ud800"}', 400, "halves"),
+        (b'{"name": "\\uDFFF"}', 400, "halves"),
+        (b'{"whatever": [{"\\udc00": 1}]}', 400, "halves"),
         (b'{"path": ["a"]}', 400, "`path`"),
         (b'{"env": "PATH=/"}', 400, "`env`"),
         (b'{"env": ["A"]}', 400, "`env`"),
@@ -378,6 +381,11 @@ async def test_sessions(alice: httpx.AsyncClient) -> None:
     moved = await alice.patch(f"/api/sessions/{session['id']}", json={"kernel": {"name": "other_one"}})
     assert moved.json()["kernel"]["name"] == "other_one"
     assert [one["id"] for one in (await alice.get("/api/kernels")).json()] == [moved.json()["kernel"]["id"]]
+    for content in (b'{"path": "\\ud800"}', b'{"name": "\\u0000"}', b'{"kernel": {"id": "\\u0000"}}'):
+        is_error(await alice.post("/api/sessions", content=content), 400)
+        is_error(await alice.patch(f"/api/sessions/{session['id']}", content=content), 400)
+    pair = await alice.patch(f"/api/sessions/{session['id']}", content=b'{"path": "\\ud83d\\ude00 \\\\u0000"}')
+    assert pair.json()["path"] == "\U0001f600 \\u0000", "what only looks like one is let through"
     for body in ({"path": 7}, {"kernel": "sleep"}, {"kernel": {"name": 7}}, {"type": "x" * 100}):
         is_error(await alice.patch(f"/api/sessions/{session['id']}", json=body), 400)
     is_error(await alice.patch(f"/api/sessions/{session['id']}", content=b"{"), 400)

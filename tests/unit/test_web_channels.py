@@ -9,7 +9,7 @@ import shutil
 import socket
 import struct
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +338,7 @@ def state_dir() -> Iterator[Path]:
 
 
 @pytest.fixture
-async def mini(state_dir: Path) -> AsyncIterator[MiniGateway]:
+async def mini(state_dir: Path, db_url: Callable[[], str | None]) -> AsyncIterator[MiniGateway]:
     for name, argv in {
         "sleep": ["/bin/sleep", "600", "{connection_file}"],
         "dies": ["/bin/sh", "-c", "echo 'no libcuda.so' >&2; exit 3", "{connection_file}"],
@@ -347,7 +347,8 @@ async def mini(state_dir: Path) -> AsyncIterator[MiniGateway]:
         spec = {"argv": argv, "display_name": name, "language": "none"}
         (state_dir / "kernels" / name / "kernel.json").write_text(json.dumps(spec))
     config = {"LocalProxy": {"shutdown_seconds": 1.0}, "Controller": {"shutdown_seconds": 0.5}}
-    setup = Setup(str(state_dir), f"sqlite:///{state_dir}/g.sqlite", (str(state_dir / "kernels"),), config)
+    url = db_url() or f"sqlite:///{state_dir}/g.sqlite"
+    setup = Setup(str(state_dir), url, (str(state_dir / "kernels"),), config)
     async with MiniGateway(setup) as made:
         yield made
         local = made.proxies.get("local")

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,13 @@ def state_dir() -> Iterator[Path]:
 
 
 @pytest.fixture
-async def server(state_dir: Path) -> AsyncIterator[WebServer]:
+async def server(state_dir: Path, db_url: Callable[[], str | None]) -> AsyncIterator[WebServer]:
     (state_dir / "kernels" / "dies").mkdir(parents=True)
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Dies", "language": "none"}
     (state_dir / "kernels" / "dies" / "kernel.json").write_text(json.dumps(spec))
     config = {"LocalProxy": {"shutdown_seconds": 1.0}, "Controller": {"shutdown_seconds": 0.5}}
-    setup = Setup(str(state_dir), f"sqlite:///{state_dir}/g.sqlite", (str(state_dir / "kernels"),), config)
+    url = db_url() or f"sqlite:///{state_dir}/g.sqlite"
+    setup = Setup(str(state_dir), url, (str(state_dir / "kernels"),), config)
     async with MiniGateway(setup) as mini, WebServer(mini.service, db=mini.db) as made:
         yield made
         local = mini.proxies.get("local")

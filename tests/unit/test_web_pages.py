@@ -60,7 +60,7 @@ async def hub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeHub]:
 def replica(secret: bytes = b"c" * 32) -> WebServer:
     """A gateway of this Hub; all replicas share the cookie secret."""
     config = Config({"HubAuthenticator": {"cache_seconds": 0.0, "hub_timeout": 2.0}})
-    service = HubService(cookie_secret=secret, parent=Configurable(config=config))
+    service = HubService(cookie_secret=secret, base_url=BASE_URL, parent=Configurable(config=config))
     return WebServer(Kernels(), hub=service, authenticator=service.authenticator, base_url=BASE_URL, web=settings())
 
 
