@@ -109,7 +109,7 @@ def command_line() -> str:
     lines = [
         "# Command line",
         "",
-        "`jupyter hubgateway` without a subcommand runs the gateway ([options](options.md)). Each of the commands reads",
+        "`jupyter hubgateway` without a subcommand runs the gateway ([options](options.md)). Every command reads",
         "the same configuration file, and takes `--config=FILE`, `--state-dir=DIRECTORY`, `--db-url=URL` and `--help`.",
         "",
     ]

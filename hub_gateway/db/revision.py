@@ -6,7 +6,7 @@ from the models, which a test holds equal to what the migrations make; everythin
 
 from __future__ import annotations
 
-from sqlalchemy import Column, MetaData, String, Table, inspect, insert, select, text
+from sqlalchemy import Column, MetaData, String, Table, insert, inspect, select, text
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from hub_gateway.db.engine import Database

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, urlencode
@@ -39,7 +39,7 @@ _TOKEN = re.compile(r"(?:token|bearer)\s+(\S+)\s*$", re.IGNORECASE)
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # What no database takes: NUL, and surrogates that are not a pair. JSON can have them by escapes only.
 _SUSPECT = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
-_UNSTORABLE = re.compile(r"\\u0000|[\ud800-\udfff]")
+_UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 _LOGGED_ARGUMENTS = frozenset(("user", "session_id", "last_seq"))
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "PATCH", "PUT")
 _KNOWN: Mapping[int, type[GatewayError]] = {
@@ -240,9 +240,22 @@ def json_body(handler: BaseHandler) -> dict[str, Any]:
         raise BadRequest(f"The request's body is not JSON ({error}); send a JSON object.") from error
     if not isinstance(value, dict):
         raise BadRequest("The request's body must be a JSON object.")
-    if _SUSPECT.search(body) and _UNSTORABLE.search(json.dumps(value, ensure_ascii=False)):
+    if _SUSPECT.search(body) and any(_UNSTORABLE.search(text) for text in _strings(value)):
         raise BadRequest("The request's body holds control characters or halves of characters; remove them.")
     return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, names too."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            waiting += (*one.keys(), *one.values())
+        elif isinstance(one, list):
+            waiting += one
 
 
 def string_field(body: Mapping[str, Any], name: str) -> str | None:

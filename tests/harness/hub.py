@@ -233,9 +233,9 @@ class RealHub:
     def _is_mine(self, process: psutil.Process) -> bool:
         """Whether a process is a single-user server or a service of this Hub: it works in this root."""
         try:
-            return process.pid != os.getpid() and any(str(self.root) in argument for argument in process.cmdline()) or (
-                process.environ().get("JUPYTERHUB_API_URL", "").startswith(f"http://127.0.0.1:{self.hub_port}/")
-            )
+            return (
+                process.pid != os.getpid() and any(str(self.root) in argument for argument in process.cmdline())
+            ) or (process.environ().get("JUPYTERHUB_API_URL", "").startswith(f"http://127.0.0.1:{self.hub_port}/"))
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             return False
 

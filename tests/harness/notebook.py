@@ -1,4 +1,4 @@
-"""A notebook's side of the channels websocket, for tests: legacy JSON or v1 binary, with a reader that forgets nothing."""
+"""A notebook's side of the channels websocket, for tests: legacy JSON or v1 binary."""
 
 from __future__ import annotations
 
@@ -135,7 +135,12 @@ class Notebook:
         return legacy | {"buffers": parts[1:]}
 
     def collect(
-        self, msg_id: str, *, until_idle: bool = True, answer: Callable[[Message], str] | None = None, timeout: float = 60
+        self,
+        msg_id: str,
+        *,
+        until_idle: bool = True,
+        answer: Callable[[Message], str] | None = None,
+        timeout: float = 60,
     ) -> Result:
         """Everything that the request `msg_id` brings, up to its reply and its idle."""
         result, deadline = Result(), time.monotonic() + timeout
