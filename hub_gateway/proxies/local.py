@@ -85,6 +85,13 @@ class LocalProxy(ProcessProxy):
         `gateway ALL=(%kernels) NOPASSWD: /opt/gateway/bin/python -I /opt/gateway/.../runas.py`.
         """,
     ).tag(config=True)
+    launchers = Unicode(
+        help="""Directory of `agent.py` and `runas.py`. By default the installed one.
+
+        Where kernels run as other unix users, these must be able to read it; copy it to a public place
+        if the gateway is installed in a private one.
+        """
+    ).tag(config=True)
     path = Unicode(help="PATH of kernels. By default the directory of `python`, then the system's.").tag(config=True)
     inherited_environment = List(
         Unicode(),
@@ -101,6 +108,10 @@ class LocalProxy(ProcessProxy):
         if state_dir:
             return str(Path(state_dir) / "run")
         return str(Path(tempfile.gettempdir()) / f"hub-gateway-{os.getuid()}")
+
+    @default("launchers")
+    def _default_launchers(self) -> str:
+        return str(launchers_dir())
 
     @default("path")
     def _default_path(self) -> str:
@@ -206,7 +217,7 @@ class LocalProxy(ProcessProxy):
     @cached_property
     def _agent_program(self) -> str:
         """The agent, compiled where that can be: Python compiles a script anew at every start, for 25 ms of CPU."""
-        source = launchers_dir() / "agent.py"
+        source = Path(self.launchers) / "agent.py"
         if self.python != sys.executable:
             return str(source)
         try:
@@ -394,7 +405,7 @@ class LocalProxy(ProcessProxy):
         return await self._in_thread(self._check)
 
     def _check(self) -> list[Finding]:
-        agent = launchers_dir() / "agent.py"
+        agent = Path(self.launchers) / "agent.py"
         findings = []
         try:
             done = subprocess.run(
@@ -445,7 +456,7 @@ class LocalProxy(ProcessProxy):
 
     def _runas(self, user: str, action: str, **request: Any) -> dict[str, Any]:
         prefix = [] if self._is_root() else [word.replace("{user}", user) for word in self.sudo_command]
-        command = [*prefix, self.python, "-I", str(launchers_dir() / "runas.py")]
+        command = [*prefix, self.python, "-I", str(Path(self.launchers) / "runas.py")]
         return runas.call(command, {"user": user, "action": action, **request})
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from hub_gateway._paths import launchers_dir
 from hub_gateway.proxies.local import LocalProxy
 
 __all__ = ["CASES", "SUDO", "ProxyCase"]
@@ -69,23 +71,53 @@ def python_for_everybody() -> str | None:
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     place.chmod(0o755)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = place / "lib" / version / "site-packages"
     for base in (sys.executable, shutil.which(version, path="/usr/local/bin:/usr/bin")):
         if base is None:
             continue
-        made = subprocess.run(
-            [base, "-m", "venv", "--clear", "--without-pip", str(place)], capture_output=True, check=False
-        )
-        if made.returncode:
+        make = [base, "-m", "venv", "--clear", "--without-pip", str(place)]
+        if subprocess.run(make, capture_output=True, check=False).returncode:
             continue
-        # Our own packages, from where they are: the interpreter is of the same version.
-        paths = "\n".join(path for path in sys.path if path.endswith("-packages"))
-        (place / "lib" / version / "site-packages" / "ours.pth").write_text(paths + "\n")
-        python = str(place / "bin" / "python")
-        probe = [python, "-I", "-c", "import zmq, ipykernel"]
-        with contextlib.suppress(PermissionError):
-            if subprocess.run(probe, user="nobody", capture_output=True, check=False, cwd="/").returncode == 0:
-                return python
+        # Our own packages, from where they are, or, where others may not look there, copied.
+        for provide in (link_packages, copy_packages):
+            provide(packages)
+            if usable_by_nobody(str(place / "bin" / "python")):
+                return str(place / "bin" / "python")
     return None
+
+
+def usable_by_nobody(python: str) -> bool:
+    """Whether an unprivileged user can run a kernel with it."""
+    probe = [python, "-I", "-c", "import zmq, ipykernel"]
+    try:
+        return subprocess.run(probe, user="nobody", capture_output=True, check=False, cwd="/").returncode == 0
+    except PermissionError:
+        return False
+
+
+def link_packages(target: Path) -> None:
+    """Make our packages importable from where they are."""
+    (target / "ours.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")) + "\n")
+
+
+def copy_packages(target: Path) -> None:
+    """Copy ipykernel and what it needs."""
+    (target / "ours.pth").unlink(missing_ok=True)
+    missing, seen = ["ipykernel"], set()
+    while missing:
+        name = re.split(r"[^\w.-]", missing.pop(), maxsplit=1)[0]
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # an optional one, or for another platform
+        missing += [one for one in found.requires or () if "extra ==" not in one]
+        for file in found.files or ():
+            if ".." not in file.parts:
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file.locate(), target / file)
 
 
 def other_user(state_dir: Path) -> Mapping[str, Any]:
@@ -100,11 +132,17 @@ def other_user(state_dir: Path) -> Mapping[str, Any]:
         except KeyError:
             subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", user], check=True)
     state_dir.chmod(0o755)
+    # The checkout may lie where other users may not look.
+    launchers = shutil.copytree(launchers_dir(), state_dir / "launchers", ignore=shutil.ignore_patterns("__pycache__"))
     (state_dir / "users").mkdir()
     (state_dir / "users").chmod(0o1777)
     return {
         "UnixUsers": {"impersonate": True},
-        "LocalProxy": {"python": python, "user_runtime_root": str(state_dir / "users")},
+        "LocalProxy": {
+            "python": python,
+            "launchers": str(launchers),
+            "user_runtime_root": str(state_dir / "users"),
+        },
     }
 
 

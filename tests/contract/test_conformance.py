@@ -129,7 +129,7 @@ async def test_a_killed_agent_is_noticed(bench: Bench) -> None:
         record = await gateway.start(bench.alice)
         pid = record.proxy_state.get("pid")
         if not isinstance(pid, int):
-            pytest.skip("its agent is not a process of this machine")
+            pytest.skip("not applicable: its agent is not a process of this machine")
         agent = psutil.Process(pid)
         family = agent.children(recursive=True)
         for process in (agent, *family):

@@ -261,7 +261,7 @@ def test_key_file(tmp_path: Path) -> None:
 async def test_rows_stay_when_the_server_goes_away(db: Database) -> None:
     """A connection that the server closed is replaced without an error."""
     if db.sqlite:
-        pytest.skip("there is no server")
+        pytest.skip("not applicable: SQLite has no server")
     await db.write(put("a", "1"))
     other = Database(db.url.render_as_string(hide_password=False))
     end = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
