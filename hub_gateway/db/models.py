@@ -17,7 +17,6 @@ __all__ = [
     "Base",
     "Instance",
     "Kernel",
-    "OAuthState",
     "Reservation",
     "Session",
     "Setting",
@@ -166,13 +165,3 @@ class Session(Base):
     type: Mapped[str] = mapped_column(String(64))
     kernel_id: Mapped[str] = mapped_column(ForeignKey("kernels.id", ondelete="CASCADE"), index=True)
     created_at: Mapped[datetime]
-
-
-class OAuthState(Base):
-    """A login that is under way: it must survive a restart of the gateway, and reach every replica."""
-
-    __tablename__ = "oauth_states"
-
-    id: Mapped[str] = mapped_column(String(128), primary_key=True)
-    value: Mapped[str] = mapped_column(Text)
-    expires_at: Mapped[datetime] = mapped_column(index=True)

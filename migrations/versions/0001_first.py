@@ -71,15 +71,6 @@ def upgrade() -> None:
     op.create_index("ix_kernels_status_lease_until", "kernels", ["status", "lease_until"])
 
     op.create_table(
-        "oauth_states",
-        sa.Column("id", sa.String(128), nullable=False),
-        sa.Column("value", sa.Text(), nullable=False),
-        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_oauth_states"),
-    )
-    op.create_index("ix_oauth_states_expires_at", "oauth_states", ["expires_at"])
-
-    op.create_table(
         "settings",
         sa.Column("key", sa.String(64), nullable=False),
         sa.Column("value", sa.Text(), nullable=False),

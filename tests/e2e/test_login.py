@@ -97,7 +97,7 @@ def test_the_root_answers_cheaply_to_anybody(hub: RealHub) -> None:
 
 
 def test_a_login_that_was_under_way_survives_a_restart(own_hub: RealHub) -> None:
-    """The OAuth state of a browser at the login page is in the database, not in the memory of the old process."""
+    """The OAuth state of a browser at the login page travels with the browser, not in the memory of the old process."""
     with httpx.Client(headers=NAVIGATE, timeout=30, follow_redirects=True) as browser:
         login = browser.get(f"{own_hub.gateway_url}/home")
         assert login.url.path == "/hub/login"
