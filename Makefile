@@ -58,7 +58,7 @@ docs: env-docs
 
 bench: env-test
 	@$(INSTALL) $(BENCH_VENV) bench-eg
-	$(IN) HUB_GATEWAY_BENCH_EG=$(BENCH_VENV)/bin/python $(VENV)/bin/python -m benchmarks $(ARGS)
+	$(IN) $(VENV)/bin/python -m benchmarks --eg-python=$(BENCH_VENV)/bin/python $(ARGS)
 
 lock: env-lint
 	@$(IN) requirements/lock.sh $(ARGS)

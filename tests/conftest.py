@@ -14,8 +14,8 @@ from tests.harness.gateway import GatewayProcess
 
 pytest_plugins = ["tests.report", "tests.harness.databases"]
 
-# Not `-m ipykernel_launcher`, which loses output on a busy machine (see launchers/ipykernel_launcher.py).
-PYTHON = [sys.executable, "{launchers_dir}/ipykernel_launcher.py", "-f", "{connection_file}"]
+PYTHON = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+"""As ipykernel installs its own kernelspec."""
 DYING = ["/bin/sh", "-c", "echo 'cannot open shared object file: libcudart.so.12' >&2; exit 3", "{connection_file}"]
 
 

@@ -236,7 +236,7 @@ class LocalProxy(ProcessProxy):
             "kernel_id": request.kernel_id,
             "gateway_id": request.gateway_id,
             "epoch": request.epoch,
-            "argv": argv,
+            "argv": unlimited(argv, Path(self.launchers)),
             "runtime_dir": str(directory),
             "kernel_name": request.kernelspec,
             "interrupt_mode": request.interrupt_mode,
@@ -475,3 +475,15 @@ def _first_line(process: subprocess.Popen[bytes]) -> bytes:
             break
         got += part
     return got.split(b"\n", 1)[0]
+
+
+def unlimited(argv: Sequence[str], launchers: Path) -> list[str]:
+    """The command with ipykernel's own launcher replaced by ours.
+
+    Python's usual kernelspec runs `-m ipykernel_launcher`, whose sockets drop output without a word once a
+    thousand messages wait for the agent.
+    """
+    for at in range(len(argv) - 1):
+        if argv[at] == "-m" and argv[at + 1] == "ipykernel_launcher":
+            return [*argv[:at], str(launchers / "ipykernel_launcher.py"), *argv[at + 2 :]]
+    return list(argv)

@@ -111,6 +111,16 @@ def test_output_waits_for_a_client_that_is_away(gateway: GatewayProcess) -> None
         assert result.text == "done\n"
 
 
+def test_a_stock_kernelspec_drops_nothing(gateway: GatewayProcess) -> None:
+    """ipykernel's own launcher would give up messages beyond a thousand that wait, without a word."""
+    kernel_id = start_kernel(gateway)
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice")) as notebook:
+        shown = notebook.execute(
+            "from ipykernel.kernelapp import IPKernelApp; print(IPKernelApp.instance().iopub_socket.sndhwm)"
+        )
+        assert shown.text == "0\n"
+
+
 def test_kernels_are_listed_and_usable_after_a_restart(gateway: GatewayProcess) -> None:
     """SIGTERM is not a reason to stop a kernel either."""
     kernel_id = start_kernel(gateway)
