@@ -115,9 +115,8 @@ def test_a_stock_kernelspec_drops_nothing(gateway: GatewayProcess) -> None:
     """ipykernel's own launcher would give up messages beyond a thousand that wait, without a word."""
     kernel_id = start_kernel(gateway)
     with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice")) as notebook:
-        shown = notebook.execute(
-            "from ipykernel.kernelapp import IPKernelApp; print(IPKernelApp.instance().iopub_socket.sndhwm)"
-        )
+        notebook.execute("from ipykernel.kernelapp import IPKernelApp")
+        shown = notebook.execute("print(IPKernelApp.instance().iopub_thread.socket.sndhwm)")
         assert shown.text == "0\n"
 
 
