@@ -79,11 +79,14 @@ class Progress:
         self._text = ""
         self._failure = None
 
-    def fail(self, text: str, traceback: list[str]) -> None:
-        """There is no kernel and will be none: every request, now and later, is answered with the reason."""
+    def fail(self, text: str, stderr: list[str]) -> None:
+        """There is no kernel and will be none: every request, now and later, is answered with the reason.
+
+        `stderr` are the last lines that the kernel wrote, if any. JupyterLab shows nothing but the traceback.
+        """
         pending = list(self._pending)
         self.done()
-        self._failure = (text, traceback or [text])
+        self._failure = (text, [text, "Last lines of stderr:", *stderr] if stderr else [text])
         for request in pending:
             self._refuse(request)
 

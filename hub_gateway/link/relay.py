@@ -243,13 +243,13 @@ class KernelRelay:
         if not self.ready:
             self._progress.announce(text)
 
-    def fail(self, text: str, traceback_lines: list[str]) -> None:
+    def fail(self, text: str, stderr_lines: list[str]) -> None:
         """There is no kernel: requests, now and later, are answered with the reason. A later `ready` lifts it."""
         self.ready = False
         self.execution_state = ExecutionState.DEAD
         self._queue.clear()
         self._queued = 0
-        self._progress.fail(text, traceback_lines)
+        self._progress.fail(text, stderr_lines)
         loop = asyncio.get_running_loop()
         for client in self._clients.values():
             loop.call_later(DEAD_SECONDS, self._tell_dead, client)

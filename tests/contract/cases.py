@@ -120,6 +120,11 @@ def copy_packages(target: Path) -> None:
                 shutil.copyfile(file.locate(), target / file)
 
 
+def administer(program: str) -> str:
+    """A program of the system's administrator, which need not be on everybody's PATH."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") or program
+
+
 def other_user(state_dir: Path) -> Mapping[str, Any]:
     if os.geteuid() != 0:
         pytest.skip("acting as other unix users takes root")
@@ -130,7 +135,7 @@ def other_user(state_dir: Path) -> Mapping[str, Any]:
         try:
             pwd.getpwnam(user)
         except KeyError:
-            subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", user], check=True)
+            subprocess.run([administer("useradd"), "--create-home", "--shell", "/bin/sh", user], check=True)
     state_dir.chmod(0o755)
     # The checkout may lie where other users may not look.
     launchers = shutil.copytree(launchers_dir(), state_dir / "launchers", ignore=shutil.ignore_patterns("__pycache__"))

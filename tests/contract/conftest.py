@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from hub_gateway.auth.base import Caller
-from tests.contract.cases import CASES, SUDO, UNIX_USERS, ProxyCase
+from tests.contract.cases import CASES, SUDO, UNIX_USERS, ProxyCase, administer
 from tests.contract.mini import MiniGateway, Setup
 
 PYTHON = ["python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -79,4 +79,4 @@ def bench(request: pytest.FixtureRequest, db_url: Callable[[], str | None]) -> I
 def remove_unix_users() -> Iterator[None]:
     yield
     for user in UNIX_USERS:
-        subprocess.run(["userdel", "--remove", user], capture_output=True, check=False)
+        subprocess.run([administer("userdel"), "--remove", user], capture_output=True, check=False)

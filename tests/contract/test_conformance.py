@@ -134,7 +134,7 @@ async def test_a_killed_agent_is_noticed(bench: Bench) -> None:
         family = agent.children(recursive=True)
         for process in (agent, *family):
             process.kill()
-        ended = await gateway.controller.wait(record.id, lambda row: row is not None and not row.live, 40)
+        ended = await gateway.controller.wait(record.id, lambda row: row is not None and not row.live, 90)
         assert ended is not None and ended.status is KernelStatus.FAILED
         assert "ended" in ended.message
         assert await reserved(gateway) == set()

@@ -473,7 +473,10 @@ async def test_a_start_that_failed_is_explained_in_every_cell(start: Start) -> N
     msg_id = gateway.send(sink, "1")
     gateway.relay.fail("The image could not be pulled: no such tag.", ["first line", "second line"])
     assert sink.finished(msg_id)
-    assert sink.of(msg_id, "error")[0]["content"]["traceback"] == ["first line", "second line"]
+    # JupyterLab shows nothing of an error but its traceback.
+    text = "The image could not be pulled: no such tag."
+    shown = sink.of(msg_id, "error")[0]["content"]["traceback"]
+    assert shown == [text, "Last lines of stderr:", "first line", "second line"]
     later = gateway.attach(Collector())
     info = gateway.request(later, "kernel_info_request", {})
     assert later.finished(info) and "dead" not in later.states()  # it is still going to ask
