@@ -86,7 +86,9 @@ class Progress:
         """
         pending = list(self._pending)
         self.done()
-        self._failure = (text, [text, "Last lines of stderr:", *stderr] if stderr else [text])
+        # The sentence may quote them already, on one line.
+        sentence = text.split(" Last lines of stderr:", 1)[0]
+        self._failure = (text, [sentence, "Last lines of stderr:", *stderr] if stderr else [text])
         for request in pending:
             self._refuse(request)
 
