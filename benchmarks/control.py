@@ -73,6 +73,7 @@ def with_kernels(gateway: Gateway, requests: int) -> dict[str, Any]:
     time.sleep(1)  # let connections of earlier measures end, so that they are not counted
     before = gateway.descriptors()
     kernels = in_parallel(KERNELS, lambda _: gateway.start("flood"))
+    time.sleep(1)
     idle = gateway.descriptors()
     with ExitStack() as stack:
         for kernel_id in kernels:
@@ -108,7 +109,8 @@ def listing(bench: Bench) -> list[Row]:
     eg = with_kernels(bench.eg, bench.rounds(1500)) if bench.eg is not None else None
     per_second = rate(ours["latencies"])
     bench.report.notes.append(
-        "descriptors: those of the gateway process, ten kernels with two websockets each less none, after ten others have come and gone. GET /api/kernels: "
+        "descriptors: those of the gateway process, ten kernels with two websockets each less none, after ten others "
+        "have come and gone. GET /api/kernels: "
         "20 kernels, one keep-alive connection, one request after the other; the client parses each answer."
     )
     return [

@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 RETRIED = frozenset({"40001", "40P01"})  # PostgreSQL: serialization failure, deadlock; nothing was committed
 ATTEMPTS = 5
+SQLITE_READERS = 4  # it reads from memory, mostly: more readers only cost descriptors
 
 
 class Database:
@@ -39,6 +40,8 @@ class Database:
 
     def __init__(self, url: str, *, pool_size: int = 8, timeout: float = 10.0, max_waiting: int = 2000) -> None:
         self.url = _parse(url)
+        if self.url.get_backend_name() == "sqlite":
+            pool_size = min(pool_size, SQLITE_READERS)
         self.timeout = timeout
         self.engine = _engine(self.url, pool_size, timeout)
         self._writing = self.engine.execution_options(hub_gateway_write=True)
