@@ -149,7 +149,7 @@ class HubGateway(JupyterApp):
         30.0, help="Seconds between pings on kernel websockets; load balancers close silent connections."
     ).tag(config=True)
     ws_backlog_bytes = Integer(
-        4 * 2**20,
+        2 * 2**20,
         help="""How much (bytes) may wait for one slow websocket in the gateway.
 
         Beyond it the rest waits at the kernel's agent, in its bounded buffer, and other websockets go on.
