@@ -1771,6 +1771,9 @@ class Agent:
         self.report_exit("starting" if starting else self.phase, again or (ending and self.phase == "restarting"))
         if running:
             text = self.epitaph()
+            cells = [one for one in self.pending.values() if one.msg_type == "execute_request" and not one.replied]
+            if cells and not any(cell.busy for cell in cells):
+                cells[0].busy = True  # it died before its `busy` was out; kernels take cells in order
             for msg_id in list(self.pending):
                 self.conclude(self.pending.pop(msg_id), "error", text)
         if self.phase == "stopping":

@@ -320,7 +320,8 @@ class Reconciler:
         memory = self._memory.get(record.id)
         ended = ended or record.target is KernelTarget.RUNNING or (memory is not None and memory.exit is not None)
         relay = self.links.existing(record.id)
-        if not ended and relay is not None and relay.linked:
+        # A kernel that has not answered yet has nothing to save; its agent is told by the proxy.
+        if not ended and relay is not None and relay.linked and relay.ready:
             try:
                 await asyncio.wait_for(relay.shutdown(), self.timing.stop)
             except (GatewayError, asyncio.TimeoutError) as error:
