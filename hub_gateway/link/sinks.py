@@ -23,14 +23,14 @@ class Sink(Protocol):
     after: int | None
     dialect: Dialect
     on_flushed: Callable[[int], None] | None
-    """To be called with the highest `seq` up to which everything written was handed to the operating system."""
+    """To be called with the highest `seq` up to which the client has everything that was written."""
 
     def write(self, data: bytes, seq: int | None) -> None:
         """Send complete websocket frames; `seq` is the last number in them, None for our own. Never raises."""
 
     @property
     def backlog(self) -> int:
-        """Bytes accepted by `write` and not yet handed to the operating system."""
+        """Bytes accepted by `write` that still wait in this process."""
 
 
 class Delivery(enum.Enum):
@@ -57,7 +57,7 @@ class Client:
         self.delivered: int | None = None
         """The last number written to it; None before its first attachment."""
         self.served = 0
-        """The last number handed to the operating system."""
+        """The last number that it is known to have."""
         self.acked = 0
         self.notes = Notes()
         self.noted = (False, False)
