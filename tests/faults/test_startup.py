@@ -1,0 +1,73 @@
+"""A gateway that cannot start says why, in one line, and changes nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.harness.gateway import ROOT, GatewayProcess
+
+MakeGateway = Callable[..., GatewayProcess]
+
+
+def refused(gateway: GatewayProcess) -> str:
+    """Start a gateway that must end by itself with exit code 1; its last line."""
+    gateway.spawn()
+    assert gateway.wait(60) == 1, gateway.tail()
+    last = gateway.tail().strip().splitlines()[-1]
+    assert "The gateway does not start" in last, gateway.tail()
+    assert "Traceback" not in gateway.tail()
+    return last
+
+
+def test_a_busy_port(make_gateway: MakeGateway) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        gateway = make_gateway()
+        gateway.port = taken.getsockname()[1]
+        assert "cannot be bound" in refused(gateway)
+
+
+def test_a_second_gateway_with_the_same_state(gateway: GatewayProcess, make_gateway: MakeGateway) -> None:
+    second = make_gateway(config=f"c.HubGateway.state_dir = {str(gateway.state)!r}\nc.HubGateway.lock_timeout = 0.5\n")
+    assert f"another gateway (pid {gateway.process.pid}) still holds" in refused(second)
+    with gateway.client("alice") as client:
+        assert client.get("/api/kernels").json() == []
+
+
+def test_a_database_of_a_newer_version(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway(db_url=None).start()
+    gateway.stop()
+    with sqlite3.connect(gateway.state / "hub-gateway.sqlite") as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+    assert "newer version" in refused(gateway)
+
+
+def test_nobody_to_say_who_is_calling(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JUPYTERHUB")} | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-m", "hub_gateway", f"--state-dir={tmp_path / 'state'}", "--port=0"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "--token-file" in ended.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("base_url", ["/Services/gw", "/services/http-gw"])
+def test_prefixes_that_jupyter_server_would_garble(make_gateway: MakeGateway, base_url: str) -> None:
+    gateway = make_gateway(base_url=base_url)
+    gateway.spawn()
+    assert gateway.wait(60) == 1
+    assert "websocket address" in gateway.tail()
