@@ -79,10 +79,11 @@ class Progress:
         self._text = ""
         self._failure = None
 
-    def fail(self, text: str, stderr: list[str]) -> None:
+    def fail(self, text: str, stderr: list[str]) -> set[str]:
         """There is no kernel and will be none: every request, now and later, is answered with the reason.
 
         `stderr` are the last lines that the kernel wrote, if any. JupyterLab shows nothing but the traceback.
+        Returns the sessions that a cell of theirs has told the reason.
         """
         pending = list(self._pending)
         self.done()
@@ -91,6 +92,7 @@ class Progress:
         self._failure = (text, [sentence, "Last lines of stderr:", *stderr] if stderr else [text])
         for request in pending:
             self._refuse(request)
+        return {request.session for request in pending if request.msg_type == "execute_request"}
 
     def _refuse(self, request: Request) -> None:
         assert self._failure is not None

@@ -25,9 +25,6 @@ _IOPUB = _CHANNEL["iopub"]
 ACK_MESSAGES = 32
 ACK_BYTES = 64 * 2**10
 ACK_SECONDS = 0.01
-DEAD_SECONDS = 3.5
-"""How long `dead` is kept back from a client that has not asked anything yet: JupyterLab sends nothing once it
-knows, so that the reason would never be seen; it asks within 3 seconds after it has connected."""
 
 _BUFFERS_NOTICE = (
     "\n[Binary buffers of a message were left out, so a widget or plot may stay empty: the notebook server's gateway "
@@ -108,10 +105,10 @@ class KernelRelay:
             self._count("replaced", 1)
         self._clients[client.key] = client
         sink.on_flushed = lambda seq: self._on_flushed(client, seq)
-        if self._progress.failed:
-            asyncio.get_running_loop().call_later(DEAD_SECONDS, self._tell_dead, client)
-        elif not self.ready:
-            self._tell(client, _IOPUB, messages.status(self.execution_state.value))
+        if not self.ready:
+            # Not `dead`, see `fail`.
+            state = ExecutionState.STARTING if self._progress.failed else self.execution_state
+            self._tell(client, _IOPUB, messages.status(state.value))
         self._attach(client)
 
     def detach(self, sink: Sink) -> None:
@@ -131,9 +128,8 @@ class KernelRelay:
         if not self.ready or self._progress.failed:
             self._progress.add(sink.session, channel, parts[0])
             if self._progress.failed:
-                client = self._clients.get(sink.session.encode("utf-8", "replace"))
-                if client is not None and b'"execute_request"' in parts[0]:
-                    self._tell_dead(client)
+                if b'"execute_request"' in parts[0]:
+                    self._tell_dead(sink.session)
                 return
         session = sink.session.encode("utf-8", "replace")
         origin = session_of_header.encode("utf-8", "replace")
@@ -244,20 +240,21 @@ class KernelRelay:
             self._progress.announce(text)
 
     def fail(self, text: str, stderr_lines: list[str]) -> None:
-        """There is no kernel: requests, now and later, are answered with the reason. A later `ready` lifts it."""
+        """There is no kernel: requests, now and later, are answered with the reason. A later `ready` lifts it.
+
+        A client hears `dead` only after a cell of it has got the reason: JupyterLab sends nothing to a kernel that it
+        knows to be dead, and the cell would stay empty for ever.
+        """
         self.ready = False
         self.execution_state = ExecutionState.DEAD
         self._queue.clear()
         self._queued = 0
-        self._progress.fail(text, stderr_lines)
-        loop = asyncio.get_running_loop()
-        for client in self._clients.values():
-            loop.call_later(DEAD_SECONDS, self._tell_dead, client)
+        for session in self._progress.fail(text, stderr_lines):
+            self._tell_dead(session)
 
-    def _tell_dead(self, client: Client) -> None:
-        current = self._clients.get(client.key) is client
-        if current and not client.told_dead and self._progress.failed:
-            client.told_dead = True
+    def _tell_dead(self, session: str) -> None:
+        client = self._clients.get(session.encode("utf-8", "replace"))
+        if client is not None:
             self._tell(client, _IOPUB, messages.status("dead"))
 
     def _say(self, session: str, channel: str, parts: list[bytes]) -> None:

@@ -47,7 +47,7 @@ class Delivery(enum.Enum):
 class Client:
     """A relay's record of one sink."""
 
-    __slots__ = ("acked", "attachment", "delivered", "key", "noted", "notes", "served", "sink", "state", "told_dead")
+    __slots__ = ("acked", "attachment", "delivered", "key", "noted", "notes", "served", "sink", "state")
 
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
@@ -61,7 +61,6 @@ class Client:
         self.acked = 0
         self.notes = Notes()
         self.noted = (False, False)
-        self.told_dead = False
 
     @property
     def after(self) -> int | None:

@@ -7,7 +7,9 @@ import re
 import signal
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
@@ -33,6 +35,7 @@ class Lab:
 
     def __init__(self, page: Page, hub: RealHub, user: str) -> None:
         self.page, self.hub, self.user = page, hub, user
+        self._token = ""
 
     def shot(self, name: str) -> None:
         """Keep a screenshot."""
@@ -59,6 +62,14 @@ class Lab:
         # Lab passes over cells that are run before the notebook has its kernel.
         state = re.compile(re.escape(kernel) + r" \| (?!Connecting|Initializing)")
         expect(self.page.locator("#jp-main-statusbar")).to_contain_text(state, timeout=60_000)
+
+    def kernels(self) -> Any:
+        """The user's kernels, as the gateway lists them."""
+        if not self._token:
+            self._token = self.hub.user_token(self.user)
+        return httpx.get(
+            f"{self.hub.gateway_url}/api/kernels", headers={"Authorization": f"token {self._token}"}
+        ).json()
 
     @property
     def notebook(self) -> Locator:
@@ -141,6 +152,8 @@ def test_a_day_in_a_notebook(lab: Lab) -> None:
 def test_a_kernel_that_dies_at_start_says_why(lab: Lab) -> None:
     """The last lines of stderr and the exit code stand in the notebook."""
     lab.new_notebook("Dies at start")
+    # However long it has been dead when the cell is run.
+    until(lambda: [one["execution_state"] for one in lab.kernels()] == ["dead"], "the kernel to have died")
     cell = lab.run("1 + 1")
     expect(lab.output(cell)).to_contain_text("libcudart.so.12", timeout=60_000)
     expect(lab.output(cell)).to_contain_text("exit code 3")

@@ -469,7 +469,7 @@ async def test_progress_is_shown_in_place_and_goes_away(start: Start) -> None:
 
 async def test_a_start_that_failed_is_explained_in_every_cell(start: Start) -> None:
     gateway = start()
-    sink = gateway.attach(Collector())
+    sink, idle = gateway.attach(Collector()), gateway.attach(Collector())
     msg_id = gateway.send(sink, "1")
     gateway.relay.fail("The image could not be pulled: no such tag.", ["first line", "second line"])
     assert sink.finished(msg_id)
@@ -477,9 +477,11 @@ async def test_a_start_that_failed_is_explained_in_every_cell(start: Start) -> N
     text = "The image could not be pulled: no such tag."
     shown = sink.of(msg_id, "error")[0]["content"]["traceback"]
     assert shown == [text, "Last lines of stderr:", "first line", "second line"]
+    # JupyterLab sends nothing to a kernel that it knows to be dead: who has not asked must not know.
+    assert sink.states()[-1] == "dead" and "dead" not in idle.states()
     later = gateway.attach(Collector())
     info = gateway.request(later, "kernel_info_request", {})
-    assert later.finished(info) and "dead" not in later.states()  # it is still going to ask
+    assert later.finished(info) and "dead" not in later.states()
     again = gateway.send(later, "2")
     assert later.of(again, "error")[0]["content"]["evalue"].startswith("The image could not")
     assert later.states()[-1] == "dead"
