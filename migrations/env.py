@@ -7,7 +7,7 @@ import os
 from alembic import context
 
 from hub_gateway.db.engine import Database
-from hub_gateway.db.models import Base
+from hub_gateway.db.tenancy import Base
 
 
 def run() -> None:

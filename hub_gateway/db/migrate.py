@@ -120,7 +120,7 @@ def _known(revision: str) -> bool:
 
 def _foreign_tables(db: Database) -> bool:
     """Whether a database without a revision holds tables with our names, made by something else."""
-    from hub_gateway.db.models import Base
+    from hub_gateway.db.tenancy import Base
 
     with db.engine.connect() as connection:
         found = set(inspect(connection).get_table_names()) & set(Base.metadata.tables)

@@ -9,7 +9,21 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Float, ForeignKey, Index, Integer, MetaData, String, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    false,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
@@ -118,6 +132,14 @@ class Kernel(Base):
     cpu: Mapped[float] = mapped_column(Float)
     memory: Mapped[int] = mapped_column(BigInteger)
     gpu: Mapped[int] = mapped_column(Integer)
+    gpu_model: Mapped[str] = mapped_column(String(64), server_default="")
+    queue: Mapped[str] = mapped_column(String(255), server_default="")
+    principal: Mapped[str | None] = mapped_column(String(255))
+    identity_rule: Mapped[str] = mapped_column(String(255), server_default="")
+    cost_center: Mapped[str] = mapped_column(String(255), server_default="")
+    queued_at: Mapped[datetime | None]
+    queue_deadline: Mapped[datetime | None]
+    queue_reason: Mapped[str] = mapped_column(Text, server_default="")
 
     lease_holder: Mapped[str | None] = mapped_column(String(64), index=True)
     lease_until: Mapped[float] = mapped_column(Float)
@@ -137,7 +159,10 @@ class Kernel(Base):
 
 
 class Reservation(Base):
-    """What one kernel holds of its owner's limits, from admission until it is proven gone."""
+    """What one kernel holds of its owner's limits, from admission until it is proven gone.
+
+    It is also the ledger's open interval, which begins at `billed_from`.
+    """
 
     __tablename__ = "reservations"
     __table_args__ = (Index(None, "owner", "released_at"),)
@@ -150,6 +175,18 @@ class Reservation(Base):
     gpu: Mapped[int] = mapped_column(Integer)
     created_at: Mapped[datetime]
     released_at: Mapped[datetime | None]
+    owner_kind: Mapped[str] = mapped_column(String(16), server_default="user")
+    groups: Mapped[list[str]] = mapped_column(JSON, server_default="[]")
+    kernelspec: Mapped[str] = mapped_column(String(255), server_default="")
+    proxy: Mapped[str] = mapped_column(String(64), server_default="")
+    queue: Mapped[str] = mapped_column(String(255), server_default="")
+    gpu_model: Mapped[str] = mapped_column(String(64), server_default="")
+    starting: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    principal: Mapped[str | None] = mapped_column(String(255))
+    unix_user: Mapped[str | None] = mapped_column(String(255))
+    cost_center: Mapped[str] = mapped_column(String(255), server_default="")
+    price_version: Mapped[int] = mapped_column(Integer, server_default="0")
+    billed_from: Mapped[datetime | None]
 
 
 class Session(Base):

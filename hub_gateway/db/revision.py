@@ -10,12 +10,12 @@ from sqlalchemy import Column, MetaData, String, Table, insert, inspect, select,
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from hub_gateway.db.engine import Database
-from hub_gateway.db.models import Base
+from hub_gateway.db.tenancy import Base
 from hub_gateway.errors import Unavailable
 
 __all__ = ["HEAD", "prepare_at_start"]
 
-HEAD = "0001"
+HEAD = "0002"
 """The revision of this version; a test holds it equal to the newest migration."""
 
 LOCK = 0x48756247  # "HubG": replicas that start together set up or upgrade one after the other

@@ -59,6 +59,7 @@ class Resources:
     cpu: float = 0.0
     memory: int = 0
     gpu: int = 0
+    gpu_model: str = ""
 
 
 @dataclass(frozen=True)

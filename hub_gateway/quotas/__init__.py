@@ -1,0 +1,1 @@
+"""Who may hold how much: policies, admission, the queue, the ledger and its reports."""
