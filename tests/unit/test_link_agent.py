@@ -135,13 +135,16 @@ async def test_a_restart_keeps_link_and_sessions(start: Start) -> None:
     assert (await gateway.relay.ping())["counters"]["restarts"] == 1
 
 
-async def test_a_killed_kernel_says_why_and_comes_back(start: Start) -> None:
+async def test_a_killed_kernel_says_why_and_comes_back(start: Start, tmp_path: Path) -> None:
     gateway = await start(IPYTHON).connect()
     sink, other = gateway.attach(Collector()), gateway.attach(Collector())
     await gateway.execute(sink, "import os, signal; os.write(2, b'about to run out of memory\\n')")
     await eventually(lambda: "about to run" in gateway.agent.log.read_text(), "the agent to have read stderr")
-    code = "os.kill(os.getpid(), signal.SIGKILL)"
+    now = tmp_path / "now"
+    code = f"while not os.path.exists({str(now)!r}): pass\nos.kill(os.getpid(), signal.SIGKILL)"
     msg_id, queued = gateway.send(sink, code), gateway.send(sink, "print('never')")
+    await gateway.relay.ping()  # it is answered in its turn: both cells are at the kernel that is going to die
+    now.touch()
     await eventually(lambda: sink.finished(msg_id) and sink.finished(queued), "both cells to end")
     error = "\n".join(sink.of(msg_id, "error")[0]["content"]["traceback"])
     assert "exit code 137 (SIGKILL; often out of memory)" in error and "about to run out of memory" in error
@@ -153,6 +156,15 @@ async def test_a_killed_kernel_says_why_and_comes_back(start: Start) -> None:
     assert "about to run out of memory" in exited["stderr_tail"]
     await gateway.execute(sink, "print('back')")
     assert sink.text() == "back\n" and "restarting" in sink.states()
+
+
+async def test_a_cell_that_kills_its_kernel_at_once_is_told_why(start: Start) -> None:
+    """Also where the kernel is gone before it could say that it is busy."""
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector())
+    msg_id = await gateway.execute(sink, "import os; os.kill(os.getpid(), 9)")
+    assert "exit code 137" in sink.of(msg_id, "error")[0]["content"]["evalue"]
+    assert sink.of(msg_id, "execute_reply")[0]["content"]["status"] == "error"
 
 
 async def test_a_kernel_that_dies_again_and_again_is_left_dead(start: Start) -> None:
