@@ -82,10 +82,11 @@ class Forbidden(GatewayError):
 
 
 class LaunchRefused(Forbidden):
-    """A policy or a limit does not admit the launch; nothing was started."""
+    """A policy or a limit does not admit the launch; nothing was started. `policy` is its name."""
 
     code = "launch_refused"
     reason = "Launch refused"
+    policy: str = ""
 
 
 class NotFound(GatewayError):

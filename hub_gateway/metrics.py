@@ -6,12 +6,14 @@ No label carries a user's name or a kernel's id: metrics are read by more people
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from hub_gateway.kernels.types import ExecutionState
+from hub_gateway.quotas.types import Resource
 
 __all__ = ["CONTENT_TYPE_LATEST", "METRICS", "LoopWatch", "Metrics"]
 
@@ -26,8 +28,17 @@ LINK_COUNTS: Mapping[str, tuple[str, str]] = {
     "buffers_left_out": ("buffers_left_out", "Messages whose binary buffers the client could not take."),
     "too_large": ("messages_replaced_too_large", "Messages too large for the client."),
 }
-SWALLOWED = ("controller", "culler", "activity", "reaper", "poll", "scan", "flush", "renew", "reap", "hub", "other")
-OUTCOMES = ("admitted", "refused", "failed")
+SWALLOWED = (
+    *("controller", "culler", "activity", "reaper", "poll", "scan", "flush", "renew", "reap", "hub"),
+    *("queue", "enforcer", "notices", "events", "credentials", "use", "other"),
+)
+OUTCOMES = ("admitted", "queued", "refused", "failed")
+PROXIES = ("local",)
+LAUNCHES = ("success", "failure")
+CHANNELS = ("notebook", "webhook", "email")
+LAUNCH_BUCKETS = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+WAIT_BUCKETS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 24 * 3600.0)
+ADMISSION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1.0)
 AUTHENTICATIONS = ("cached", "accepted", "refused", "unavailable", "stale")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "other")
 STATUSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
@@ -43,6 +54,12 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"hubgateway_{name}", text, labels, registry=self.registry)
 
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"hubgateway_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"hubgateway_{name}", text, labels, buckets=buckets, registry=self.registry)
+
         self.kernels = Gauge(
             "hubgateway_kernels_running", "Kernels by state.", ["execution_state"], registry=self.registry
         )
@@ -51,6 +68,32 @@ class Metrics:
         self.frames_refused = counter("client_frames_refused", "Websocket frames that are no Jupyter messages.")
         self.authentications = counter("authentications", "Tokens looked up, by result.", "result")
         self.swallowed = counter("errors_swallowed", "Errors that a background loop survived.", "where")
+        self.launch_seconds = histogram(
+            "kernel_launch_duration_seconds",
+            "From admission until a kernel answers, or has failed.",
+            LAUNCH_BUCKETS,
+            "proxy",
+            "status",
+        )
+        self.admission_seconds = histogram(
+            "admission_duration_seconds",
+            "Duration of the transaction that admits, queues or refuses a launch.",
+            ADMISSION_BUCKETS,
+        )
+        self.queue_wait_seconds = histogram(
+            "queue_wait_duration_seconds", "How long kernels waited in a queue until they were admitted.", WAIT_BUCKETS
+        )
+        self.queued = gauge("kernels_queued", "Kernels that wait in a queue.")
+        self.held = gauge("resources_held", "What live kernels hold: kernels, cores, bytes, devices.", "resource")
+        self.use_ratio = gauge(
+            "quota_use_ratio", "Use of a limit that is counted together, as a share of its hard limit.", "policy"
+        )
+        self.policies = gauge("policies_active", "Quota policies and grants that hold now.")
+        self.maintenance = gauge("maintenance_enabled", "1 while no kernels are launched, for maintenance.")
+        self.refusals = counter("quota_refusals", "Launches that a limit refused, by what was limited.", "resource")
+        self.notices = counter("notices_sent", "Notices about limits, by channel and outcome.", "channel", "outcome")
+        self.audit_entries = counter("audit_entries_written", "Lines added to the audit trail.")
+        self.ledger_entries = counter("ledger_entries_written", "Intervals and corrections added to the ledger.")
         self.requests = Histogram(
             "hubgateway_request_duration_seconds",
             "Duration of HTTP requests (websockets: until they are open).",
@@ -64,17 +107,24 @@ class Metrics:
             registry=self.registry,
         )
         self.link = {name: counter(metric, text) for name, (metric, text) in LINK_COUNTS.items()}
-        for state in ExecutionState:
-            self.kernels.labels(state.value)
-        for outcome in OUTCOMES:
-            self.launches.labels(outcome)
-        for result in AUTHENTICATIONS:
-            self.authentications.labels(result)
-        for where in SWALLOWED:
-            self.swallowed.labels(where)
-        for method in METHODS:
-            for status in STATUSES:
-                self.requests.labels(method, status)
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """Every series exists from the start: what has never happened is 0, not absent."""
+        labels: tuple[tuple[Counter | Gauge | Histogram, Iterable[tuple[str, ...]]], ...] = (
+            (self.kernels, ((state.value,) for state in ExecutionState)),
+            (self.launches, ((outcome,) for outcome in OUTCOMES)),
+            (self.launch_seconds, product(PROXIES, LAUNCHES)),
+            (self.refusals, ((resource.value,) for resource in Resource)),
+            (self.held, (("kernels",), ("cpu",), ("memory",), ("gpu",))),
+            (self.notices, product(CHANNELS, ("sent", "failed"))),
+            (self.authentications, ((result,) for result in AUTHENTICATIONS)),
+            (self.swallowed, ((where,) for where in SWALLOWED)),
+            (self.requests, product(METHODS, STATUSES)),
+        )
+        for metric, values in labels:
+            for some in values:
+                metric.labels(*some)
 
     def count_request(self, method: str, status: int, seconds: float) -> None:
         """An HTTP request. A method that only an attacker would use does not make a series of its own."""

@@ -29,6 +29,10 @@ c.SharedPasswordAuthenticator.user_password = demo["user_password"]
 c.SharedPasswordAuthenticator.admin_password = demo["admin_password"]
 c.Authenticator.allowed_users = {"alice", "bob"}
 c.Authenticator.admin_users = {"admin"}
+c.JupyterHub.load_groups = {
+    "gateway-admins": {"users": ["admin"]},
+    "analysts": {"users": ["alice", "bob"], "properties": {"cost_center": "4711"}},
+}
 
 # Servers as processes of whoever runs the demo, with a home of their own each.
 c.JupyterHub.spawner_class = "simple"

@@ -36,7 +36,7 @@ c.JupyterHub.services = [
         "url": GATEWAY_URL,
         "api_token": api_token,
         "oauth_no_confirm": True,
-        "oauth_client_allowed_scopes": ["custom:hub-gateway:kernels:read", "custom:hub-gateway:kernels:stop"],
+        "oauth_client_allowed_scopes": sorted(c.JupyterHub.custom_scopes),
         # Only for a managed service can the Hub know that it is one to wait for.
     }
 ]

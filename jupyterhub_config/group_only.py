@@ -16,18 +16,13 @@ GROUPS = {"analysts", "gateway-admins"}
 
 # Whoever is not in one of these groups may not use it ...
 c.JupyterHub.extra_user_scopes = set()
-c.JupyterHub.load_roles = [
-    {
-        "name": "hub-gateway",
-        "services": [NAME],
-        "scopes": ["users:activity", "read:users:name", "read:users:groups", "read:users:activity"],
-    },
+c.JupyterHub.load_roles.append(
     {
         "name": "hub-gateway-user",
         "groups": sorted(GROUPS),
         "scopes": [f"access:services!service={NAME}"],
-    },
-]
+    }
+)
 
 
 # ... and gets a server that does not look for it.

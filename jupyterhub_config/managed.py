@@ -9,6 +9,7 @@ and change the three addresses. `make demo` runs this very file (see demo.py).
 
 import os
 import sys
+from pathlib import Path
 
 c = get_config()
 
@@ -27,6 +28,9 @@ GATEWAY_CONFIG = os.environ.get("HUB_GATEWAY_CONFIG", "/etc/hub-gateway/jupyter_
 NAME = "hub-gateway"
 URL = f"{PUBLIC_URL.rstrip('/')}/services/{NAME}"
 
+# What may be given to administrators and to leads of groups, see that file.
+load_subconfig("scopes.py", path=str(Path(__file__).resolve().parent))
+
 # -- the service ---------------------------------------------------------------------------------------------
 
 c.JupyterHub.services = [
@@ -37,8 +41,8 @@ c.JupyterHub.services = [
         # It is part of the deployment: no page that asks each user whether it may know their name.
         "oauth_no_confirm": True,
         # The most that a *browser* login may carry. Without this an administrator's browser has none of the
-        # custom scopes below, although their API token has them.
-        "oauth_client_allowed_scopes": ["custom:hub-gateway:kernels:read", "custom:hub-gateway:kernels:stop"],
+        # custom scopes, although their API token has them.
+        "oauth_client_allowed_scopes": sorted(c.JupyterHub.custom_scopes),
         # How long (seconds) the Hub waits for the gateway's first answer.
         "timeout": 30,
     }
@@ -55,22 +59,43 @@ c.JupyterHub.last_activity_interval = 10
 
 # -- who may do what -----------------------------------------------------------------------------------------
 
-c.JupyterHub.custom_scopes = {
-    "custom:hub-gateway:kernels:read": {"description": "See everybody's remote kernels"},
-    "custom:hub-gateway:kernels:stop": {"description": "Stop everybody's remote kernels"},
-}
-
 # Everybody may use the gateway. (For some only: group_only.py.)
 c.JupyterHub.extra_user_scopes = {f"access:services!service={NAME}"}
 
 c.JupyterHub.load_roles = [
     {
-        # What the gateway may do at the Hub: say that a user's kernels are at work, so that the idle culler
-        # does not stop the server of somebody whose computation runs.
+        # What the gateway may do at the Hub: say that a user's kernels are at work, so that the idle culler does not
+        # stop the server of somebody whose computation runs; and know who is in which group, and a group's
+        # properties (its cost centre), for the pages of administrators.
         "name": "hub-gateway",
         "services": [NAME],
-        "scopes": ["users:activity", "read:users:name", "read:users:groups", "read:users:activity"],
+        "scopes": [
+            "users:activity",
+            "list:users",
+            "read:users:name",
+            "read:users:groups",
+            "read:users:activity",
+            "list:groups",
+            "read:groups",
+        ],
     },
+    {
+        # Administrators of the gateway: limits, use and bills of everybody. Being an administrator of the Hub is
+        # not enough.
+        "name": "hub-gateway-admin",
+        "groups": ["gateway-admins"],
+        "scopes": ["custom:hub-gateway:admin", f"access:services!service={NAME}"],
+    },
+    # The lead of a group sees and sets what belongs to that group:
+    # {
+    #     "name": "analysts-lead",
+    #     "users": ["carol"],
+    #     "scopes": [
+    #         "custom:hub-gateway:kernels:stop!group=analysts",
+    #         "custom:hub-gateway:quotas:write!group=analysts",
+    #         "custom:hub-gateway:usage:read!group=analysts",
+    #     ],
+    # },
 ]
 
 # -- single-user servers -------------------------------------------------------------------------------------

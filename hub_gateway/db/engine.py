@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -50,6 +50,8 @@ class Database:
         self._readers = ThreadPoolExecutor(pool_size, thread_name_prefix="db-read")
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="db-write") if self.sqlite else self._readers
         self._max_waiting = max_waiting
+        self.on_commit: Callable[[Mapping[Any, Any]], None] | None = None
+        """Told what a transaction left in its `info`, in its thread, when it is committed."""
         self._waiting = 0
 
     @property
@@ -80,7 +82,10 @@ class Database:
         for attempt in range(ATTEMPTS):
             try:
                 with self._write_session.begin() as session:
-                    return fn(session)
+                    result = fn(session)
+                if session.info and self.on_commit is not None:
+                    self.on_commit(session.info)
+                return result
             except DBAPIError as error:
                 if getattr(error.orig, "sqlstate", None) not in RETRIED or attempt == ATTEMPTS - 1:
                     raise

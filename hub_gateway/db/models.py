@@ -139,6 +139,7 @@ class Kernel(Base):
     cost_center: Mapped[str] = mapped_column(String(255), server_default="")
     queued_at: Mapped[datetime | None]
     queue_deadline: Mapped[datetime | None]
+    queue_policy: Mapped[str] = mapped_column(String(100), server_default="", index=True)
     queue_reason: Mapped[str] = mapped_column(Text, server_default="")
 
     lease_holder: Mapped[str | None] = mapped_column(String(64), index=True)

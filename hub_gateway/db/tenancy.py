@@ -141,7 +141,7 @@ class LedgerEntry(Base):
     kernel_id: Mapped[str] = mapped_column(String(64))
     owner: Mapped[str] = mapped_column(String(255))
     groups: Mapped[str] = mapped_column(Text)
-    """Names of the owner's groups at launch, sorted, one a line."""
+    """Names of the owner's groups at launch, sorted, as `hub_gateway.quotas.ledger.groups_key` writes them."""
     cost_center: Mapped[str] = mapped_column(String(255))
     principal: Mapped[str | None] = mapped_column(String(255))
     unix_user: Mapped[str | None] = mapped_column(String(255))

@@ -16,9 +16,11 @@ from sqlalchemy import Table, bindparam, delete, insert, or_, select, update
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.db.clock import db_now
-from hub_gateway.db.models import Instance, Kernel, Reservation, utcnow
-from hub_gateway.kernels.store import LIVE, KernelStore
+from hub_gateway.db.models import Instance, Kernel, utcnow
+from hub_gateway.kernels.rows import LIVE
+from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import KernelRecord, KernelStatus, KernelTarget
+from hub_gateway.quotas.use import lock
 
 __all__ = ["Lease", "LeaseLost", "Leases"]
 
@@ -125,7 +127,7 @@ class Leases:
         statement = select(Kernel.id).where(
             Kernel.lease_holder == self.instance,
             Kernel.status.in_(LIVE),
-            or_(Kernel.status != KernelStatus.RUNNING.value, Kernel.target == KernelTarget.STOPPED.value),
+            or_(Kernel.status != KernelStatus.RUNNING.value, Kernel.target != KernelTarget.RUNNING.value),
         )
         return await self.store.db.read(lambda tx: tx.execute(statement).scalars().all())
 
@@ -147,25 +149,24 @@ class Leases:
         """The lease that this process has on a kernel, as read; None where it has none."""
         return Lease(record.id, record.epoch) if record.lease_holder == self.instance else None
 
-    async def update(self, lease: Lease, *, release: bool = False, **values: Any) -> KernelTarget:
+    async def update(self, lease: Lease, *, release: bool = False, ready: bool = False, **values: Any) -> KernelTarget:
         """Write to a leased kernel; what its target is now. Raises `LeaseLost`.
 
-        `release` gives its reservation back in the same transaction.
+        In the same transaction, `release` gives its reservation back, and `ready` has it no longer count as starting.
         """
 
         def write(tx: Transaction) -> KernelTarget:
+            if release or ready:
+                lock(tx)  # before the row's: whoever admits takes them in this order, too
             statement = _FENCED.values(**values)
             named = {"kernel": lease.kernel_id, "holder": self.instance, "fence": lease.epoch}
             target = tx.connection().execute(statement, named).scalar_one_or_none()
             if target is None:
                 raise LeaseLost(lease.kernel_id)
             if release:
-                tx.execute(
-                    update(Reservation)
-                    .where(Reservation.kernel_id == lease.kernel_id, Reservation.released_at.is_(None))
-                    .values(released_at=utcnow())
-                    .execution_options(synchronize_session=False)
-                )
+                self.store.admission.release(tx, lease.kernel_id, utcnow())
+            elif ready:
+                self.store.admission.ready(tx, lease.kernel_id)
             return KernelTarget(target)
 
         return await self.store.write(write)

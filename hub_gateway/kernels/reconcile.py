@@ -144,7 +144,7 @@ class Reconciler:
         try:
             if record.status is KernelStatus.STOPPING:
                 return await self._stop(record, lease)
-            if record.target is KernelTarget.STOPPED:
+            if record.target is not KernelTarget.RUNNING:
                 await self.leases.update(lease, status=KernelStatus.STOPPING.value)
                 failpoints.hit("stop.recorded")
                 return await self._stop(record, lease)
@@ -204,6 +204,7 @@ class Reconciler:
         failpoints.hit("ready.before")
         await self.leases.update(
             lease,
+            ready=True,
             status=KernelStatus.RUNNING.value,
             execution_state=relay.execution_state,
             started_at=utcnow(),
@@ -270,7 +271,7 @@ class Reconciler:
                 progress = state.get("progress")
                 if isinstance(progress, str):
                     self.links.relay(record.id).announce(progress)
-                if target is KernelTarget.STOPPED:
+                if target is not KernelTarget.RUNNING:
                     return
 
     async def _supervise(self, record: KernelRecord, lease: Lease) -> float | None:

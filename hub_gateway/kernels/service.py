@@ -15,9 +15,11 @@ from traitlets.config import LoggingConfigurable
 from hub_gateway.auth.base import Caller
 from hub_gateway.errors import BadRequest, Conflict, LaunchFailed, NotFound, Unavailable
 from hub_gateway.identity.unix import UnixUsers
+from hub_gateway.kernels.admissions import Admitted
 from hub_gateway.kernels.controller import SAME_MOMENT, Controller
 from hub_gateway.kernels.environment import client_environment, kernel_environment
 from hub_gateway.kernels.reconcile import tail_lines
+from hub_gateway.kernels.resources import wished
 from hub_gateway.kernels.sessions import Sessions
 from hub_gateway.kernels.specs import KernelSpecs, Spec
 from hub_gateway.kernels.types import (
@@ -94,9 +96,11 @@ class KernelService(LoggingConfigurable):
         spec = await self.specs.get(wanted.name, username)
         proxy = self.controller.proxies.resolve(spec.proxy)
         unix_user = await self._unix_user(caller)
+        resources, queue = wished(spec.bounds, spec.name, client)
         new = NewKernel(
             id=key,
             owner=owner_of(caller),
+            service=caller.kind == "service",
             groups=tuple(sorted(caller.groups)),
             hub_server=caller.server,
             kernelspec=spec.name,
@@ -104,11 +108,24 @@ class KernelService(LoggingConfigurable):
             unix_user=unix_user,
             path=wanted.path,
             plan=_plan(spec, wanted, client, kernel_id=key, username=username),
+            resources=resources,
+            least=spec.bounds.least,
+            queue=queue,
             cull_idle_timeout=spec.number("cull_idle_timeout"),
         )
-        record = await self.store.admit(new)
-        self.log.info("Kernel %s (%s) admitted for %s", key, spec.name, new.owner)
-        self.controller.changed(key)
+        admitted = await self.store.admit(new)
+        self.log.info("Kernel %s (%s) %s for %s", key, spec.name, admitted.verdict.outcome, new.owner)
+        return self._begun(admitted)
+
+    def _begun(self, admitted: Admitted) -> KernelRecord:
+        """Have an admitted kernel started, and tell its user what there is to tell."""
+        record = admitted.record
+        relay = self.controller.links.relay(record.id) if admitted.notices else None
+        for notice in admitted.notices:
+            assert relay is not None
+            relay.notify(notice)
+        if record.status is not KernelStatus.QUEUED:
+            self.controller.changed(record.id)
         return record
 
     async def shutdown(self, caller: Caller, kernel_id: str) -> None:
@@ -116,9 +133,12 @@ class KernelService(LoggingConfigurable):
         await self._own(caller, kernel_id)
         await self.stop(kernel_id)
 
-    async def stop(self, kernel_id: str) -> None:
-        """Stop a kernel, whoever owns it."""
-        await self.store.ask_to_stop(kernel_id)
+    async def stop(self, kernel_id: str, reason: str = "") -> None:
+        """Stop a kernel, whoever owns it. A `reason` (one sentence) is shown in its notebook."""
+        relay = self.controller.links.existing(kernel_id)
+        if reason and relay is not None:
+            relay.notify(reason)
+        await self.store.ask_to_stop(kernel_id, reason)
         self.controller.changed(kernel_id, stop=True)
         await self.controller.wait(kernel_id, lambda row: row is None or not row.live, self.stop_wait_seconds)
 
@@ -129,9 +149,10 @@ class KernelService(LoggingConfigurable):
         """
         record = await self._own(caller, kernel_id)
         if record.status is KernelStatus.FAILED:
-            await self.store.revive(kernel_id)
+            admitted = await self.store.revive(kernel_id)
             self.controller.renewed(kernel_id)
-            return await self._until_running(kernel_id)
+            self._begun(admitted)
+            return admitted.record if admitted.verdict.outcome == "queued" else await self._until_running(kernel_id)
         if record.status is not KernelStatus.RUNNING:
             raise Conflict(f"The kernel is {record.status.value}; wait until it runs, then restart it.")
         relay = await self.controller.link(kernel_id)

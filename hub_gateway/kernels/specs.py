@@ -18,6 +18,7 @@ from traitlets.config import LoggingConfigurable
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import BadRequest, Forbidden, NotFound
+from hub_gateway.kernels.resources import Bounds, bounds_of
 from hub_gateway.kernels.types import JSON
 
 __all__ = ["KernelSpecFiles", "KernelSpecs", "Spec"]
@@ -37,6 +38,7 @@ class Spec:
     proxy_config: Mapping[str, JSON] = field(default_factory=dict)
     options: Mapping[str, JSON] = field(default_factory=dict)
     """`metadata.hub_gateway`."""
+    bounds: Bounds = field(default_factory=Bounds)
     authorized_users: frozenset[str] = frozenset()
     unauthorized_users: frozenset[str] = frozenset()
     model: Mapping[str, JSON] = field(default_factory=dict)
@@ -208,6 +210,7 @@ class KernelSpecs(LoggingConfigurable):
             raise BadRequest("argv is empty or holds something that is not a string.")
         argv = tuple(_filled(argument, directory) for argument in argv)
         proxy = stanza.get("name") or stanza.get("class_name")
+        options = _mapping(metadata.get("hub_gateway") or {}, "metadata.hub_gateway")
         return Spec(
             name=name,
             resource_dir=directory,
@@ -216,7 +219,8 @@ class KernelSpecs(LoggingConfigurable):
             interrupt_mode=cast(Literal["signal", "message"], mode),
             proxy=None if proxy is None else str(proxy),
             proxy_config=config,
-            options=_mapping(metadata.get("hub_gateway") or {}, "metadata.hub_gateway"),
+            options=options,
+            bounds=bounds_of(options),
             authorized_users=_users(config.get("authorized_users")),
             unauthorized_users=_users(config.get("unauthorized_users")),
             model={"name": name, "spec": found, "resources": self._resources(name, Path(directory))},

@@ -28,6 +28,7 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 class KernelStatus(str, enum.Enum):
     """Where a kernel is: what the controller last recorded."""
 
+    QUEUED = "queued"  # not admitted yet: it waits for room under a limit, and holds nothing
     STARTING = "starting"  # admitted; being submitted, or submitted and not yet registered or ready
     RUNNING = "running"  # its agent is registered and the kernel answered
     STOPPING = "stopping"  # a stop is under way
@@ -40,6 +41,7 @@ class KernelTarget(str, enum.Enum):
 
     RUNNING = "running"
     STOPPED = "stopped"
+    ENDED = "ended"  # stopped by somebody else, with a reason: it stays listed as failed, so that its notebook says why
 
 
 class ExecutionState(str, enum.Enum):
@@ -104,11 +106,18 @@ class KernelRecord:
     cull_idle_timeout: float | None = None
     lease_holder: str | None = None
     launch_epoch: int = 0
+    queue: str = ""
+    principal: str | None = None
+    queue_policy: str = ""
+    """The policy for which a queued kernel waits."""
+    queue_reason: str = ""
+    queued_at: datetime | None = None
+    queue_deadline: datetime | None = None
 
     @property
     def live(self) -> bool:
         """Whether it may hold anything on the cluster."""
-        return self.status not in (KernelStatus.STOPPED, KernelStatus.FAILED)
+        return self.status not in (KernelStatus.QUEUED, KernelStatus.STOPPED, KernelStatus.FAILED)
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,15 @@ class NewKernel:
     name: str | None = None
     path: str | None = None
     resources: Resources = field(default_factory=Resources)
+    least: Resources = field(default_factory=Resources)
+    """Below this no policy may cut the resources down: the launch is refused then."""
     cull_idle_timeout: float | None = None
+    service: bool = False
+    """Whether the owner is a service of the Hub."""
+    queue: str = ""
+    principal: str | None = None
+    identity_rule: str = ""
+    cost_center: str = ""
 
 
 def isoformat(moment: datetime) -> str:

@@ -25,6 +25,7 @@ _IOPUB = _CHANNEL["iopub"]
 ACK_MESSAGES = 32
 ACK_BYTES = 64 * 2**10
 ACK_SECONDS = 0.01
+MAX_NOTICES = 5
 
 _BUFFERS_NOTICE = (
     "\n[Binary buffers of a message were left out, so a widget or plot may stay empty: the notebook server's gateway "
@@ -82,6 +83,8 @@ class KernelRelay:
         self._queued = 0
         self._progress = Progress(self._say)
         self._attachments = 0
+        self._notices: list[str] = []
+        """What is still to be told to the first notebook that comes."""
         self._ack_handle: asyncio.Handle | None = None
         self._ack_soon = False
         self._unacked = [0, 0]
@@ -101,6 +104,7 @@ class KernelRelay:
     def attach(self, sink: Sink) -> None:
         """Serve a websocket. Another one of the same session is replaced: the client has reconnected."""
         client = Client(sink)
+        client.notices, self._notices = self._notices, []
         if client.key in self._clients:
             self._count("replaced", 1)
         self._clients[client.key] = client
@@ -125,6 +129,10 @@ class KernelRelay:
     def receive(self, sink: Sink, channel: str, parts: list[bytes], session_of_header: str) -> None:
         """A client's message for the kernel. Raises PayloadTooLarge when too much waits for the kernel already."""
         self._count("requests", 1)
+        if b'"execute_request"' in parts[0]:
+            client = self._clients.get(sink.session.encode("utf-8", "replace"))
+            if client is not None:
+                self._cell_begins(client, parts[0])
         if not self.ready or self._progress.failed:
             self._progress.add(sink.session, channel, parts[0])
             if self._progress.failed:
@@ -238,6 +246,24 @@ class KernelRelay:
         """Show how the start goes, under every cell that waits for it."""
         if not self.ready:
             self._progress.announce(text)
+
+    def notify(self, text: str) -> None:
+        """Show a sentence once in every notebook: under the cell that runs, or else under the next that is run."""
+        notice = f"[{text}]\n"
+        for client in self._clients.values():
+            if client.cell is not None and self.execution_state is ExecutionState.BUSY:
+                self._tell(client, _IOPUB, messages.stream(notice, client.cell))
+            else:
+                client.notices.append(notice)
+        if not self._clients:
+            self._notices.append(notice)
+        del self._notices[:-MAX_NOTICES]
+
+    def _cell_begins(self, client: Client, header: bytes) -> None:
+        client.cell = header
+        for notice in client.notices:
+            self._tell(client, _IOPUB, messages.stream(notice, header))
+        client.notices.clear()
 
     def fail(self, text: str, stderr_lines: list[str]) -> None:
         """There is no kernel: requests, now and later, are answered with the reason. A later `ready` lifts it.

@@ -47,7 +47,9 @@ class Delivery(enum.Enum):
 class Client:
     """A relay's record of one sink."""
 
-    __slots__ = ("acked", "attachment", "delivered", "key", "noted", "notes", "served", "sink", "state")
+    __slots__ = (
+        *("acked", "attachment", "cell", "delivered", "key", "noted", "notes", "notices", "served", "sink", "state"),
+    )
 
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
@@ -61,6 +63,9 @@ class Client:
         self.acked = 0
         self.notes = Notes()
         self.noted = (False, False)
+        self.cell: bytes | None = None
+        """Header of the last cell that it ran."""
+        self.notices: list[str] = []
 
     @property
     def after(self) -> int | None:

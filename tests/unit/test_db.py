@@ -172,7 +172,7 @@ async def test_an_older_database_is_upgraded_with_its_rows(
     db: Database, url: str, request: pytest.FixtureRequest
 ) -> None:
     store = KernelStore(db, Vault([Vault.generate_key()]), instance="i")
-    record = await store.admit(a_kernel())
+    record = (await store.admit(a_kernel())).record
     request.getfixturevalue("next_revision")
     with pytest.raises(migrate.RevisionError, match="older version") as caught:
         migrate.prepare(db, upgrade_older=False)

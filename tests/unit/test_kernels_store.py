@@ -17,8 +17,10 @@ from hub_gateway.db.engine import Database
 from hub_gateway.db.models import Kernel, Reservation, utcnow
 from hub_gateway.db.secrets import Vault
 from hub_gateway.errors import BadRequest, Conflict, Forbidden, NotFound
+from hub_gateway.kernels.admissions import Admitted
 from hub_gateway.kernels.leases import LeaseLost, Leases
-from hub_gateway.kernels.store import Activity, KernelStore, proof_of
+from hub_gateway.kernels.registration import proof_of
+from hub_gateway.kernels.store import Activity, KernelStore
 from hub_gateway.kernels.types import (
     ExecutionState,
     KernelRecord,
@@ -70,9 +72,10 @@ async def reserved(db: Database) -> set[str]:
 
 
 async def test_admission_is_a_row_and_a_reservation(store: KernelStore, db: Database) -> None:
-    admitted = await store.admit(
+    found = await store.admit(
         new(groups=("a", "b"), hub_server="gpu", resources=Resources(2.5, 2**40, 1), path="x.ipynb")
     )
+    admitted = found.record
     assert admitted == await store.get("k1")
     assert (admitted.status, admitted.target) == (KernelStatus.STARTING, KernelTarget.RUNNING)
     assert admitted.groups == ("a", "b") and admitted.hub_server == "gpu"
@@ -85,7 +88,7 @@ async def test_admission_is_a_row_and_a_reservation(store: KernelStore, db: Data
 
 async def test_an_id_is_taken_once(store: KernelStore, db: Database) -> None:
     answers = await asyncio.gather(*(store.admit(new()) for _ in range(10)), return_exceptions=True)
-    assert sum(isinstance(answer, KernelRecord) for answer in answers) == 1
+    assert sum(isinstance(answer, Admitted) for answer in answers) == 1
     assert sum(isinstance(answer, Conflict) for answer in answers) == 9
     assert await reserved(db) == {"k1"}
 
@@ -157,7 +160,7 @@ async def test_leases_are_taken_once_and_raise_the_epoch(db: Database) -> None:
 
 async def test_a_lost_lease_writes_nothing(db: Database) -> None:
     slow_store, slow = replica(db, "slow1", lease_seconds=-1)
-    record = await slow_store.admit(new())
+    record = (await slow_store.admit(new())).record
     lease = slow.of(record)
     assert lease is not None
     await slow.update(lease, message="mine")  # run out, but nobody took it
@@ -204,7 +207,7 @@ async def test_unfinished_work_is_found(db: Database) -> None:
     for kernel_id, status, target in (("starting", "starting", "running"), ("fine", "running", "running"),
                                       ("stop", "running", "stopped"), ("stopping", "stopping", "running"),
                                       ("gone", "stopped", "stopped")):  # fmt: skip
-        record = await store.admit(new(kernel_id))
+        record = (await store.admit(new(kernel_id))).record
         lease = leases.of(record)
         assert lease
         await leases.update(lease, status=status, target=target)
@@ -279,7 +282,7 @@ async def test_activity_is_written_for_running_kernels(store: KernelStore) -> No
     leases = Leases(store, replica="one")
     moment = utcnow() + timedelta(hours=1)
     for kernel_id in ("k1", "k2"):
-        lease = leases.of(await store.admit(new(kernel_id)))
+        lease = leases.of((await store.admit(new(kernel_id))).record)
         assert lease
         if kernel_id == "k1":
             await leases.update(lease, status=KernelStatus.RUNNING.value)
@@ -296,7 +299,7 @@ async def test_activity_is_written_for_running_kernels(store: KernelStore) -> No
 
 async def test_a_failed_kernel_can_be_admitted_again(store: KernelStore, db: Database) -> None:
     leases = Leases(store, replica="one")
-    first = await store.admit(new())
+    first = (await store.admit(new())).record
     lease = leases.of(first)
     assert lease
     with pytest.raises(Conflict):
@@ -304,7 +307,7 @@ async def test_a_failed_kernel_can_be_admitted_again(store: KernelStore, db: Dat
     _, token, public = await store.plan("k1")
     await leases.update(lease, status="failed", release=True, message="died", agent_port=1, proxy_state={"pid": 1})
     assert await reserved(db) == set()
-    again = await store.revive("k1")
+    again = (await store.revive("k1")).record
     assert again.status is KernelStatus.STARTING and again.message == "" and again.registration is None
     assert (again.epoch, again.launch_epoch, again.restarts, again.proxy_state) == (2, 2, 1, {})
     assert await reserved(db) == {"k1"}
@@ -316,7 +319,7 @@ async def test_a_failed_kernel_can_be_admitted_again(store: KernelStore, db: Dat
 
 async def test_stopping_a_failed_kernel_takes_it_off_the_list(store: KernelStore) -> None:
     leases = Leases(store, replica="one")
-    lease = leases.of(await store.admit(new()))
+    lease = leases.of((await store.admit(new())).record)
     assert lease
     await leases.update(lease, status="failed", release=True)
     stopped = await store.ask_to_stop("k1")
@@ -333,7 +336,7 @@ async def test_rows_age(store: KernelStore) -> None:
         ("s1", "stopped", 10),
         ("s2", "stopped", 1),
     ):
-        lease = leases.of(await store.admit(new(kernel_id)))
+        lease = leases.of((await store.admit(new(kernel_id))).record)
         assert lease
         await leases.update(lease, status=status, stopped_at=now - timedelta(hours=age))
     await store.age_out(now - timedelta(hours=5), now - timedelta(hours=5))

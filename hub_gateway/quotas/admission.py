@@ -1,0 +1,352 @@
+"""Whether a launch is admitted: decided, and reserved, in one transaction.
+
+Everything here runs inside of a writing transaction of the caller's, under `use.lock`: admissions of one database
+happen one after the other, through however many processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, cast
+
+from sqlalchemy import Table, insert, select, update
+from sqlalchemy.orm import Session as Transaction
+
+from hub_gateway.db.models import Kernel, Reservation, Setting
+from hub_gateway.db.tenancy import PolicyState
+from hub_gateway.errors import LaunchRefused
+from hub_gateway.kernels.types import KernelStatus, Resources
+from hub_gateway.quotas import ledger, prices, sentences
+from hub_gateway.quotas.amounts import shown
+from hub_gateway.quotas.policies import PolicyIndex, PolicyStore
+from hub_gateway.quotas.resolve import applicable, covers, window_bounds
+from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind, Verdict
+from hub_gateway.quotas.use import EVERYONE, Held, Holder, change, held_by, holders_of, lock
+
+__all__ = ["BURST", "MAINTENANCE", "QUEUED", "Admission", "Fit", "need_of", "scope_of"]
+
+MAINTENANCE = "maintenance"
+"""The setting that holds the sentence while nothing is launched."""
+BURST = "burst"
+EPSILON = 1e-6
+QUEUED = KernelStatus.QUEUED.value
+_RESERVATIONS = cast(Table, Reservation.__table__)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a launch fits into one policy: what it needs, what is used, and up to which limit (None: no limit) now."""
+
+    policy: Policy
+    need: float
+    used: float
+    limit: float | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is within the limit."""
+        if self.limit is None:
+            return True
+        if self.policy.resource.timed:
+            return self.used < self.limit - EPSILON
+        return self.need <= EPSILON or self.used + self.need <= self.limit + EPSILON
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it would not fit even if nothing were used."""
+        return self.limit is not None and not self.policy.resource.timed and self.need > self.limit + EPSILON
+
+
+def need_of(policy: Policy, resources: Resources) -> float:
+    """What a kernel takes of a policy's resource, at one instant."""
+    if policy.resource in (Resource.KERNELS, Resource.STARTING):
+        return 1.0
+    if policy.resource is Resource.CPU:
+        return resources.cpu
+    if policy.resource is Resource.MEMORY:
+        return float(resources.memory)
+    if policy.resource is Resource.GPU and policy.gpu_model in ("", resources.gpu_model):
+        return float(resources.gpu)
+    return 0.0
+
+
+def scope_of(policy: Policy, owner: str, owner_kind: SubjectKind) -> Holder:
+    """Whose use is compared with a policy."""
+    if policy.counts is not Counts.TOGETHER:
+        return owner_kind.value, owner
+    if policy.subject_kind is SubjectKind.EVERYONE:
+        return policy.subject_kind.value, EVERYONE
+    if policy.subject_kind is SubjectKind.GROUP:
+        return policy.subject_kind.value, policy.subject
+    return owner_kind.value, owner
+
+
+class Admission:
+    """Decides and reserves for one gateway process. Its methods run in a transaction.
+
+    `where` is where a user sees their limits: it stands in every refusal.
+    """
+
+    def __init__(self, policies: PolicyStore | None = None, *, where: str = "") -> None:
+        self.policies = policies or PolicyStore()
+        self.where = where
+
+    # Deciding
+
+    def decide(self, tx: Transaction, demand: Demand, now: datetime, *, kernel_id: str | None = None) -> Verdict:
+        """Whether this launch is admitted now, has to wait, or is refused. Nothing is written.
+
+        `kernel_id` is a kernel that waits already: it does not wait for itself.
+        """
+        lock(tx)
+        closed = tx.execute(select(Setting.value).where(Setting.key == MAINTENANCE)).scalar_one_or_none()
+        if closed:
+            return Verdict("refused", policy=MAINTENANCE, sentence=sentences.maintenance(closed))
+        index = self.policies.index(tx)
+        fits = self.fits(tx, index, demand, now)
+        blocked = [fit for fit in fits if not fit.fits]
+        if not blocked:
+            waiting = self._behind(tx, index, fits, kernel_id)
+            if waiting is None:
+                return Verdict("admitted", notices=sentences.soft(fits))
+            blocked = [waiting]
+        return self._blocked(tx, demand, blocked, now)
+
+    def clamped(
+        self, tx: Transaction, demand: Demand, least: Resources, now: datetime
+    ) -> tuple[Demand, tuple[str, ...]]:
+        """The launch, cut down to what one kernel may take, and a notice for each cut.
+
+        Raises `LaunchRefused` where the kernelspec needs more than that at least.
+        """
+        taken, notices = demand.resources, []
+        for policy in applicable(self.policies.index(tx).of(demand), demand, now):
+            if policy.counts is not Counts.KERNEL or policy.hard is None or need_of(policy, taken) <= policy.hard:
+                continue
+            limit = shown(policy.resource, policy.hard, policy.gpu_model)
+            if need_of(policy, replace(least, gpu_model=taken.gpu_model)) > policy.hard:
+                raise LaunchRefused(
+                    f"A kernel of {demand.kernelspec} needs more than the {limit} that one kernel may take "
+                    f"(policy {policy.name}); choose another kernel, or ask the administrator."
+                )
+            asked = shown(policy.resource, need_of(policy, taken), policy.gpu_model)
+            notices.append(f"The kernel gets {limit} and not {asked}: one may not take more (policy {policy.name}).")
+            if policy.resource is Resource.CPU:
+                taken = replace(taken, cpu=policy.hard)
+            elif policy.resource is Resource.MEMORY:
+                taken = replace(taken, memory=int(policy.hard))
+            else:
+                taken = replace(taken, gpu=int(policy.hard))
+        return replace(demand, resources=taken), tuple(notices)
+
+    def fits(self, tx: Transaction, index: PolicyIndex, demand: Demand, now: datetime) -> list[Fit]:
+        """How a launch fits into each policy that applies to it."""
+        policies = [one for one in applicable(index.of(demand), demand, now) if one.counts is not Counts.KERNEL]
+        if not policies:
+            return []
+        held = held_by(tx, holders_of(demand.owner, demand.owner_kind, demand.groups))
+        return [self._fit(tx, policy, demand, held, now) for policy in policies]
+
+    def _fit(
+        self, tx: Transaction, policy: Policy, demand: Demand, held: dict[Holder, list[Held]], now: datetime
+    ) -> Fit:
+        scope = scope_of(policy, demand.owner, demand.owner_kind)
+        used = self.used(tx, policy, scope, held.get(scope, ()), now)
+        limit = policy.hard
+        need = need_of(policy, demand.resources)
+        if limit is not None and policy.burst is not None and used + need > limit:
+            limit = self._burst_limit(tx, policy, scope, now)
+        return Fit(policy, need, used, limit)
+
+    def used(self, tx: Transaction, policy: Policy, scope: Holder, held: Sequence[Held], now: datetime) -> float:
+        """What is used of a policy by its scope, in the base unit."""
+        if policy.resource.timed:
+            start, _ = window_bounds(policy, now)
+            kind, name = scope
+            return ledger.timed_use(
+                tx,
+                policy.resource,
+                start,
+                now,
+                owner=name if kind in (SubjectKind.USER.value, SubjectKind.SERVICE.value) else None,
+                group=name if kind == SubjectKind.GROUP.value else None,
+                gpu_model=policy.gpu_model,
+                covers=lambda kernelspec, proxy, queue: covers(policy, kernelspec, proxy, queue),
+            )
+        mine = (row for row in held if covers(policy, row.kernelspec, row.proxy, row.queue))
+        if policy.resource is Resource.GPU and policy.gpu_model:
+            mine = (row for row in mine if row.gpu_model == policy.gpu_model)
+        return float(sum(getattr(row, policy.resource.value) for row in mine))
+
+    def _burst_limit(self, tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> float:
+        assert policy.hard is not None and policy.burst is not None
+        lasts = timedelta(seconds=policy.burst_seconds or 0)
+        state = tx.get(PolicyState, (policy.id, ":".join(scope), BURST))
+        if state is None:
+            return policy.burst
+        if state.until is not None:
+            spent = min(state.until - state.since, lasts)
+            if now - state.until >= spent or spent < lasts:
+                return policy.burst
+            return policy.hard
+        return policy.burst if now - state.since < lasts else policy.hard
+
+    def _behind(self, tx: Transaction, index: PolicyIndex, fits: list[Fit], kernel_id: str | None) -> Fit | None:
+        """The policy for which others wait already, so that this launch has to wait behind them."""
+        names = [
+            fit.policy.name
+            for fit in fits
+            if fit.policy.action is Action.QUEUE
+            and fit.policy.counts is Counts.TOGETHER
+            and fit.limit is not None
+            and fit.need > EPSILON
+        ]
+        if not names or kernel_id is not None:
+            return None
+        found = tx.execute(
+            select(Kernel.queue_policy).where(Kernel.status == QUEUED, Kernel.queue_policy.in_(names)).limit(1)
+        ).scalar_one_or_none()
+        return next((fit for fit in fits if fit.policy.name == found), None)
+
+    def _blocked(self, tx: Transaction, demand: Demand, blocked: list[Fit], now: datetime) -> Verdict:
+        refusing = [fit for fit in blocked if fit.policy.action is Action.REJECT or fit.hopeless]
+        if refusing:
+            sentence = sentences.refusal(tx, demand, refusing[0], now, self.where)
+            return Verdict("refused", policy=refusing[0].policy.name, sentence=sentence)
+        deadlines = [fit.policy.queue_seconds for fit in blocked if fit.policy.queue_seconds is not None]
+        return Verdict(
+            "queued",
+            policy=blocked[0].policy.name,
+            sentence=sentences.waiting(tx, demand, blocked[0], now),
+            deadline=now + timedelta(seconds=min(deadlines)) if deadlines else None,
+        )
+
+    # Reserving
+
+    def reserve(
+        self,
+        tx: Transaction,
+        demand: Demand,
+        now: datetime,
+        *,
+        kernel_id: str,
+        principal: str | None,
+        unix_user: str | None,
+        cost_center: str,
+    ) -> None:
+        """Reserve what an admitted launch takes."""
+        taken = demand.resources
+        values = {
+            "owner": demand.owner,
+            "owner_kind": demand.owner_kind.value,
+            "groups": sorted(demand.groups),
+            "kernelspec": demand.kernelspec,
+            "proxy": demand.proxy,
+            "queue": demand.queue,
+            "kernels": 1,
+            "starting": True,
+            "cpu": taken.cpu,
+            "memory": taken.memory,
+            "gpu": taken.gpu,
+            "gpu_model": taken.gpu_model,
+            "created_at": now,
+            "billed_from": now,
+            "released_at": None,
+            "principal": principal,
+            "unix_user": unix_user,
+            "cost_center": cost_center,
+            "price_version": prices.current(tx, now),
+        }
+        known = update(_RESERVATIONS).where(_RESERVATIONS.c.kernel_id == kernel_id).values(**values)
+        # A kernel that failed and is started again has a row already.
+        if not cast(Any, tx.connection().execute(known)).rowcount:
+            tx.connection().execute(insert(_RESERVATIONS).values(kernel_id=kernel_id, **values))
+        change(
+            tx,
+            holders_of(demand.owner, demand.owner_kind, demand.groups),
+            (demand.kernelspec, demand.proxy, demand.queue, taken.gpu_model),
+            kernels=1,
+            starting=1,
+            resources=taken,
+        )
+        self._note_bursts(tx, demand, now)
+
+    def release(self, tx: Transaction, kernel_id: str, at: datetime) -> bool:
+        """Give back what a kernel holds, and write it into the ledger; whether it held anything."""
+        lock(tx)
+        columns = _RESERVATIONS.c
+        row = (
+            tx.connection()
+            .execute(select(_RESERVATIONS).where(columns.kernel_id == kernel_id, columns.released_at.is_(None)))
+            .mappings()
+            .one_or_none()
+        )
+        if row is None:
+            return False
+        tx.connection().execute(
+            update(_RESERVATIONS).where(columns.kernel_id == kernel_id).values(released_at=at, starting=False)
+        )
+        owner_kind = SubjectKind(row["owner_kind"])
+        resources = Resources(row["cpu"], row["memory"], row["gpu"], row["gpu_model"])
+        groups = frozenset(row["groups"] or ())
+        change(
+            tx,
+            holders_of(row["owner"], owner_kind, groups),
+            (row["kernelspec"], row["proxy"], row["queue"], row["gpu_model"]),
+            kernels=row["kernels"],
+            starting=int(row["starting"]),
+            resources=resources,
+            sign=-1,
+        )
+        ledger.close(tx, row, at)
+        demand = Demand(row["owner"], owner_kind, groups, row["kernelspec"], row["proxy"], row["queue"], resources)
+        self._note_bursts(tx, demand, at)
+        return True
+
+    def ready(self, tx: Transaction, kernel_id: str) -> None:
+        """The kernel has started: it no longer counts as one that does."""
+        lock(tx)
+        columns = _RESERVATIONS.c
+        row = (
+            tx.connection()
+            .execute(
+                update(_RESERVATIONS)
+                .where(columns.kernel_id == kernel_id, columns.released_at.is_(None), columns.starting.is_(True))
+                .values(starting=False)
+                .returning(_RESERVATIONS)
+            )
+            .mappings()
+            .one_or_none()
+        )
+        if row is not None:
+            change(
+                tx,
+                holders_of(row["owner"], SubjectKind(row["owner_kind"]), row["groups"] or ()),
+                (row["kernelspec"], row["proxy"], row["queue"], row["gpu_model"]),
+                kernels=0,
+                starting=1,
+                sign=-1,
+            )
+
+    def _note_bursts(self, tx: Transaction, demand: Demand, now: datetime) -> None:
+        """Remember when use went above a hard limit with a burst, and when it came back."""
+        policies = [one for one in self.policies.index(tx).of(demand) if one.burst is not None]
+        if not policies:
+            return
+        held = held_by(tx, holders_of(demand.owner, demand.owner_kind, demand.groups))
+        for policy in applicable(policies, demand, now):
+            scope = scope_of(policy, demand.owner, demand.owner_kind)
+            over = self.used(tx, policy, scope, held.get(scope, ()), now) > (policy.hard or 0.0) + EPSILON
+            state = tx.get(PolicyState, (policy.id, ":".join(scope), BURST))
+            if over and state is None:
+                tx.add(PolicyState(policy_id=policy.id, subject=":".join(scope), state=BURST, since=now))
+            elif over and state is not None and state.until is not None:
+                spent = state.until - state.since
+                # What was not recovered meanwhile is spent already.
+                state.since = now if now - state.until >= spent else now - spent
+                state.until = None
+            elif not over and state is not None and state.until is None:
+                state.until = now
+        tx.flush()

@@ -1,0 +1,235 @@
+"""The ledger: what was held, by whom, from when to when. Written once, never changed.
+
+An open reservation is the open interval of its kernel. Its entry is written in the transaction that gives it back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, RowMapping, Table, and_, case, func, insert, or_, select, update
+from sqlalchemy.orm import Session as Transaction
+
+from hub_gateway.db.models import Reservation, utcnow
+from hub_gateway.db.tenancy import LedgerEntry, LedgerMonth
+from hub_gateway.errors import BadRequest, Conflict, NotFound
+from hub_gateway.metrics import METRICS
+from hub_gateway.quotas.prices import all_prices
+from hub_gateway.quotas.types import Resource
+from hub_gateway.quotas.use import lock
+
+__all__ = ["Closed", "close", "close_month", "correct", "cost_center_of", "groups_key", "in_group", "timed_use"]
+
+_LEDGER = cast(Table, LedgerEntry.__table__)
+_OPEN = cast(Table, Reservation.__table__)
+_MONTH = re.compile(r"(\d{4})-(0[1-9]|1[0-2])\Z")
+_COPIED = (
+    *("kernel_id", "owner", "cost_center", "principal", "unix_user", "kernelspec", "proxy", "queue"),
+    *("cpu", "memory", "gpu", "gpu_model", "price_version"),
+)
+HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A closed month: how many entries stand in it, how many kernel-seconds, and a digest over all of them."""
+
+    month: str
+    entries: int
+    seconds: float
+    digest: str
+
+
+def groups_key(groups: Collection[str]) -> str:
+    """Names of groups as the ledger keeps them: sorted, each on a line of its own, which is closed at both ends."""
+    return "".join(f"\n{group}\n" for group in sorted(set(groups)))
+
+
+def in_group(group: str) -> ColumnElement[bool]:
+    """Whether an entry's owner was in a group at launch."""
+    return LedgerEntry.groups.contains(f"\n{group}\n", autoescape=True)
+
+
+def cost_center_of(groups: Collection[str], properties: dict[str, dict[str, Any]]) -> str:
+    """The cost centre of a user: the Hub's property `cost_center` of the first, by name, of their groups that has one.
+
+    `properties` are the groups' properties, by name.
+    """
+    for group in sorted(groups):
+        found = properties.get(group, {}).get("cost_center")
+        if found not in (None, "", []):
+            return str(found)[:255]
+    return ""
+
+
+def close(tx: Transaction, reservation: RowMapping, at: datetime) -> None:
+    """Write the entry of a reservation that ends now. To be called in the transaction that ends it."""
+    begin = reservation["billed_from"] or reservation["created_at"]
+    # A clock that was put back must not make anybody's use negative.
+    _add(tx, reservation, begin.timestamp(), max(begin, at).timestamp())
+
+
+def _add(tx: Transaction, reservation: RowMapping, started: float, stopped: float) -> None:
+    tx.connection().execute(
+        insert(_LEDGER).values(
+            kind="interval",
+            groups=groups_key(reservation["groups"] or ()),
+            started=started,
+            stopped=stopped,
+            seconds=stopped - started,
+            note="",
+            recorded_at=utcnow(),
+            **{name: reservation[name] for name in _COPIED},
+        )
+    )
+    METRICS.ledger_entries.inc()
+
+
+def timed_use(
+    tx: Transaction,
+    resource: Resource,
+    start: datetime,
+    end: datetime,
+    *,
+    owner: str | None = None,
+    group: str | None = None,
+    gpu_model: str = "",
+    covers: Callable[[str, str, str], bool] = lambda kernelspec, proxy, queue: True,
+) -> float:
+    """What was used up between two moments, in hours or cost units: entries, clipped, and what is still open.
+
+    Of one owner, of the members of a group (at launch), or of everybody; of the kernels that `covers` (by kernelspec,
+    proxy and queue).
+    """
+    first, last = start.timestamp(), end.timestamp()
+    sort = ("kernelspec", "proxy", "queue", "cpu", "memory", "gpu", "gpu_model", "price_version")
+    ledger = _LEDGER.c
+    where = [ledger.stopped > first, ledger.started < last]
+    if owner is not None:
+        where.append(ledger.owner == owner)
+    if group is not None:
+        where.append(in_group(group))
+    later, earlier = (func.min, func.max) if _sqlite(tx) else (func.least, func.greatest)
+    clipped = later(ledger.stopped, last) - earlier(ledger.started, first)
+    # A correction stands at one moment, and counts whole.
+    counted = func.sum(case((ledger.kind == "interval", clipped), else_=ledger.seconds))
+    rows = tx.connection().execute(
+        select(*(ledger[name] for name in sort), counted).where(*where).group_by(*(ledger[name] for name in sort))
+    )
+    sums: list[tuple[Any, ...]] = [tuple(row) for row in rows]
+    for row in tx.connection().execute(select(_OPEN).where(_OPEN.c.released_at.is_(None), *_owned(owner))).mappings():
+        if group is not None and group not in (row["groups"] or ()):
+            continue
+        begin = max((row["billed_from"] or row["created_at"]).timestamp(), first)
+        sums.append((*(row[name] for name in sort), max(0.0, last - begin)))
+    prices = all_prices(tx) if resource is Resource.COST else {}
+    total = 0.0
+    for kernelspec, proxy, queue, cpu, memory, gpu, model, version, seconds in sums:
+        if not covers(kernelspec, proxy, queue) or (gpu_model and model != gpu_model):
+            continue
+        rate = {
+            Resource.KERNEL_HOURS: 1.0,
+            Resource.CORE_HOURS: cpu,
+            Resource.GPU_HOURS: gpu,
+        }.get(resource)
+        if rate is None:
+            rate = prices.get(version, prices[0]).per_hour(cpu, memory, gpu, model)
+        total += rate * seconds / HOUR
+    return total
+
+
+def _owned(owner: str | None) -> list[ColumnElement[bool]]:
+    return [] if owner is None else [_OPEN.c.owner == owner]
+
+
+def _sqlite(tx: Transaction) -> bool:
+    return tx.get_bind().dialect.name == "sqlite"
+
+
+def _bounds(month: str) -> tuple[datetime, datetime]:
+    found = _MONTH.match(month)
+    if found is None:
+        raise BadRequest(f"A month is written as 2030-01; {month[:20]!r} is none.")
+    begin = datetime(int(found[1]), int(found[2]), 1, tzinfo=timezone.utc)
+    return begin, (begin + timedelta(days=32)).replace(day=1)
+
+
+def close_month(tx: Transaction, month: str, actor: str, *, now: datetime | None = None) -> Closed:
+    """Close a month (UTC) that is over: nothing is added to it any more. Raises `BadRequest`, `Conflict`.
+
+    Reservations that go on over its end are split there: an entry up to the end, and the reservation from there.
+    Entries of kernels that ended later, but began before the end, are in both months: reports clip them.
+    """
+    begin, end = _bounds(month)
+    moment = now or utcnow()
+    if end > moment:
+        raise BadRequest(f"The month {month} is not over; it can be closed from {end:%Y-%m-%d} (UTC) on.")
+    lock(tx)
+    if tx.get(LedgerMonth, month) is not None:
+        raise Conflict(f"The month {month} is closed already.")
+    spanning = select(_OPEN).where(_OPEN.c.released_at.is_(None), _OPEN.c.billed_from < end)
+    for row in tx.connection().execute(spanning).mappings().all():
+        _add(tx, row, row["billed_from"].timestamp(), end.timestamp())
+        tx.connection().execute(update(_OPEN).where(_OPEN.c.kernel_id == row["kernel_id"]).values(billed_from=end))
+    digest, entries, seconds = hashlib.sha256(), 0, 0.0
+    stands = and_(_LEDGER.c.started < end.timestamp(), or_(_LEDGER.c.stopped > begin.timestamp(), _at(begin, end)))
+    for entry in tx.connection().execute(select(_LEDGER).where(stands).order_by(_LEDGER.c.id)):
+        digest.update(repr(tuple(entry)).encode())
+        entries += 1
+        seconds += entry.seconds
+    tx.add(
+        LedgerMonth(
+            month=month,
+            closed_at=moment,
+            closed_by=actor,
+            entries=entries,
+            seconds=seconds,
+            digest=digest.hexdigest(),
+        )
+    )
+    tx.flush()
+    return Closed(month, entries, seconds, digest.hexdigest())
+
+
+def _at(begin: datetime, end: datetime) -> ColumnElement[bool]:
+    return and_(_LEDGER.c.stopped >= begin.timestamp(), _LEDGER.c.stopped < end.timestamp())
+
+
+def correct(tx: Transaction, entry: int, seconds: float, note: str, actor: str, *, now: datetime | None = None) -> int:
+    """Add a correction of an entry: `seconds` more (or, negative, fewer) than it says; the correction's number.
+
+    It stands at this moment, whatever the month of what it corrects. Raises `NotFound`, `BadRequest`.
+    """
+    moment = (now or utcnow()).timestamp()
+    lock(tx)
+    found = tx.connection().execute(select(_LEDGER).where(_LEDGER.c.id == entry)).mappings().one_or_none()
+    if found is None or found["kind"] != "interval":
+        raise NotFound(f"The ledger has no entry {entry} that could be corrected; corrections are not corrected again.")
+    before = tx.execute(
+        select(func.coalesce(func.sum(LedgerEntry.seconds), 0.0)).where(LedgerEntry.corrects == entry)
+    ).scalar_one()
+    if found["seconds"] + before + seconds < 0:
+        raise BadRequest(f"Entry {entry} says {found['seconds'] + before:g} seconds; it cannot be less than none.")
+    copied = {name: found[name] for name in (*_COPIED, "groups")}
+    made = tx.connection().execute(
+        insert(_LEDGER)
+        .values(
+            kind="correction",
+            started=moment,
+            stopped=moment,
+            seconds=seconds,
+            corrects=entry,
+            actor=actor,
+            note=note,
+            recorded_at=utcnow(),
+            **copied,
+        )
+        .returning(_LEDGER.c.id)
+    )
+    METRICS.ledger_entries.inc()
+    return int(made.scalar_one())

@@ -1,0 +1,125 @@
+"""What is held: sums of the open reservations, kept in the transactions that write them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+from sqlalchemy import Table, delete, insert, select, text, tuple_
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session as Transaction
+
+from hub_gateway.db.models import Reservation
+from hub_gateway.db.tenancy import Use
+from hub_gateway.kernels.types import Resources
+from hub_gateway.quotas.types import SubjectKind
+
+__all__ = ["EVERYONE", "Held", "Holder", "change", "held_by", "holders_of", "lock", "recount"]
+
+LOCK = 0x51756F74  # "Quot": everything that admits, gives back or changes a limit, one after the other
+EVERYONE = "*"
+AMOUNTS = ("kernels", "starting", "cpu", "memory", "gpu")
+KEYS = ("subject_kind", "subject", "kernelspec", "proxy", "queue", "gpu_model")
+TOLERANCE = 1e-6
+
+Holder: TypeAlias = tuple[str, str]
+"""Kind and name of who holds something."""
+_TABLE = cast(Table, Use.__table__)
+_RESERVATIONS = cast(Table, Reservation.__table__)
+
+
+@dataclass(frozen=True)
+class Held:
+    """One row: what one subject holds of one sort of kernels."""
+
+    kernelspec: str
+    proxy: str
+    queue: str
+    gpu_model: str
+    kernels: int
+    starting: int
+    cpu: float
+    memory: int
+    gpu: int
+
+
+def lock(tx: Transaction) -> None:
+    """Make this transaction the only one that admits, gives back or changes a limit, until it ends.
+
+    On SQLite every writing transaction is that already.
+    """
+    if tx.get_bind().dialect.name == "postgresql":
+        tx.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
+
+
+def holders_of(owner: str, owner_kind: SubjectKind, groups: Iterable[str]) -> list[Holder]:
+    """Everybody whose use a kernel is part of."""
+    return [
+        (owner_kind.value, owner),
+        *((SubjectKind.GROUP.value, group) for group in sorted(set(groups))),
+        (SubjectKind.EVERYONE.value, EVERYONE),
+    ]
+
+
+def held_by(tx: Transaction, holders: Sequence[Holder]) -> dict[Holder, list[Held]]:
+    """What these hold."""
+    found: dict[Holder, list[Held]] = {holder: [] for holder in holders}
+    rows = tx.connection().execute(
+        select(_TABLE).where(tuple_(_TABLE.c.subject_kind, _TABLE.c.subject).in_(list(holders)))
+    )
+    for kind, subject, *rest in rows:
+        found[kind, subject].append(Held(*rest))
+    return found
+
+
+def change(
+    tx: Transaction,
+    holders: Sequence[Holder],
+    kind: tuple[str, str, str, str],
+    *,
+    kernels: int,
+    starting: int,
+    resources: Resources | None = None,
+    sign: int = 1,
+) -> None:
+    """Add to (`sign` -1: take from) what these hold of one kind of kernels: kernelspec, proxy, queue, GPU model."""
+    taken = resources or Resources()
+    amounts = {
+        "kernels": sign * kernels,
+        "starting": sign * starting,
+        "cpu": sign * taken.cpu,
+        "memory": sign * taken.memory,
+        "gpu": sign * taken.gpu,
+    }
+    rows = [dict(zip(KEYS, (*holder, *kind), strict=True)) | amounts for holder in holders]
+    made: Any = postgresql.insert(_TABLE) if tx.get_bind().dialect.name == "postgresql" else sqlite.insert(_TABLE)
+    made = made.values(rows)
+    added = {name: _TABLE.c[name] + made.excluded[name] for name in AMOUNTS}
+    tx.connection().execute(made.on_conflict_do_update(index_elements=list(KEYS), set_=added))
+
+
+def recount(tx: Transaction) -> int:
+    """Sum up anew from the open reservations; how many rows were wrong."""
+    lock(tx)
+    right: dict[tuple[str, ...], list[float]] = defaultdict(lambda: [0.0] * len(AMOUNTS))
+    columns = _RESERVATIONS.c
+    for row in tx.connection().execute(select(_RESERVATIONS).where(columns.released_at.is_(None))).mappings():
+        owner_kind = SubjectKind(row["owner_kind"])
+        for holder in holders_of(row["owner"], owner_kind, row["groups"] or ()):
+            key = (*holder, row["kernelspec"], row["proxy"], row["queue"], row["gpu_model"])
+            sums = right[key]
+            for number, name in enumerate(AMOUNTS):
+                sums[number] += row[name]
+    found = {tuple(row[: len(KEYS)]): row[len(KEYS) :] for row in tx.connection().execute(select(_TABLE))}
+    nothing = (0.0,) * len(AMOUNTS)
+    wrong = sum(
+        any(abs(a - b) > TOLERANCE for a, b in zip(found.get(key, nothing), right.get(key, nothing), strict=True))
+        for key in {*found, *right}
+    )
+    tx.connection().execute(delete(_TABLE))
+    rows = [dict(zip(KEYS, key, strict=True)) | dict(zip(AMOUNTS, sums, strict=True)) for key, sums in right.items()]
+    if rows:
+        tx.connection().execute(insert(_TABLE), rows)
+    return wrong
