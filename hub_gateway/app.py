@@ -135,6 +135,12 @@ class HubGateway(JupyterApp):
         Agents post their registration there. By default made from ip, port and base_url.
         """
     ).tag(config=True)
+    public_url = Unicode(
+        help="""URL by which people reach this gateway's pages, prefix included; it stands in messages to them.
+
+        By default JUPYTERHUB_PUBLIC_URL (which the Hub sets where it knows), or the prefix alone.
+        """
+    ).tag(config=True)
     follow_parent = Bool(
         help="""Whether to end when the parent process does. By default True for a Hub-managed service:
         a Hub that was killed leaves its services running, and the next Hub's copy would find the port taken.
@@ -191,6 +197,18 @@ class HubGateway(JupyterApp):
     def _default_follow_parent(self) -> bool:
         # Only a service that the Hub starts itself is told where to send its OAuth callbacks *and* is its child.
         return bool(os.environ.get("JUPYTERHUB_SERVICE_NAME")) and not self.token_file and os.getppid() != 1
+
+    @property
+    def limits_url(self) -> str:
+        """Where users see their limits; empty without pages."""
+        if self.token_file:
+            return ""
+        return f"{(self.public_url or self.base_url).rstrip('/')}/limits"
+
+    @default("public_url")
+    def _default_public_url(self) -> str:
+        # Of a service, the Hub says its own address: https://hub.example.org/services/hub-gateway/
+        return os.environ.get("JUPYTERHUB_PUBLIC_URL", "")
 
     @validate("base_url")
     def _validate_base_url(self, proposal: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from hub_gateway.metrics import METRICS
 
 if TYPE_CHECKING:
     from jupyter_events import EventLogger
+
+    from hub_gateway.audit import Line
 
 __all__ = ["AUDIT", "Events"]
 
@@ -46,6 +48,12 @@ class Events(LoggingConfigurable):
             handler = logging.FileHandler(file, delay=True)
             handler.handleError = _counted  # type: ignore[method-assign]
             self.logger.register_handler(handler)
+
+    def audited(self, lines: Iterable[Line]) -> None:
+        """Send lines of the audit trail that have been committed."""
+        for line in lines:
+            data = {name: getattr(line, name) for name in ("id", "actor", "action", "subject", "outcome", "hash")}
+            self.emit(AUDIT, {**data, "detail": dict(line.detail)})
 
     def emit(self, schema: str, data: Mapping[str, Any]) -> None:
         """Send one event. What goes wrong is counted and logged; nobody's request fails of it."""

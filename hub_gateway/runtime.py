@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zmq
 
 from hub_gateway import __version__
+from hub_gateway.audit import COMMITTED, AuditLog
+from hub_gateway.auth.delegation import Delegation
 from hub_gateway.db.engine import Database
 from hub_gateway.db.revision import prepare_at_start
 from hub_gateway.db.secrets import Vault
 from hub_gateway.errors import BadRequest
+from hub_gateway.events import Events
 from hub_gateway.identity.unix import UnixUsers
 from hub_gateway.kernels.activity import ActivityReporter
 from hub_gateway.kernels.controller import Controller
@@ -22,6 +26,11 @@ from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.link import KernelRelay
 from hub_gateway.metrics import METRICS, LoopWatch
 from hub_gateway.proxies.registry import Proxies
+from hub_gateway.quotas.admission import Admission
+from hub_gateway.quotas.notices import Notifier
+from hub_gateway.quotas.reports import Reports
+from hub_gateway.quotas.runner import QuotaRunner
+from hub_gateway.quotas.service import QuotaService
 from hub_gateway.services import Services, WebSettings
 
 if TYPE_CHECKING:
@@ -49,6 +58,7 @@ class Runtime:
         self._loop_watch = LoopWatch(METRICS)
         self._controller: Controller | None = None
         self._culler: Culler | None = None
+        self._quotas: QuotaRunner | None = None
         self._activity: ActivityReporter | None = None
         self._proxies: Proxies | None = None
         self._zmq: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -81,8 +91,12 @@ class Runtime:
             )
 
         self._proxies = Proxies(parent=app, state_dir=str(self.state.path))
+        audit = AuditLog(parent=app)
+        events = Events(parent=app)
+        db.on_commit = lambda info: events.audited(info.get(COMMITTED, ()))
         controller = self._controller = Controller(
             parent=app,
+            admission=Admission(where=app.limits_url),
             db=db,
             vault=vault,
             proxies=self._proxies,
@@ -92,17 +106,37 @@ class Runtime:
             service_url=app.service_url or self.url,
             on_swallowed=METRICS.count_swallowed,
         )
+        specs = KernelSpecs(parent=app, base_url=app.base_url)
         kernels = KernelService(
             parent=app,
             controller=controller,
-            specs=KernelSpecs(parent=app, base_url=app.base_url),
+            specs=specs,
             unix_users=UnixUsers(parent=app),
+        )
+        self._quotas = QuotaRunner(
+            parent=app,
+            service=kernels,
+            notifier=Notifier(parent=app, links=controller.links),
+            audit_days=audit.retention_days,
+        )
+        quotas = QuotaService(
+            parent=app,
+            db=db,
+            admitter=controller.store.admitter,
+            specs=specs,
+            proxies=self._proxies,
+            half_life=self._quotas.fair_share_half_life,
+            on_change=self._quotas.wake,
         )
         self.services = Services(
             kernels=kernels,
             authenticator=authenticator,
             db=db,
             hub=hub,
+            quotas=quotas,
+            audit=audit,
+            reports=Reports(parent=app),
+            delegation=Delegation(parent=app),
             web=WebSettings(
                 cookie_secret=cookie_secret,
                 max_body_bytes=app.max_body_bytes,
@@ -113,6 +147,11 @@ class Runtime:
             ),
         )
         await authenticator.start()
+        if quotas.initial_policies:
+            text = await asyncio.to_thread(Path(quotas.initial_policies).expanduser().read_text)
+            made = await quotas.first_start(text)
+            if made:
+                app.log.info("%d policies were set from %s", made, quotas.initial_policies)
         self._culler = Culler(parent=app, service=kernels)
         if hub is not None:
             self._activity = ActivityReporter(parent=app, service=kernels, report=hub.report_activity)
@@ -122,7 +161,10 @@ class Runtime:
         """Take over the kernels that an earlier process left, and be ready."""
         assert self.services is not None
         assert self._controller is not None
+        assert self._quotas is not None
+        await self._quotas.recount()
         await self._controller.start(sole=True)
+        self._quotas.start()
         if self._culler is not None:
             self._culler.start()
         if self._activity is not None:
@@ -144,7 +186,7 @@ class Runtime:
         if self.services is not None:
             self.services.ready = False
             self.services.draining = True
-        for part in (self._loop_watch, self._culler, self._activity, self._controller, self._proxies):
+        for part in (self._loop_watch, self._culler, self._activity, self._quotas, self._controller, self._proxies):
             if part is not None:
                 await part.close()
         if self.services is not None:

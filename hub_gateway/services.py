@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from hub_gateway.auth.cache import LookupCache
+from hub_gateway.auth.delegation import Delegation
 
 if TYPE_CHECKING:
     from hub_gateway.auth.base import Authenticator
     from hub_gateway.auth.hub import HubService
     from hub_gateway.db.engine import Database
     from hub_gateway.kernels.service import KernelService
+    from hub_gateway.web.parts import AuditPart, IdentityPart, QuotaPart, ReportsPart
 
 __all__ = ["Services", "WebSettings"]
+
+ROOM_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,13 @@ class Services:
     db: Database
     web: WebSettings
     hub: HubService | None = None
+    quotas: QuotaPart | None = None
+    identity: IdentityPart | None = None
+    audit: AuditPart | None = None
+    reports: ReportsPart | None = None
+    delegation: Delegation = field(default_factory=Delegation)
+    rooms: LookupCache[Mapping[str, str]] = field(default_factory=lambda: LookupCache(10_000, lambda _: ROOM_SECONDS))
+    """Which kernelspecs a user has no room for: kernelspecs are polled by every open page."""
     ready: bool = field(default=False)
     """Whether this process has taken over its kernels and serves requests."""
     draining: bool = field(default=False)

@@ -21,6 +21,7 @@ from traitlets import Undefined
 from traitlets.config import Application, Configurable
 
 import hub_gateway
+from hub_gateway.auth.scopes import SERVICE_SCOPES, scope_table
 from hub_gateway.cli import subcommands
 
 PACKAGE = Path(hub_gateway.__file__).parent
@@ -37,7 +38,7 @@ def generate(app: Sphinx) -> None:
     """Write all pages."""
     target = Path(app.srcdir) / "reference" / "generated"
     target.mkdir(exist_ok=True)
-    pages = {"options.md": options(), "cli.md": command_line(), "rest.md": rest()}
+    pages = {"options.md": options(), "cli.md": command_line(), "rest.md": rest(), "scopes.md": scopes()}
     for name, text in pages.items():
         path = target / name
         if not path.exists() or path.read_text() != text:
@@ -145,6 +146,23 @@ def command(name: str, cls: type[Application], summary: str, level: int) -> Iter
         yield from (f"`{word}`", indented(paragraphs(str(trait.help or ""))), "")
     for sub, (subclass, text) in below.items():
         yield from command(f"{name} {sub}", subclass, text or "", level + 1)
+
+
+# -- scopes
+
+
+def scopes() -> str:
+    """The scopes that administrators of a Hub may give."""
+    lines = [
+        "# Scopes",
+        "",
+        "Custom scopes of JupyterHub, defined in `jupyterhub_config/scopes.py` and given in `c.JupyterHub.load_roles`.",
+        "A filter limits one to some: `custom:hub-gateway:quotas:write!group=analysts` is for the lead of a group.",
+        "Powers come from the scopes of the presented token alone, and are looked up anew before anything is changed.",
+        "",
+    ]
+    role = ", ".join(f"`{scope}`" for scope in SERVICE_SCOPES)
+    return "\n".join([*lines, scope_table(), f"The gateway's own role at the Hub holds {role}.", ""])
 
 
 # -- REST

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from traitlets.config import LoggingConfigurable
 from traitlets.traitlets import MetaHasTraits
 
-__all__ = ["Authenticator", "Caller"]
+if TYPE_CHECKING:
+    from hub_gateway.auth.people import People
+
+__all__ = ["AbstractMeta", "Authenticator", "Caller"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,15 @@ class Caller:
     server: str | None = None
 
 
-class _Meta(abc.ABCMeta, MetaHasTraits):
+class AbstractMeta(abc.ABCMeta, MetaHasTraits):
     """Abstract methods and traits in one class."""
 
 
-class Authenticator(LoggingConfigurable, metaclass=_Meta):
+class Authenticator(LoggingConfigurable, metaclass=AbstractMeta):
     """Resolves tokens to callers. Implementations never block the event loop."""
+
+    people: People | None = None
+    """Users and groups of the same source; None where it knows none before they come."""
 
     @abc.abstractmethod
     async def authenticate(self, token: str, *, remote_ip: str = "", fresh: bool = False) -> Caller | None:

@@ -24,6 +24,7 @@ from traitlets.config import LoggingConfigurable
 
 from hub_gateway.auth.base import Authenticator, Caller
 from hub_gateway.auth.cache import LookupCache
+from hub_gateway.auth.hub_people import HubPeople
 from hub_gateway.auth.oauth import GatewayOAuth, Model
 from hub_gateway.errors import BadRequest, Forbidden, TooManyRequests, Unavailable
 from hub_gateway.kernels.types import JSON
@@ -90,9 +91,12 @@ class HubAuthenticator(Authenticator):
         """,
     ).tag(config=True)
 
+    people: HubPeople
+
     def __init__(self, hub_auth: HubOAuth, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.hub_auth = hub_auth
+        self.people = HubPeople(hub_auth, parent=self)
         self._cache: LookupCache[Model | None] = LookupCache(
             self.cache_size, lambda model: self.negative_cache_seconds if model is None else self.cache_seconds
         )
@@ -215,6 +219,11 @@ class HubService(LoggingConfigurable):
             )
         self.authenticator = HubAuthenticator(self.oauth, parent=self)
         self.oauth.lookup = self.authenticator.model_of
+
+    @property
+    def people(self) -> HubPeople:
+        """The Hub's users and groups."""
+        return self.authenticator.people
 
     async def report_activity(self, user: str, body: Mapping[str, JSON]) -> None:
         """`POST users/:user/activity`. Raises `Unavailable`."""

@@ -15,6 +15,8 @@ import yaml
 from traitlets import Float
 
 from hub_gateway.auth.base import Authenticator, Caller
+from hub_gateway.auth.people import FilePeople
+from hub_gateway.auth.scopes import ADMIN
 from hub_gateway.errors import BadRequest
 
 __all__ = ["Entry", "TokenFile", "read_entries"]
@@ -58,7 +60,10 @@ def _entry(path: Path, number: int, raw: Any) -> Entry:
     for name, value in (("groups", groups), ("scopes", scopes)):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise wrong(f"`{name}` must be a list of strings")
-    caller = Caller(user, groups=frozenset(groups), scopes=frozenset(scopes), admin=raw.get("admin") is True)
+    admin = raw.get("admin") is True
+    # Without a Hub, whose roles would say it, the file's `admin` is the administrator of the gateway.
+    held = frozenset(scopes) | ({ADMIN} if admin else frozenset())
+    caller = Caller(user, groups=frozenset(groups), scopes=held, admin=admin)
     return Entry(digest.lower(), caller, _moment(raw.get("expires"), wrong))
 
 
@@ -89,6 +94,7 @@ class TokenFile(Authenticator):
         self._stamp: tuple[int, int] | None = None
         self._looked = float("-inf")
         self._loading: asyncio.Task[None] | None = None
+        self.people = FilePeople(self._callers)
 
     async def start(self) -> None:
         await asyncio.to_thread(self._load, first=True)
@@ -107,6 +113,14 @@ class TokenFile(Authenticator):
         if found is None or (found.expires is not None and found.expires <= time.time()):
             return None
         return found.caller
+
+    def _callers(self, fresh: bool) -> list[Caller]:
+        now = time.monotonic()
+        if fresh or now - self._looked > self.reload_seconds:
+            self._looked = now
+            self._load()
+        wall = time.time()
+        return [entry.caller for entry in self._entries if entry.expires is None or entry.expires > wall]
 
     def _load(self, first: bool = False) -> None:
         try:

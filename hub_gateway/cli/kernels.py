@@ -2,93 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
-from traitlets import Bool, Unicode
+from traitlets import Bool
 
-from hub_gateway.cli.base import Command, Group
-from hub_gateway.statedir import StateDir
+from hub_gateway.cli.base import Group
+from hub_gateway.cli.client import Client, print_table
 
 __all__ = ["Kernels", "KernelsList", "KernelsShow", "KernelsStop"]
-
-URLS = ("HUB_GATEWAY_URL", "JUPYTER_GATEWAY_URL")
-TOKENS = ("HUB_GATEWAY_TOKEN", "JUPYTER_GATEWAY_AUTH_TOKEN", "JUPYTERHUB_API_TOKEN")
-
-
-class Client(Command):
-    """A command that asks a running gateway, with the user's own token."""
-
-    aliases = {**Command.aliases, "url": "Client.url", "token-from": "Client.token_from"}
-    flags = {
-        **Command.flags,
-        "json": ({"Client": {"as_json": True}}, "Print JSON, for programs."),
-    }
-
-    url = Unicode(
-        help=f"""The gateway's address, prefix included, for example `https://hub.example.org/services/hub-gateway`.
-
-        By default what {" or ".join(URLS)} says (in a terminal of a single-user server it does), or the
-        gateway that runs in `HubGateway.state_dir`.
-        """
-    ).tag(config=True)
-    token_from = Unicode(
-        help=f"""A file that holds the token. By default it is read from {", ".join(TOKENS)}.
-
-        There is no option for the token itself: the command lines of processes can be read by other users.
-        """
-    ).tag(config=True)
-    as_json = Bool(False, help="Print JSON, for programs.").tag(config=True)
-
-    def address(self) -> str:
-        """Where the gateway is."""
-        found = self.url or next((os.environ[name] for name in URLS if os.environ.get(name)), "")
-        if not found:
-            facts = StateDir(self.gateway().state_dir).read_address()
-            found = str(facts.get("url") or "")
-        if not found:
-            self.fail("where is the gateway?", f"use --url, or set {URLS[0]}")
-        return found.rstrip("/")
-
-    def token(self) -> str:
-        """The user's token."""
-        if self.token_from:
-            try:
-                return Path(self.token_from).expanduser().read_text().strip()
-            except OSError as error:
-                self.fail(f"the token cannot be read from {self.token_from}: {error.strerror}")
-        found = next((os.environ[name] for name in TOKENS if os.environ.get(name)), "")
-        if not found:
-            self.fail("there is no token", f"set {TOKENS[0]}, or use --token-from=FILE")
-        return found
-
-    def ask(self, path: str, method: str = "GET") -> Any:
-        """The JSON answer of the gateway; a refusal ends the command with the gateway's own sentence."""
-        address = self.address()
-        request = HTTPRequest(
-            f"{address}/{path}",
-            method=method,
-            headers={"Authorization": f"token {self.token()}", "Accept": "application/json"},
-            request_timeout=60,
-        )
-
-        async def fetch() -> bytes:
-            answer = await AsyncHTTPClient().fetch(request)
-            return answer.body or b""
-
-        try:
-            body = asyncio.run(fetch())
-        except HTTPClientError as error:
-            self.fail(_sentence(error))
-        except (OSError, ValueError) as error:
-            self.fail(f"{address} cannot be reached: {error}", "does the gateway run? is the address right?")
-        return json.loads(body) if body else None
 
 
 class KernelsList(Client):
@@ -109,9 +33,7 @@ class KernelsList(Client):
         names = ("id", "name", "execution_state", "connections", "last_activity")
         rows = [["kernel", "kernelspec", "state", "clients", "last activity"]]
         rows += [[_shown(name, kernel.get(name)) for name in names] for kernel in kernels]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print_table(rows)
         return 0
 
 
@@ -165,16 +87,6 @@ class Kernels(Group):
         "show": (KernelsShow, KernelsShow.__doc__),
         "stop": (KernelsStop, KernelsStop.__doc__),
     }
-
-
-def _sentence(error: HTTPClientError) -> str:
-    """What the gateway says of its refusal."""
-    try:
-        found = json.loads(error.response.body) if error.response is not None else {}
-    except ValueError:
-        found = {}
-    message = found.get("message") if isinstance(found, dict) else None
-    return str(message or f"the gateway answers {error.code} {error.message}")
 
 
 def _shown(name: str, value: Any) -> str:

@@ -19,6 +19,7 @@ from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.app import HubGateway
+from hub_gateway.auth.scopes import SERVICE_SCOPES
 from hub_gateway.db import migrate
 from hub_gateway.db.engine import Database
 from hub_gateway.db.secrets import Vault, VaultError
@@ -116,6 +117,16 @@ def identity(model: Mapping[str, Any], service: str) -> Iterator[Finding]:
             f'add it to a role of the service: c.JupyterHub.load_roles = [{{"name": "gateway", "services": ["{name}"], '
             '"scopes": ["users:activity"]}]',
         )
+    # The Hub tells what a scope includes, too: `list:users` is there where `admin:users` was given.
+    if missing := sorted(set(SERVICE_SCOPES) - scopes - {"users:activity"}):
+        yield Finding(
+            "warning",
+            "people",
+            f"{', '.join(missing)} missing: leads of groups, and the pages of administrators, need users and groups",
+            "add them to the role of the service, see jupyterhub_config/managed.py",
+        )
+    else:
+        yield Finding("ok", "people", "the Hub lets it look up users and groups")
 
 
 def token_file(path: Path) -> Iterator[Finding]:

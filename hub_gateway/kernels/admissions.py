@@ -182,6 +182,12 @@ class Admitter:
             tx.execute(update(Kernel).where(Kernel.id == record.id).values(**changed))
         return verdict
 
+    def needs(self, tx: Transaction, record: KernelRecord, now: datetime) -> set[str]:
+        """The names of the policies of which this launch takes something."""
+        index = self.admission.policies.index(tx)
+        fits = self.admission.fits(tx, index, self._demand(record), now)
+        return {fit.policy.name for fit in fits if fit.need > 0 and fit.limit is not None}
+
     def _demand(self, record: KernelRecord) -> Demand:
         service = record.owner.startswith("services/")
         return Demand(

@@ -30,6 +30,7 @@ from hub_gateway.kernels.types import KernelRecord, KernelStatus
 from hub_gateway.kernels.workqueue import WorkQueue
 from hub_gateway.proxies.base import AgentSettings, Phase, PhaseReport
 from hub_gateway.proxies.registry import Proxies
+from hub_gateway.quotas.admission import Admission
 
 if TYPE_CHECKING:
     from hub_gateway.link.relay import KernelRelay
@@ -120,11 +121,12 @@ class Controller(LoggingConfigurable):
         instance: str,
         replica: str,
         service_url: str = "",
+        admission: Admission | None = None,
         on_swallowed: Callable[[str], None] = lambda where: None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.store = KernelStore(db, vault, instance=instance, lease_seconds=self.lease_seconds)
+        self.store = KernelStore(db, vault, instance=instance, lease_seconds=self.lease_seconds, admission=admission)
         self.leases = Leases(self.store, replica=replica)
         self.links = Links(make_relay, self._event)
         self.proxies = proxies

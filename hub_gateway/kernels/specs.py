@@ -118,6 +118,10 @@ class KernelSpecs(LoggingConfigurable):
             raise Forbidden(f"{user} may not use the kernelspec {name!r}; ask the administrator of the gateway.")
         return found
 
+    async def find(self, name: str) -> Spec | None:
+        """The kernelspec of that name, whoever may use it."""
+        return (await self._specs()).get(name)
+
     async def catalogue(self, user: str) -> dict[str, Any]:
         """What `GET /api/kernelspecs` answers to that user: `{"default", "kernelspecs": {name: model}}`."""
         specs = await self._specs()

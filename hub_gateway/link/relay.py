@@ -70,6 +70,8 @@ class KernelRelay:
         self.execution_state = ExecutionState.STARTING
         self.last_activity = datetime.now(timezone.utc)
         self.ready = False
+        self.attached_once = False
+        """Whether a websocket has ever been here."""
         self.welcome: Mapping[str, Any] = {}
         self._context = zmq_context
         self._replica = replica
@@ -108,6 +110,7 @@ class KernelRelay:
         if client.key in self._clients:
             self._count("replaced", 1)
         self._clients[client.key] = client
+        self.attached_once = True
         sink.on_flushed = lambda seq: self._on_flushed(client, seq)
         if not self.ready:
             # Not `dead`, see `fail`.

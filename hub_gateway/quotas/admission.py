@@ -95,12 +95,16 @@ class Admission:
 
     # Deciding
 
-    def decide(self, tx: Transaction, demand: Demand, now: datetime, *, kernel_id: str | None = None) -> Verdict:
+    def decide(
+        self, tx: Transaction, demand: Demand, now: datetime, *, kernel_id: str | None = None, looking: bool = False
+    ) -> Verdict:
         """Whether this launch is admitted now, has to wait, or is refused. Nothing is written.
 
-        `kernel_id` is a kernel that waits already: it does not wait for itself.
+        `kernel_id` is a kernel that waits already: it does not wait for itself. `looking` is for who only wants to
+        know: nobody is held up meanwhile.
         """
-        lock(tx)
+        if not looking:
+            lock(tx)
         closed = tx.execute(select(Setting.value).where(Setting.key == MAINTENANCE)).scalar_one_or_none()
         if closed:
             return Verdict("refused", policy=MAINTENANCE, sentence=sentences.maintenance(closed))

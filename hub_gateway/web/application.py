@@ -8,6 +8,13 @@ from tornado.httputil import HTTPServerRequest
 from tornado.web import Application, RequestHandler, _HandlerDelegate, url
 
 from hub_gateway.services import Services
+from hub_gateway.web.admin import (
+    AdminKernelsHandler,
+    AdminStopHandler,
+    ClustersHandler,
+    MaintenanceHandler,
+    PeopleHandler,
+)
 from hub_gateway.web.base import BaseHandler, NotFoundHandler, TooLargeHandler, log_request
 from hub_gateway.web.channels import ChannelsHandler
 from hub_gateway.web.health import (
@@ -20,8 +27,21 @@ from hub_gateway.web.health import (
 )
 from hub_gateway.web.kernels import InterruptHandler, KernelHandler, KernelsHandler, LaunchHandler, RestartHandler
 from hub_gateway.web.kernelspecs import KernelSpecHandler, KernelSpecsHandler, ResourceHandler
+from hub_gateway.web.limits import AnswerHandler, LimitsHandler, OneRequestHandler, QueueHandler, RequestsHandler
+from hub_gateway.web.quota import (
+    ApplyHandler,
+    DiffHandler,
+    ExplainHandler,
+    ExportHandler,
+    PoliciesHandler,
+    PolicyHandler,
+    PreviewHandler,
+    SimulateHandler,
+)
 from hub_gateway.web.sessions import SessionHandler, SessionsHandler
 from hub_gateway.web.static import StaticHandler
+from hub_gateway.web.trail import AuditHandler, IdentityHandler, ReleaseHandler, VerifyHandler
+from hub_gateway.web.usage import CloseHandler, CorrectionsHandler, PricesHandler, UsageHandler
 
 __all__ = ["ROUTES", "GatewayApplication", "make_application", "pages"]
 
@@ -44,6 +64,32 @@ ROUTES: tuple[tuple[str, type[BaseHandler]], ...] = (
     ("/api/sessions", SessionsHandler),
     ("/api/sessions/([^/]+)", SessionHandler),
     ("/api/launch/([^/]+)", LaunchHandler),
+    ("/api/limits", LimitsHandler),
+    ("/api/queue", QueueHandler),
+    ("/api/requests", RequestsHandler),
+    ("/api/requests/([^/]+)", OneRequestHandler),
+    ("/api/requests/([^/]+)/answer", AnswerHandler),
+    ("/api/quota/policies", PoliciesHandler),
+    ("/api/quota/policies/([^/]+)", PolicyHandler),
+    ("/api/quota/policies/([^/]+)/preview", PreviewHandler),
+    ("/api/quota/export", ExportHandler),
+    ("/api/quota/diff", DiffHandler),
+    ("/api/quota/apply", ApplyHandler),
+    ("/api/quota/explain", ExplainHandler),
+    ("/api/quota/simulate", SimulateHandler),
+    ("/api/usage", UsageHandler),
+    ("/api/prices", PricesHandler),
+    ("/api/ledger/close", CloseHandler),
+    ("/api/ledger/corrections", CorrectionsHandler),
+    ("/api/audit", AuditHandler),
+    ("/api/audit/verify", VerifyHandler),
+    ("/api/identity", IdentityHandler),
+    ("/api/identity/([^/]+)", ReleaseHandler),
+    ("/api/maintenance", MaintenanceHandler),
+    ("/api/admin/kernels", AdminKernelsHandler),
+    ("/api/admin/kernels/stop", AdminStopHandler),
+    ("/api/admin/people", PeopleHandler),
+    ("/api/admin/clusters", ClustersHandler),
 )
 """Path below base_url, and handler."""
 

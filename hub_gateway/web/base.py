@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, urlencode
 
+from tornado.httputil import HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from hub_gateway.auth.base import Caller
@@ -27,6 +28,7 @@ __all__ = [
     "json_body",
     "log_request",
     "string_field",
+    "token_of",
     "too_large",
 ]
 
@@ -172,15 +174,14 @@ class APIHandler(BaseHandler):
 
     async def enter(self) -> None:
         """Find out who is calling. Raises `Unauthenticated`, and what the authenticator raises."""
-        found = _TOKEN.match(self.request.headers.get("Authorization", ""))
-        # jupyter_server without a token sends "token " with nothing behind it: nobody.
-        if found is None:
+        token = token_of(self.request)
+        if token is None:
             raise Unauthenticated(
                 "The request carries no token; send the header `Authorization: token ...` with a token of the Hub."
                 if self.services.hub is not None
                 else "The request carries no token; send the header `Authorization: token ...` with your token."
             )
-        caller = await self.services.authenticator.authenticate(found[1], remote_ip=self.request.remote_ip or "")
+        caller = await self.services.authenticator.authenticate(token, remote_ip=self.request.remote_ip or "")
         if caller is None:
             raise Unauthenticated(
                 "The token is not valid or has expired; restart your server to get a new one, or log in again."
@@ -219,6 +220,13 @@ class TooLargeHandler(BaseHandler):
         raise too_large(self.limit)
 
     get = head = post = put = patch = delete = options = refuse
+
+
+def token_of(request: HTTPServerRequest) -> str | None:
+    """The token of a request's Authorization header."""
+    found = _TOKEN.match(request.headers.get("Authorization", ""))
+    # jupyter_server without a token sends "token " with nothing behind it: nobody.
+    return None if found is None else found[1]
 
 
 def too_large(limit: int) -> PayloadTooLarge:

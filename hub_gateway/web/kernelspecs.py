@@ -4,23 +4,80 @@ from __future__ import annotations
 
 import asyncio
 import mimetypes
+from collections.abc import Mapping
+from typing import Any
 
-from hub_gateway.errors import NotFound
+from hub_gateway.errors import NotFound, Unavailable
+from hub_gateway.kernels.service import owner_of
+from hub_gateway.metrics import METRICS
+from hub_gateway.web.authority import kind_of
 from hub_gateway.web.base import APIHandler
 
 __all__ = ["KernelSpecHandler", "KernelSpecsHandler", "ResourceHandler"]
 
 MAX_RESOURCE_BYTES = 10 * 2**20
+NO_ROOM = " (no room)"
+ROOM_TIMEOUT = 1.0
 
 
-class KernelSpecsHandler(APIHandler):
+class _CatalogueHandler(APIHandler):
+    """What the handlers of kernelspecs share."""
+
+    async def catalogue(self) -> dict[str, Any]:
+        """The kernelspecs that the caller may use; those that their limits leave no room for say so.
+
+        A limit that cannot be looked up in time keeps nobody's launcher empty: then nothing is said.
+        """
+        found = await self.services.kernels.kernelspecs(self.caller)
+        specs: Any = found["kernelspecs"]
+        rooms = await self._rooms(list(specs))
+        if not any(rooms.values()):
+            return found
+        return {**found, "kernelspecs": {name: marked(model, rooms.get(name, "")) for name, model in specs.items()}}
+
+    async def _rooms(self, names: list[str]) -> Mapping[str, str]:
+        services, caller = self.services, self.caller
+        quotas = services.quotas
+        if quotas is None or not names:
+            return {}
+        owner = owner_of(caller)
+
+        async def ask() -> Mapping[str, str]:
+            return await quotas.room(owner, kind_of(owner), caller.groups, names)
+
+        key = "\0".join((owner, *sorted(caller.groups), "", *names))
+        known = services.rooms.fresh(key)
+        if known is not None:
+            return known[0]
+        try:
+            return await asyncio.wait_for(services.rooms.ask(key, ask), ROOM_TIMEOUT)
+        except (Unavailable, asyncio.TimeoutError):
+            METRICS.count_swallowed("room")
+            return {}
+
+
+def marked(model: Mapping[str, Any], sentence: str) -> Mapping[str, Any]:
+    """A kernelspec, with a sign in its display name where there is no room, and the reason in its metadata."""
+    if not sentence:
+        return model
+    spec = model["spec"]
+    metadata = spec.get("metadata") or {}
+    hints = {**(metadata.get("hub_gateway") or {}), "no_room": sentence}
+    shown = {
+        "display_name": f"{spec.get('display_name') or model['name']}{NO_ROOM}",
+        "metadata": {**metadata, "hub_gateway": hints},
+    }
+    return {**model, "spec": {**spec, **shown}}
+
+
+class KernelSpecsHandler(_CatalogueHandler):
     """All kernelspecs that the caller may use. `?user=` is taken note of only as far as jupyter_server needs it.
 
     With KERNEL_USERNAME set, jupyter_server asks for one kernelspec as `?user=alice/python3`.
     """
 
     async def get(self) -> None:
-        found = await self.services.kernels.kernelspecs(self.caller)
+        found = await self.catalogue()
         _, _, name = self.get_query_argument("user", "").partition("/")
         if name:
             self.write_json(one_of(found, name))
@@ -28,11 +85,11 @@ class KernelSpecsHandler(APIHandler):
             self.write_json(found)
 
 
-class KernelSpecHandler(APIHandler):
+class KernelSpecHandler(_CatalogueHandler):
     """One kernelspec."""
 
     async def get(self, name: str) -> None:
-        self.write_json(one_of(await self.services.kernels.kernelspecs(self.caller), name))
+        self.write_json(one_of(await self.catalogue(), name))
 
 
 class ResourceHandler(APIHandler):

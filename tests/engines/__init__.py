@@ -5,12 +5,16 @@ Standard library only: `python -m tests.engines` runs before there is an environ
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ENGINES", "Engine", "chromium", "missing", "postgresql"]
+__all__ = ["ENGINES", "KRB5_PATH", "Engine", "chromium", "kerberos", "missing", "postgresql"]
+
+KRB5_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin:/usr/bin"
+"""Where Kerberos has its servers, which are not on everybody's PATH."""
 
 
 def postgresql() -> str | None:
@@ -28,6 +32,13 @@ def chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+def kerberos() -> str | None:
+    """MIT's KDC, and what it takes to make a realm and to be its client."""
+    needed = ("krb5kdc", "kdb5_util", "kadmin.local", "klist")
+    found = [shutil.which(program, path=KRB5_PATH) for program in needed]
+    return found[0] if all(found) else None
+
+
 @dataclass(frozen=True)
 class Engine:
     """One program that a suite drives for real."""
@@ -40,6 +51,7 @@ class Engine:
 ENGINES = {
     "postgresql": Engine(postgresql, ("postgresql",), "every suite on PostgreSQL"),
     "chromium": Engine(chromium, ("chromium",), "what a person sees in JupyterLab"),
+    "kerberos": Engine(kerberos, ("krb5-kdc", "krb5-admin-server", "krb5-user"), "tickets of a real Kerberos realm"),
     "sudo": Engine(lambda: shutil.which("sudo"), ("sudo",), "kernels as another unix user by a sudo rule"),
 }
 

@@ -1,5 +1,6 @@
 """A Hub in this process, as far as a service sees one: who has which token, OAuth with PKCE, users' activity.
 
+`users` and `groups` (with their members) are what it lists, a few at a time; not without the right (`lists`).
 It can be slow, hang, fail, answer nonsense, or be gone (`stop`) and come back on the same port (`start`). What a real
 Hub says is tested with a real one, in tests/e2e.
 """
@@ -60,6 +61,56 @@ class _User(_Handler):
             self.finish(model)
 
 
+class _List(_Handler):
+    """Users or groups, as many at once as the Hub allows, for the service alone."""
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        raise NotImplementedError
+
+    def get(self, name: str | None = None) -> None:
+        if self.token != self.hub.service_token or not self.hub.lists:
+            self.refuse()
+        elif name:
+            model = self.models.get(name)
+            self.set_status(200 if model else 404)
+            self.finish(model or {"status": 404, "message": "Not Found"})
+        else:
+            wanted = self.get_argument("name_filter", "").lower()
+            found = [model for key, model in sorted(self.models.items()) if wanted in key.lower()]
+            offset, limit = int(self.get_argument("offset", "0")), min(int(self.get_argument("limit", "50")), 3)
+            following = {"offset": offset + limit, "limit": limit, "url": "http://internal/"}
+            facts = {"offset": offset, "limit": limit, "total": len(found), "next": None}
+            if offset + limit < len(found):
+                facts["next"] = following
+            assert self.request.headers["Accept"] == "application/jupyterhub-pagination+json"
+            self.finish({"items": found[offset : offset + limit], "_pagination": facts})
+
+
+class _Users(_List):
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        names = {*self.hub.users, *(name for members in self.hub.groups.values() for name in members)}
+        return {
+            name: {
+                "name": name,
+                "admin": name == "admin",
+                "groups": [group for group, members in self.hub.groups.items() if name in members],
+                "last_activity": None,
+            }
+            for name in names
+        }
+
+
+class _Groups(_List):
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {"name": name, "users": list(members), "properties": self.hub.properties.get(name, {})}
+            for name, members in self.hub.groups.items()
+        }
+
+
 class _Activity(_Handler):
     def post(self, name: str) -> None:
         if self.token != self.hub.service_token:
@@ -98,6 +149,10 @@ class FakeHub:
     def __init__(self) -> None:
         self.service_token = secrets.token_hex(16)
         self.tokens: dict[str, dict[str, Any]] = {}
+        self.users: set[str] = set()
+        self.groups: dict[str, list[str]] = {}
+        self.properties: dict[str, dict[str, Any]] = {}
+        self.lists = True
         self.codes: dict[str, tuple[str, str]] = {}
         self.activity: list[tuple[str, dict[str, Any]]] = []
         self.requests: Counter[str] = Counter()
@@ -152,6 +207,8 @@ class FakeHub:
             [
                 ("/hub/api/user", _User, arguments),
                 ("/hub/api/users/([^/]+)/activity", _Activity, arguments),
+                ("/hub/api/users(?:/([^/]+))?", _Users, arguments),
+                ("/hub/api/groups(?:/([^/]+))?", _Groups, arguments),
                 ("/hub/api/oauth2/authorize", _Authorize, arguments),
                 ("/hub/api/oauth2/token", _Token, arguments),
             ],

@@ -59,6 +59,7 @@ class WebServer:
         base_url: str = "/",
         hub: Any = None,
         web: WebSettings | None = None,
+        **parts: Any,
     ) -> None:
         self.base_url = base_url
         self.services = Services(
@@ -68,6 +69,7 @@ class WebServer:
             web=web or settings(),
             hub=hub,
             ready=True,
+            **parts,
         )
         self.application = make_application(self.services, base_url=base_url)
         self.port = 0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hub_gateway.auth.scopes import SERVICE_SCOPES
 from hub_gateway.auth.tokenfile import read_entries
 from hub_gateway.cli.probes import clock, identity, token_file, websocket_url_trap
 from hub_gateway.cli.token import add_entry
@@ -80,10 +81,13 @@ def test_clocks_that_differ(seconds: int, level: str) -> None:
 
 
 def test_a_token_that_is_not_the_services() -> None:
-    assert [f.level for f in identity({"kind": "user", "name": "alice", "scopes": []}, "")] == ["error", "warning"]
+    nobody = {"kind": "user", "name": "alice", "scopes": []}
+    assert [f.level for f in identity(nobody, "")] == ["error", "warning", "warning"]
     ours = {"kind": "service", "name": "hub-gateway", "scopes": ["users:activity!group=x"]}
-    assert [f.level for f in identity(ours, "hub-gateway")] == ["ok", "ok"]
-    assert [f.level for f in identity(ours, "other")] == ["error", "ok"]
+    assert [f.level for f in identity(ours, "hub-gateway")] == ["ok", "ok", "warning"]
+    assert "list:groups" in list(identity(ours, "hub-gateway"))[-1].message
+    ours["scopes"] = list(SERVICE_SCOPES)
+    assert [f.level for f in identity(ours, "other")] == ["error", "ok", "ok"]
 
 
 def test_a_token_file_that_others_can_read(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""Whom a principal and a unix user belong to: the first Hub user who was mapped to it, until released.
+
+Claims are written in the transaction that admits a kernel, under the lock of all admissions, so that of two Hub users
+who come at once with one principal only one gets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import cast
+
+from sqlalchemy import Table, and_, delete, func, insert, or_, select
+from sqlalchemy.orm import Session as Transaction
+
+from hub_gateway.audit import append
+from hub_gateway.db.models import Kernel, utcnow
+from hub_gateway.db.tenancy import IdentityClaim
+from hub_gateway.errors import Conflict, LaunchRefused
+from hub_gateway.identity.types import Identity
+from hub_gateway.kernels.types import KernelStatus
+from hub_gateway.quotas.use import lock
+
+__all__ = ["Claim", "Taken", "claim", "claims_of", "holders", "release"]
+
+_TABLE = cast(Table, IdentityClaim.__table__)
+_ENDED = (KernelStatus.STOPPED.value, KernelStatus.FAILED.value)
+
+
+class Taken(LaunchRefused):
+    """What a Hub user was mapped to belongs to another one."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One principal, unix user or uid that belongs to a Hub user. `name` is in lower case."""
+
+    kind: str
+    name: str
+    hub_user: str
+    rule: str
+    claimed_at: datetime
+
+
+def holders(tx: Transaction, identity: Identity) -> Sequence[Claim]:
+    """Who holds what this identity needs, its own owner among them."""
+    wanted = identity.claimed
+    if not wanted:
+        return ()
+    where = or_(*(and_(_TABLE.c.kind == kind, _TABLE.c.name == name) for kind, name in wanted))
+    return [Claim(*row) for row in tx.connection().execute(select(_TABLE).where(where).order_by(_TABLE.c.hub_user))]
+
+
+def claims_of(tx: Transaction, hub_user: str) -> Sequence[Claim]:
+    """What a Hub user holds."""
+    statement = select(_TABLE).where(_TABLE.c.hub_user == hub_user).order_by(_TABLE.c.kind, _TABLE.c.name)
+    return [Claim(*row) for row in tx.connection().execute(statement)]
+
+
+def claim(tx: Transaction, identity: Identity) -> None:
+    """Take what the identity needs for its owner, and write down the decision. Raises `Taken`.
+
+    Nothing but the line of the audit trail is written where it raises; the transaction is to be committed then, too.
+    """
+    if not identity.claimed:
+        return
+    lock(tx)
+    found = holders(tx, identity)
+    own = {(one.kind, one.name) for one in found if one.hub_user == identity.owner}
+    if not identity.shared:
+        for one in found:
+            if (one.kind, one.name) not in own:
+                _audit(tx, identity, "refused", {"taken": f"{one.kind} {one.name}", "held_by": one.hub_user})
+                raise Taken(taken_sentence(identity, one.kind), hint=f"{one.kind} {one.name} is held by {one.hub_user}")
+    missing = [key for key in identity.claimed if key not in own]
+    if missing:
+        now = utcnow()
+        rows = [
+            {"kind": kind, "name": name, "hub_user": identity.owner, "rule": identity.rule, "claimed_at": now}
+            for kind, name in missing
+        ]
+        tx.connection().execute(insert(_TABLE), rows)
+    _audit(tx, identity, "ok", {"first": [f"{kind} {name}" for kind, name in missing]} if missing else {})
+
+
+def release(tx: Transaction, hub_user: str, actor: str) -> Sequence[Claim]:
+    """Give back everything that a Hub user holds; what it was. Raises `Conflict` while kernels run with it."""
+    lock(tx)
+    found = claims_of(tx, hub_user)
+    if not found:
+        return ()
+    kernels = tx.scalar(
+        select(func.count()).select_from(Kernel).where(Kernel.owner == hub_user, Kernel.status.not_in(_ENDED))
+    )
+    if kernels:
+        raise Conflict(
+            f"{hub_user} has {kernels} kernel{'s' if kernels > 1 else ''} that run under what is to be released; "
+            "stop them first."
+        )
+    tx.connection().execute(delete(_TABLE).where(_TABLE.c.hub_user == hub_user))
+    released = [f"{one.kind} {one.name}" for one in found]
+    append(tx, actor=actor, action="identity.release", subject=hub_user, outcome="ok", detail={"released": released})
+    return found
+
+
+def taken_sentence(identity: Identity, kind: str) -> str:
+    """What the second one is told; the name of the first one is not theirs to know."""
+    what = f"the principal {identity.principal}" if kind == "principal" else f"the unix user {identity.unix_user}"
+    return (
+        f"Your kernels would run as {what}, which belongs to another user of the Hub, so none is started. If you had "
+        "another name on the Hub before, ask the administrator of the gateway to release what that name holds."
+    )
+
+
+def _audit(tx: Transaction, identity: Identity, outcome: str, more: dict[str, object]) -> None:
+    action = "identity.mapped" if outcome == "ok" else "identity.refused"
+    detail = {**identity.facts(), **more}
+    append(tx, actor=identity.owner, action=action, subject=identity.owner, outcome=outcome, detail=detail)

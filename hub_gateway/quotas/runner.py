@@ -1,0 +1,176 @@
+"""The loops of quotas: the queue moves, limits are enforced, figures are measured, old audit lines go."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session as Transaction
+from traitlets import Float
+from traitlets.config import LoggingConfigurable
+
+from hub_gateway import audit
+from hub_gateway.db.models import Kernel, Setting, utcnow
+from hub_gateway.errors import GatewayError
+from hub_gateway.kernels.service import KernelService
+from hub_gateway.kernels.types import KernelStatus
+from hub_gateway.metrics import METRICS
+from hub_gateway.quotas import use
+from hub_gateway.quotas.admission import MAINTENANCE
+from hub_gateway.quotas.enforce import enforce
+from hub_gateway.quotas.notices import Notifier
+from hub_gateway.quotas.queue import Dispatched, QueueEntry, dispatch
+from hub_gateway.quotas.resolve import active
+from hub_gateway.quotas.types import Counts, SubjectKind
+
+__all__ = ["QuotaRunner"]
+
+PURGE_SECONDS = 3600.0
+ABANDONED = "The kernel no longer waits: its notebook was closed."
+
+
+class QuotaRunner(LoggingConfigurable):
+    """Runs beside a controller, in every gateway process; what they do at once is the same, and done once."""
+
+    queue_seconds = Float(1.0, help="How often (seconds) the queue is looked at.").tag(config=True)
+    fair_share_half_life = Float(
+        86400.0,
+        help="""After how long (seconds) use counts half in the order of the queue.
+
+        Who used less lately goes first. A long one remembers last week's use, a short one only this morning's.
+        """,
+    ).tag(config=True)
+    queue_abandon_seconds = Float(
+        30.0, help="After how long (seconds) without a notebook (a websocket) a kernel no longer waits."
+    ).tag(config=True)
+    enforce_seconds = Float(
+        10.0, help="How often (seconds) soft limits, graces and what was used up over time are looked at."
+    ).tag(config=True)
+
+    def __init__(self, *, service: KernelService, notifier: Notifier, audit_days: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.service = service
+        self.store = service.store
+        self.notifier = notifier
+        self._audit_days = audit_days
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._shown: dict[str, str] = {}
+        self._alone: dict[str, float] = {}
+
+    async def recount(self) -> None:
+        """Sum up anew what is held. Called at the start; a difference is a defect, mended and told."""
+        wrong = await self.store.write(use.recount)
+        if wrong:
+            METRICS.count_swallowed("use")
+            self.log.warning("The sums of what is held were wrong in %d places; they are right again", wrong)
+
+    def start(self) -> None:
+        """Begin."""
+        self._tasks = [
+            asyncio.ensure_future(self._every(self.queue_seconds, "queue", self.move, self._wake)),
+            asyncio.ensure_future(self._every(self.enforce_seconds, "enforcer", self.enforce, asyncio.Event())),
+            asyncio.ensure_future(self._every(PURGE_SECONDS, "audit", self.purge, asyncio.Event())),
+        ]
+
+    async def close(self) -> None:
+        """Stop; notices that are under way go out."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.notifier.close()
+
+    def wake(self) -> None:
+        """Room may have come: look at the queue now."""
+        self._wake.set()
+
+    async def _every(self, seconds: float, name: str, call: Callable[[], Awaitable[Any]], wake: asyncio.Event) -> None:
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(wake.wait(), seconds)
+            wake.clear()
+            try:
+                await call()
+            except GatewayError as error:
+                METRICS.count_swallowed(name)
+                self.log.warning("%s: %s", name, error.message)
+
+    # The queue
+
+    async def move(self) -> Dispatched:
+        """Start what there is room for now, and tell the others where they stand."""
+        waiting = select(Kernel.id).where(Kernel.status == KernelStatus.QUEUED.value).limit(1)
+        if await self.store.db.read(lambda tx: tx.execute(waiting).first()) is None:
+            METRICS.queued.set(0)
+            self._shown.clear()
+            return Dispatched()
+        admitter = self.store.admitter
+        found = await self.store.write(lambda tx: dispatch(tx, admitter, utcnow(), half_life=self.fair_share_half_life))
+        METRICS.queued.set(len(found.waiting))
+        for kernel_id in (*found.admitted, *found.expired):
+            self._shown.pop(kernel_id, None)
+            self.service.controller.changed(kernel_id)
+        for entry in found.waiting:
+            await self._tell(entry)
+        return found
+
+    async def _tell(self, entry: QueueEntry) -> None:
+        relay = self.service.controller.links.existing(entry.kernel_id)
+        if relay is None:
+            return
+        sentence = entry.sentence
+        if self._shown.get(entry.kernel_id) != sentence:
+            self._shown[entry.kernel_id] = sentence
+            relay.announce(sentence)
+        now = asyncio.get_running_loop().time()
+        if relay.connections or not relay.attached_once:
+            self._alone.pop(entry.kernel_id, None)
+        elif now - self._alone.setdefault(entry.kernel_id, now) >= self.queue_abandon_seconds:
+            self._alone.pop(entry.kernel_id, None)
+            self.log.info("Kernel %s of %s no longer waits: its notebook is closed", entry.kernel_id, entry.owner)
+            await self.service.stop(entry.kernel_id, ABANDONED)
+
+    # Limits over time
+
+    async def enforce(self) -> None:
+        """Tell who is above a limit, stop what was told to stop, and measure."""
+        admission = self.store.admission
+        notices, stops = await self.store.db.write(lambda tx: enforce(tx, admission, utcnow()))
+        for notice in notices:
+            self.notifier.tell(notice.owner, notice.policy, notice.event, notice.sentence, notice.kernels)
+        for stop in stops:
+            self.log.info("Kernel %s of %s is stopped under policy %s", stop.kernel_id, stop.owner, stop.policy)
+            self.notifier.tell(stop.owner, stop.policy, "stopped", stop.sentence, ())
+        await asyncio.gather(*(self.service.stop(stop.kernel_id, stop.sentence) for stop in stops))
+        await self.store.db.read(self._measure)
+
+    def _measure(self, tx: Transaction) -> None:
+        index = self.store.admission.policies.index(tx)
+        now = utcnow()
+        holding = [policy for policy in index.by_name.values() if active(policy, now)]
+        METRICS.policies.set(len(holding))
+        setting = tx.get(Setting, MAINTENANCE)
+        METRICS.maintenance.set(1 if setting is not None and setting.value else 0)
+        everyone = (SubjectKind.EVERYONE.value, use.EVERYONE)
+        rows = use.held_by(tx, [everyone])[everyone]
+        for name in ("kernels", "cpu", "memory", "gpu"):
+            METRICS.held.labels(name).set(sum(getattr(row, name) for row in rows))
+        METRICS.use_ratio.clear()
+        for policy in holding:
+            if policy.counts is not Counts.TOGETHER or not policy.hard or policy.subject_kind is SubjectKind.USER:
+                continue
+            scope = everyone if policy.subject_kind is SubjectKind.EVERYONE else ("group", policy.subject)
+            held = use.held_by(tx, [scope])[scope]
+            METRICS.use_ratio.labels(policy.name).set(
+                self.store.admission.used(tx, policy, scope, held, now) / policy.hard
+            )
+
+    async def purge(self) -> None:
+        """Delete lines of the audit trail that are older than they are to be kept."""
+        if self._audit_days > 0:
+            before = utcnow() - timedelta(days=self._audit_days)
+            await self.store.db.write(lambda tx: audit.purge(tx, before) and None)

@@ -1,0 +1,206 @@
+"""What the launches of the last days would have met under other policies."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any, cast
+
+from sqlalchemy import Table, select
+from sqlalchemy.orm import Session as Transaction
+
+from hub_gateway.db.models import Reservation
+from hub_gateway.db.tenancy import AuditEntry, LedgerEntry
+from hub_gateway.kernels.types import Resources
+from hub_gateway.quotas.admission import need_of, scope_of
+from hub_gateway.quotas.policies import PolicyIndex
+from hub_gateway.quotas.prices import Prices, all_prices
+from hub_gateway.quotas.resolve import applicable, covers, window_bounds
+from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind
+from hub_gateway.quotas.use import Holder
+
+__all__ = ["Simulation", "UserOutcome", "simulate"]
+
+HOUR = 3600.0
+SERVICE = "services/"
+_LEDGER = cast(Table, LedgerEntry.__table__)
+
+
+@dataclass(frozen=True)
+class UserOutcome:
+    """One user's launches, and how many of them would have been refused or queued."""
+
+    user: str
+    launches: int
+    refused: int
+    queued: int
+    admitted_again: int = 0
+    """Launches that were refused then, and would have been admitted."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a set of policies would have done to what happened."""
+
+    days: int
+    launches: int
+    refused: int
+    queued: int
+    admitted_again: int
+    by_user: tuple[UserOutcome, ...]
+    sentence: str
+
+
+@dataclass
+class _Launch:
+    demand: Demand
+    started: float
+    stopped: float
+    seconds: float
+    price: int
+    refused: bool = False
+
+
+def _history(tx: Transaction, since: datetime, now: datetime) -> list[_Launch]:
+    """The launches since a moment, in order: of the ledger, open ones, and those that were refused."""
+    first, found = since.timestamp(), []
+    for row in tx.connection().execute(
+        select(_LEDGER).where(_LEDGER.c.kind == "interval", _LEDGER.c.stopped > first).order_by(_LEDGER.c.started)
+    ):
+        groups = frozenset(name for name in row.groups.split("\n") if name)
+        found.append(_launch(row, groups, row.started, row.stopped, row.price_version))
+    for row in tx.execute(select(Reservation.__table__).where(Reservation.released_at.is_(None))):
+        begin = row.billed_from or row.created_at
+        found.append(_launch(row, frozenset(row.groups or ()), begin.timestamp(), now.timestamp(), row.price_version))
+    lately = sorted(one.stopped - one.started for one in found)
+    usual = lately[len(lately) // 2] if lately else HOUR
+    refused = select(AuditEntry.at, AuditEntry.subject, AuditEntry.detail).where(
+        AuditEntry.action == "kernel.refused", AuditEntry.at > since
+    )
+    for at, owner, text in tx.execute(refused):
+        detail = json.loads(text)
+        demand = Demand(
+            owner,
+            _kind(owner),
+            frozenset(detail.get("groups") or ()),
+            detail.get("kernelspec", ""),
+            detail.get("proxy", ""),
+            resources=Resources(**(detail.get("resources") or {})),
+        )
+        begin = at.timestamp()
+        found.append(_Launch(demand, begin, begin + usual, usual, 0, refused=True))
+    return sorted(found, key=lambda one: one.started)
+
+
+def _kind(owner: str) -> SubjectKind:
+    return SubjectKind.SERVICE if owner.startswith(SERVICE) else SubjectKind.USER
+
+
+def _launch(row: Any, groups: frozenset[str], started: float, stopped: float, price: int) -> _Launch:
+    resources = Resources(row.cpu, row.memory, row.gpu, row.gpu_model)
+    demand = Demand(row.owner, _kind(row.owner), groups, row.kernelspec, row.proxy, row.queue, resources)
+    return _Launch(demand, started, stopped, stopped - started, price)
+
+
+class _World:
+    """What would be held and used, if only what is admitted had run."""
+
+    def __init__(self, prices: dict[int, Prices]) -> None:
+        self.prices = prices
+        self.ran: dict[Holder, list[_Launch]] = defaultdict(list)
+
+    def add(self, launch: _Launch, scopes: Iterable[Holder]) -> None:
+        for scope in scopes:
+            self.ran[scope].append(launch)
+
+    def used(self, policy: Policy, scope: Holder, at: float, now: datetime) -> float:
+        mine = (one for one in self.ran[scope] if self._counts(policy, one))
+        if not policy.resource.timed:
+            return sum(need_of(policy, one.demand.resources) for one in mine if one.stopped > at)
+        begin = window_bounds(policy, now)[0].timestamp()
+        return sum(
+            self._rate(policy, one) * max(0.0, min(one.stopped, at) - max(one.started, begin)) / HOUR for one in mine
+        )
+
+    @staticmethod
+    def _counts(policy: Policy, one: _Launch) -> bool:
+        return covers(policy, one.demand.kernelspec, one.demand.proxy, one.demand.queue)
+
+    def _rate(self, policy: Policy, one: _Launch) -> float:
+        taken = one.demand.resources
+        if policy.resource is Resource.KERNEL_HOURS:
+            return 1.0
+        if policy.resource is Resource.CORE_HOURS:
+            return taken.cpu
+        if policy.resource is Resource.GPU_HOURS:
+            return float(taken.gpu) if policy.gpu_model in ("", taken.gpu_model) else 0.0
+        prices = self.prices.get(one.price, self.prices[0])
+        return prices.per_hour(taken.cpu, taken.memory, taken.gpu, taken.gpu_model)
+
+
+def simulate(tx: Transaction, policies: Sequence[Policy], days: int, now: datetime) -> Simulation:
+    """Replay the last days. A launch that would have waited runs at once: nobody knows how long it would have."""
+    by_subject: dict[tuple[SubjectKind, str], list[Policy]] = defaultdict(list)
+    for policy in policies:
+        by_subject[policy.subject_kind, policy.subject].append(policy)
+    index = PolicyIndex("simulated", {}, {key: tuple(some) for key, some in by_subject.items()})
+    world = _World(all_prices(tx))
+    since = now - timedelta(days=days)
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for launch in _history(tx, since, now):
+        outcome = _outcome(index, world, launch)
+        of_user = counts[launch.demand.owner]
+        in_time = launch.started >= since.timestamp()
+        if in_time:
+            of_user[0] += 1
+            of_user[1] += outcome == "refused"
+            of_user[2] += outcome == "queued"
+            of_user[3] += launch.refused and outcome != "refused"
+        if outcome != "refused" or not in_time:
+            world.add(launch, _scopes(launch.demand))
+    users = tuple(
+        UserOutcome(owner, *some)
+        for owner, some in sorted(counts.items(), key=lambda item: (-item[1][1], -item[1][2], item[0]))
+        if some[0]
+    )
+    launches, refused, queued, again = (
+        sum(getattr(one, name) for one in users) for name in ("launches", "refused", "queued", "admitted_again")
+    )
+    return Simulation(days, launches, refused, queued, again, users, _sentence(users, launches, refused, queued, days))
+
+
+def _scopes(demand: Demand) -> list[Holder]:
+    return [
+        (demand.owner_kind.value, demand.owner),
+        *((SubjectKind.GROUP.value, group) for group in demand.groups),
+        (SubjectKind.EVERYONE.value, "*"),
+    ]
+
+
+def _outcome(index: PolicyIndex, world: _World, launch: _Launch) -> str:
+    demand, queued = launch.demand, False
+    moment = datetime.fromtimestamp(launch.started, timezone.utc)
+    for policy in applicable(index.of(demand), demand, moment):
+        if policy.counts is Counts.KERNEL or policy.hard is None:
+            continue
+        used = world.used(policy, scope_of(policy, demand.owner, demand.owner_kind), launch.started, moment)
+        need = need_of(policy, demand.resources)
+        fits = used < policy.hard if policy.resource.timed else need == 0 or used + need <= policy.hard + 1e-6
+        if not fits and (policy.action is Action.REJECT or (not policy.resource.timed and need > policy.hard)):
+            return "refused"
+        queued = queued or not fits
+    return "queued" if queued else "admitted"
+
+
+def _sentence(users: Sequence[UserOutcome], launches: int, refused: int, queued: int, days: int) -> str:
+    hit = sum(1 for one in users if one.refused or one.queued)
+    if not launches:
+        return f"There were no launches in the last {days} days."
+    if not hit:
+        return f"It would have admitted all {launches} launches of the last {days} days."
+    people = f"{hit} user{'' if hit == 1 else 's'}"
+    waits = f" and queued {queued}" if queued else ""
+    return f"It would have refused {refused}{waits} of the {launches} launches of the last {days} days, of {people}."

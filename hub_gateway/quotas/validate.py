@@ -1,0 +1,157 @@
+"""Whether a policy makes sense, by itself and beside the others: said when it is set, with the names of both."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from fnmatch import fnmatchcase
+from typing import Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from hub_gateway.quotas.resolve import slot
+from hub_gateway.quotas.types import Action, Counts, ObjectKind, Origin, Policy, Resource, SubjectKind, WindowKind
+
+__all__ = ["Problem", "check", "check_all"]
+
+ENFORCED = {Resource.CPU: "cpu", Resource.MEMORY: "memory", Resource.GPU: "gpu"}
+MAX_WINDOW = 366 * 86400
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something about a policy. An `error` keeps it from being set, a `warning` is for its author to think about."""
+
+    level: Literal["error", "warning"]
+    policy: str
+    sentence: str
+
+
+def check(
+    policy: Policy,
+    others: Iterable[Policy],
+    *,
+    known_groups: Collection[str] | None = None,
+    proxies: Mapping[str, frozenset[str]] | None = None,
+    now: datetime | None = None,
+) -> list[Problem]:
+    """What is wrong with a policy. `others` are all the others; `proxies` says what each can enforce."""
+    found = [Problem("error", policy.name, sentence) for sentence in _errors(policy)]
+    found += [Problem("error", policy.name, sentence) for sentence in _unenforced(policy, proxies or {})]
+    if policy.subject_kind is SubjectKind.GROUP and known_groups is not None and policy.subject not in known_groups:
+        sentence = f"The Hub knows no group {policy.subject}; the policy {policy.name} is about nobody until it does."
+        found.append(Problem("warning", policy.name, sentence))
+    if policy.valid_until is not None and now is not None and policy.valid_until <= now:
+        found.append(Problem("warning", policy.name, f"The policy {policy.name} has ended already."))
+    for other in others:
+        if other.name != policy.name:
+            found += _together(policy, other)
+    return found
+
+
+def check_all(policies: Collection[Policy], **known: object) -> list[Problem]:
+    """The same for all policies of a file; a contradiction is told once."""
+    found: dict[str, Problem] = {}
+    for policy in policies:
+        for problem in check(policy, policies, **known):  # type: ignore[arg-type]
+            found.setdefault(problem.sentence, problem)
+    return list(found.values())
+
+
+def _errors(policy: Policy) -> Iterable[str]:
+    yield from _amounts(policy)
+    yield from _times(policy)
+    yield from _meaning(policy)
+
+
+def _amounts(policy: Policy) -> Iterable[str]:
+    name = policy.name
+    for earlier, later in (("soft", "hard"), ("hard", "burst")):
+        low, high = getattr(policy, earlier), getattr(policy, later)
+        if low is not None and high is not None and low > high:
+            yield f"The policy {name} has a {earlier} limit of {low:g} above its {later} limit of {high:g}."
+    if policy.burst is None:
+        return
+    if policy.hard is None or not policy.burst_seconds:
+        yield f"The policy {name} has a burst without a hard limit or without a time; give `hard` and `burst_seconds`."
+    if policy.resource.timed:
+        yield f"The policy {name} has a burst of something that is used up over time; raise its hard limit instead."
+
+
+def _times(policy: Policy) -> Iterable[str]:
+    name, resource = policy.name, policy.resource
+    if resource.timed and policy.window is WindowKind.NOW:
+        yield f"The policy {name} limits {resource.value}, which needs a window: rolling or calendar."
+    if not resource.timed and policy.window is not WindowKind.NOW:
+        yield f"The policy {name} limits {resource.value}, which is held at one instant; leave the window out."
+    if policy.window is WindowKind.ROLLING and not 0 < (policy.window_seconds or 0) <= MAX_WINDOW:
+        yield f"The rolling window of the policy {name} needs `window_seconds` from 1 to {MAX_WINDOW}."
+    if policy.window is WindowKind.CALENDAR and policy.period is None:
+        yield f"The calendar window of the policy {name} needs a `period`: day, week or month."
+    if policy.valid_from and policy.valid_until and policy.valid_from >= policy.valid_until:
+        yield f"The policy {name} ends before it begins."
+    try:
+        ZoneInfo(policy.timezone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        yield f"The policy {name} names the time zone {policy.timezone!r}, which is unknown; write one such as UTC."
+
+
+def _meaning(policy: Policy) -> Iterable[str]:
+    name = policy.name
+    if policy.counts is Counts.KERNEL and policy.resource not in ENFORCED:
+        yield f"The policy {name} limits one kernel, so it must be about cpu, memory or gpu."
+    if policy.counts is Counts.KERNEL and policy.action is Action.QUEUE:
+        yield f"The policy {name} limits one kernel; waiting would not make it smaller, so its action is reject."
+    if policy.gpu_model and policy.resource not in (Resource.GPU, Resource.GPU_HOURS):
+        yield f"The policy {name} names a GPU model and limits {policy.resource.value}; leave the model out."
+    if policy.queue_seconds is not None and policy.action is not Action.QUEUE:
+        yield f"The policy {name} has a deadline for waiting, but launches do not wait; set the action to queue."
+    if policy.origin is Origin.GRANT and (policy.subject_kind is not SubjectKind.USER or policy.valid_until is None):
+        yield f"The grant {name} must be for one user, and have an end."
+
+
+def _unenforced(policy: Policy, proxies: Mapping[str, frozenset[str]]) -> Iterable[str]:
+    if policy.object_kind is not ObjectKind.PROXY or policy.resource not in ENFORCED:
+        return
+    needed = ENFORCED[policy.resource]
+    matching = [name for name in proxies if fnmatchcase(name, policy.object)]
+    if matching and not any(needed in proxies[name] for name in matching):
+        yield (
+            f"The policy {policy.name} limits {needed} of {' and '.join(sorted(matching))}, which cannot enforce it; "
+            "limit the number of kernels there."
+        )
+
+
+def _together(policy: Policy, other: Policy) -> Iterable[Problem]:
+    """What is odd about two policies side by side."""
+    same_subject = (policy.subject_kind, policy.subject) == (other.subject_kind, other.subject)
+    if not same_subject or slot(policy) != slot(other) or not (policy.enabled and other.enabled):
+        return
+    if Origin.GRANT in (policy.origin, other.origin) or not _same_time(policy, other):
+        return
+    first, second = sorted((policy.name, other.name))
+    if policy.counts is Counts.TOGETHER:
+        if policy.hard != other.hard:
+            sentence = f"{first} and {second} limit the same; both apply, so the lower limit decides."
+            yield Problem("warning", policy.name, f"The policies {sentence}")
+        return
+    if policy.priority != other.priority:
+        return
+    level: Literal["error", "warning"] = "error" if policy.hard != other.hard else "warning"
+    yield Problem(
+        level,
+        policy.name,
+        f"The policies {first} and {second} say different things about the same subject, object and resource at the "
+        "same time with the same priority; delete one, or give one a higher priority."
+        if level == "error"
+        else f"The policies {first} and {second} say the same; delete one.",
+    )
+
+
+def _same_time(one: Policy, other: Policy) -> bool:
+    """Whether there may be a moment at which both hold. Weekly times that differ are taken for apart."""
+    starts = [policy.valid_from for policy in (one, other) if policy.valid_from is not None]
+    ends = [policy.valid_until for policy in (one, other) if policy.valid_until is not None]
+    if starts and ends and max(starts) >= min(ends):
+        return False
+    return one.weekly == other.weekly or not (one.weekly and other.weekly)
