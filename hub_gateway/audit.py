@@ -172,9 +172,14 @@ def verify(tx: Transaction) -> Verification:
                 False, checked, min(row.id, number + 1), f"{what}; restore the database from a backup.", before
             )
         number, before, checked = row.id, row.hash, checked + 1
-    if (number, before) != _setting(tx, HEAD) and _setting(tx, HEAD) != (0, NOTHING):
-        last = _setting(tx, HEAD)[0]
-        return Verification(False, checked, number + 1, f"Lines {number + 1} to {last} at the end are missing.", before)
+    last, head = _setting(tx, HEAD)
+    if (number, before) != (last, head):
+        what = (
+            f"Lines {number + 1} to {last} at the end are missing"
+            if last > number
+            else "Lines were put in at the end, or the record of the last one is lost"
+        )
+        return Verification(False, checked, number + 1, f"{what}; restore the database from a backup.", before)
     since = f" since line {purged + 1}; what was before is purged" if purged else ""
     return Verification(True, checked, None, f"The audit trail is whole: {checked} lines{since}.", before)
 

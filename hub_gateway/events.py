@@ -59,9 +59,11 @@ class Events(LoggingConfigurable):
         """Send one event. What goes wrong is counted and logged; nobody's request fails of it."""
         if self.logger is None:
             return
+        from jsonschema.exceptions import ValidationError
+
         try:
             self.logger.emit(schema_id=schema, data=dict(data))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ValidationError) as error:
             METRICS.count_swallowed("events")
             self.log.warning("An event could not be sent: %s", error)
 

@@ -1,0 +1,189 @@
+"""The ledger and its reports: every second is billed once, nothing is ever changed."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.exc import DatabaseError
+
+from hub_gateway.db.models import Reservation, utcnow
+from hub_gateway.db.tenancy import LedgerEntry
+from hub_gateway.errors import BadRequest, Conflict, NotFound
+from hub_gateway.kernels.store import KernelStore
+from hub_gateway.kernels.types import Resources
+from hub_gateway.quotas import ledger, prices
+from hub_gateway.quotas.ledger import cost_center_of
+from hub_gateway.quotas.reports import Report, Reports, Row, report
+from tests.harness.quotas import begin, new, release
+
+GIB = 2**30
+
+
+def at(day: int, hour: float = 0.0, month: int = 2) -> datetime:
+    return datetime(2028, month, day, tzinfo=timezone.utc) + timedelta(hours=hour)
+
+
+async def ran(store: KernelStore, number: int, start: datetime, stop: datetime | None, **more: Any) -> None:
+    """A kernel that ran (None: runs still)."""
+    await store.admit(new(number, **more))
+    await begin(store, f"k{number}", start)
+    if stop is not None:
+        await release(store, f"k{number}", stop)
+
+
+async def made(store: KernelStore, by: str, start: datetime, end: datetime, **more: Any) -> Report:
+    return await store.db.read(lambda tx: report(tx, by, start, end, **more))
+
+
+async def test_a_report_adds_up(quota_store: KernelStore) -> None:
+    """Clipped to its bounds, by whatever key, with the price of the launch."""
+    models = {"a100": 5}
+    await quota_store.write(
+        lambda tx: prices.set_prices(tx, "admin", kernel_hour=1, core_hour=2, gib_hour=0.5, gpu_models=models)
+    )
+    big = Resources(cpu=2, memory=4 * GIB, gpu=1, gpu_model="a100")
+    await ran(quota_store, 1, at(1), at(1, 10), owner="alice", groups=("lab", "x"), cost_center="42", resources=big)
+    await ran(quota_store, 2, at(1, 6), at(3), owner="bob", groups=("lab",))
+    await ran(quota_store, 3, at(2, 12), None, owner="bob")
+    span = {"start": at(1, 5), "end": at(3), "now": at(2, 18)}
+    found = await made(quota_store, "user", **span)
+    rows = {row.key: row for row in found.rows}
+    assert rows["alice"] == Row("alice", 1, 5.0, 10.0, 20.0, 5.0, 5 * (1 + 4 + 2 + 5))
+    assert rows["bob"].kernels == 2 and rows["bob"].kernel_hours == 42 + 6
+    assert found.total.kernel_hours == 53 and found.total.kernels == 3
+    groups = await made(quota_store, "group", **span)
+    assert {row.key: row.kernel_hours for row in groups.rows} == {"lab": 47, "x": 5, "(none)": 6}
+    assert groups.total == found.total and "once in the total" in groups.note
+    days = await made(quota_store, "day", **span)
+    assert [(row.key, row.kernel_hours) for row in days.rows] == [("2028-02-01", 23), ("2028-02-02", 30)]
+    assert days.total.kernel_hours == 53
+    centres = await made(quota_store, "cost_center", **span)
+    assert {row.key for row in centres.rows} == {"42", "(none)"}
+    assert (await made(quota_store, "user", **span, owner="bob")).total == replace(rows["bob"], key="total")
+    assert (await made(quota_store, "user", **span, groups=["x"])).total.kernel_hours == 5
+    assert (await made(quota_store, "user", **span, groups=["la"])).total.kernels == 0
+    with pytest.raises(BadRequest):
+        await made(quota_store, "moon", **span)
+    with pytest.raises(BadRequest):
+        await made(quota_store, "user", at(2), at(1))
+
+
+async def test_prices_are_those_of_the_launch(quota_store: KernelStore) -> None:
+    await ran(quota_store, 1, at(1), at(1, 1))
+    await quota_store.write(lambda tx: prices.set_prices(tx, "admin", kernel_hour=10))
+    await ran(quota_store, 2, at(1), at(1, 1))
+    assert (await made(quota_store, "user", at(1), at(2))).total.cost == 10
+    past = utcnow() - timedelta(days=1)
+    with pytest.raises(BadRequest, match="past"):
+        await quota_store.write(lambda tx: prices.set_prices(tx, "admin", valid_from=past, kernel_hour=1))
+    with pytest.raises(BadRequest, match="negative"):
+        await quota_store.write(lambda tx: prices.set_prices(tx, "admin", kernel_hour=-1))
+
+
+@pytest.mark.parametrize("change", [delete(LedgerEntry), update(LedgerEntry).values(seconds=0.0)])
+async def test_the_database_refuses_changes(quota_store: KernelStore, change: Any) -> None:
+    await ran(quota_store, 1, at(1), at(2))
+    with pytest.raises(DatabaseError, match="append-only"):
+        await quota_store.write(lambda tx: tx.execute(change) and None)
+    assert (await made(quota_store, "user", at(1), at(3))).total.kernel_hours == 24
+
+
+async def test_a_month_is_closed_once_and_for_all(quota_store: KernelStore) -> None:
+    """What runs on over its end is split there; a correction of it stands in the month in which it is made."""
+    await ran(quota_store, 1, at(28), at(29, 12))
+    await ran(quota_store, 2, at(29), None)
+    close = lambda tx: ledger.close_month(tx, "2028-02", "admin", now=at(2, month=3))  # noqa: E731
+    closed = await quota_store.write(close)
+    assert (closed.entries, closed.seconds) == (2, 36 * 3600 + 24 * 3600)
+    with pytest.raises(Conflict, match="closed already"):
+        await quota_store.write(close)
+    with pytest.raises(BadRequest, match="not over"):
+        await quota_store.write(lambda tx: ledger.close_month(tx, "2028-03", "admin", now=at(2, month=3)))
+    with pytest.raises(BadRequest, match="written as"):
+        await quota_store.write(lambda tx: ledger.close_month(tx, "2028-3", "admin"))
+    await release(quota_store, "k2", at(1, 6, month=3))
+    february = await made(quota_store, "user", at(1), at(1, month=3))
+    march = await made(quota_store, "user", at(1, month=3), at(1, month=4))
+    assert (february.total.kernel_hours, march.total.kernel_hours) == (60, 6)
+    first = await quota_store.db.read(lambda tx: tx.scalars(select(LedgerEntry.id).order_by(LedgerEntry.id)).first())
+    assert first is not None
+    await quota_store.write(lambda tx: ledger.correct(tx, first, -3600, "an outage", "admin", now=at(5, month=3)))
+    assert (await made(quota_store, "user", at(1), at(1, month=3))).total.kernel_hours == 60
+    assert (await made(quota_store, "user", at(1, month=3), at(1, month=4))).total.kernel_hours == 5
+    with pytest.raises(BadRequest, match="less than none"):
+        await quota_store.write(lambda tx: ledger.correct(tx, first, -36 * 3600, "too much", "admin"))
+    with pytest.raises(NotFound):
+        await quota_store.write(lambda tx: ledger.correct(tx, 999, 1, "nothing", "admin"))
+
+
+async def test_a_clock_that_was_put_back_makes_nothing_negative(quota_store: KernelStore) -> None:
+    await ran(quota_store, 1, at(2), at(1))
+    assert (await made(quota_store, "user", at(1), at(3))).total.kernel_hours == 0
+
+
+LIVES = st.lists(st.tuples(st.integers(0, 40 * 24), st.integers(0, 50 * 24), st.booleans()), min_size=1, max_size=8)
+
+
+@given(LIVES, st.lists(st.integers(0, 90 * 24), min_size=2, max_size=2, unique=True))
+def test_intervals_split_by_days_sum_up(lives: list[tuple[int, int, bool]], bounds: list[int]) -> None:
+    """The parts of a day, over all days, are the whole."""
+    from hub_gateway.quotas.reports import _split
+
+    first, last = (at(1).timestamp() + 3600.0 * hour for hour in sorted(bounds))
+    for start, length, _ in lives:
+        begins = max(first, at(1).timestamp() + 3600.0 * start)
+        ends = min(last, at(1).timestamp() + 3600.0 * (start + length))
+        if begins < ends:
+            parts = list(_split(begins, ends))
+            assert sum(seconds for _, seconds in parts) == pytest.approx(ends - begins)
+            assert len({day for day, _ in parts}) == len(parts) and all(0 < part <= 86400 for _, part in parts)
+
+
+async def test_sums_equal_lifetimes(quota_store: KernelStore) -> None:
+    """Through restarts of failed kernels, months that are closed meanwhile, and whatever is still open."""
+    lived = timedelta()
+    for number in range(1, 8):
+        start, stop = at(number, number), at(number + 20, 2 * number)
+        await ran(quota_store, number, start, stop if number % 3 else None, owner=f"user{number % 2}")
+        lived += (stop if number % 3 else at(10, month=3)) - start
+    await quota_store.write(lambda tx: ledger.close_month(tx, "2028-02", "admin", now=at(1, month=3)))
+    for number in (3, 6):
+        await release(quota_store, f"k{number}", at(10, month=3))
+    found = await made(quota_store, "user", at(1, month=1), at(1, month=6))
+    assert found.total.kernel_hours == lived.total_seconds() / 3600
+    billed = await quota_store.db.read(lambda tx: tx.execute(select(func.sum(LedgerEntry.seconds))).scalar_one())
+    assert billed == lived.total_seconds()
+    still = await quota_store.db.read(
+        lambda tx: tx.scalars(select(Reservation.kernel_id).where(Reservation.released_at.is_(None))).all()
+    )
+    assert still == []
+
+
+def test_names_cannot_be_formulas_in_a_spreadsheet() -> None:
+    rows = tuple(Row(name, 1, 1, 0, 0, 0, 0) for name in ("=1+1", "+x", "-x", "@x", "\tx", 'a"b,c\nd', "bob"))
+    found = Report("user", at(1), at(2), rows, Row("total", 7, 7, 0, 0, 0, 0), "units")
+    read = list(csv.reader(io.StringIO(found.to_csv())))
+    assert [line[0] for line in read[1:]] == ["'=1+1", "'+x", "'-x", "'@x", "'\tx", 'a"b,c\nd', "bob", "total"]
+    assert all(line.isprintable() for line in found.to_table().splitlines())
+
+
+def test_the_cost_centre_is_the_first_groups_that_has_one() -> None:
+    properties = {"b": {"cost_center": "2"}, "a": {}, "c": {"cost_center": "3"}}
+    assert cost_center_of(["c", "b", "a"], properties) == "2"
+    assert cost_center_of(["a"], properties) == cost_center_of([], {}) == ""
+
+
+async def test_the_facade_writes_its_lines(quota_store: KernelStore) -> None:
+    reports = Reports(currency="EUR")
+    await quota_store.write(lambda tx: reports.set_prices(tx, "admin", core_hour=0.05) and None)
+    assert [one.version for one in await quota_store.db.read(reports.prices)] == [1, 0]
+    found = await quota_store.db.read(lambda tx: reports.report(tx, "user", utcnow(), at(1)))
+    assert found.to_json()["currency"] == "EUR"

@@ -1,0 +1,260 @@
+"""Policies as documents, problems, requests, explanations and simulations."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hub_gateway import audit
+from hub_gateway.db.models import utcnow
+from hub_gateway.errors import BadRequest, Conflict, LaunchRefused, NotFound
+from hub_gateway.kernels.specs import KernelSpecs
+from hub_gateway.kernels.store import KernelStore
+from hub_gateway.kernels.types import Resources
+from hub_gateway.proxies.registry import Proxies
+from hub_gateway.quotas.document import document, policies_of
+from hub_gateway.quotas.service import QuotaService
+from hub_gateway.quotas.types import (
+    Action,
+    Counts,
+    ObjectKind,
+    Period,
+    Policy,
+    Resource,
+    SubjectKind,
+    Weekly,
+    WindowKind,
+)
+from hub_gateway.quotas.validate import check
+from tests.harness.quotas import begin, new, put, release
+
+USER = SubjectKind.USER
+LATER = datetime(2100, 1, 1, tzinfo=timezone.utc)
+
+
+@pytest.fixture
+def service(quota_store: KernelStore, tmp_path: Any) -> QuotaService:
+    return QuotaService(
+        db=quota_store.db,
+        admitter=quota_store.admitter,
+        specs=KernelSpecs(),
+        proxies=Proxies(state_dir=str(tmp_path)),
+        half_life=86400.0,
+    )
+
+
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,20}", fullmatch=True)
+AMOUNTS = st.none() | st.integers(0, 2**40).map(float)
+MOMENTS = st.none() | st.datetimes(datetime(1980, 1, 1), datetime(2990, 1, 1), timezones=st.just(timezone.utc))
+WEEKLY = st.builds(
+    Weekly,
+    st.sets(st.integers(0, 6), min_size=1).map(lambda days: tuple(sorted(days))),
+    st.integers(0, 1439),
+    st.integers(0, 1440),
+)
+POLICIES = st.builds(
+    Policy,
+    name=NAMES,
+    subject_kind=st.sampled_from([USER, SubjectKind.GROUP]),
+    subject=NAMES,
+    object_kind=st.sampled_from([ObjectKind.KERNELSPEC, ObjectKind.QUEUE]),
+    object=NAMES,
+    resource=st.sampled_from([Resource.KERNELS, Resource.GPU, Resource.STARTING]),
+    counts=st.sampled_from(Counts),
+    window=st.sampled_from(WindowKind),
+    window_seconds=st.none() | st.integers(1, 10**7),
+    period=st.none() | st.sampled_from(Period),
+    timezone=st.sampled_from(["UTC", "Europe/Berlin"]),
+    hard=AMOUNTS,
+    soft=AMOUNTS,
+    action=st.sampled_from(Action),
+    priority=st.integers(-1000, 1000),
+    enabled=st.booleans(),
+    valid_from=MOMENTS,
+    valid_until=MOMENTS,
+    weekly=st.lists(WEEKLY, max_size=3).map(tuple),
+    note=st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=40).map(str.strip),
+)
+
+
+@given(st.lists(POLICIES, max_size=5, unique_by=lambda policy: policy.name))
+def test_what_is_exported_is_what_is_imported(policies: list[Policy]) -> None:
+    assert policies_of(document(policies)) == sorted(policies, key=lambda policy: policy.name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not YAML"),
+        ("policies: 3", "list under the key"),
+        ("policies: []\nmore: 1", "list under the key"),
+        ("policies: [{subject: everyone}]", "Policy 1 of the file has no name"),
+        ("policies: [{name: a, subject: everyone, hard: -1}]", "Policy a of the file.*negative"),
+        ("policies: [{name: a, subject: everyone, hard: .nan}]", "Policy a of the file"),
+        ("policies: [{name: a, subject: everyone, hard: 1.0e+30}]", "Policy a of the file"),
+        ("policies: [{name: a, subject: everyone, resource: memory, hard: '4'}]", "unit is missing"),
+        ("policies: [{name: a, subject: robot:x}]", "Policy a of the file.*subject"),
+        ("policies: [{name: a, subject: everyone}, {name: a, subject: everyone}]", "two policies of the name a"),
+        ("policies: [{name: a, subject: everyone, hrad: 1}]", "`hrad` is not known"),
+        ("policies: [&x [*x]]", "no name"),
+    ],
+)
+def test_files_that_are_refused(text: str, said: str) -> None:
+    with pytest.raises(BadRequest, match=said):
+        policies_of(text)
+
+
+async def test_a_file_is_applied_whole_or_not_at_all(service: QuotaService) -> None:
+    text = "policies:\n- {name: a, subject: everyone, hard: 3}\n- {name: b, subject: 'user:bob', hard: 1}\n"
+    assert (await service.apply(text, "admin", dry_run=True)).added == ("a", "b") and not await service.policies()
+    await service.apply(text, "admin")
+    assert policies_of(await service.export()) == policies_of(text)
+    changed = "policies:\n- {name: b, subject: 'user:bob', hard: 2}\n- {name: c, subject: everyone, hard: 9}\n"
+    assert await service.diff(changed) == dataclasses.replace(
+        await service.diff(changed), added=("c",), changed=("b",), removed=("a",)
+    )
+    kept = await service.apply(changed.replace("everyone, hard: 9", "'group:x', hard: 9"), "admin", keep=True)
+    assert kept.removed == () and [policy.name for policy in await service.policies()] == ["a", "b", "c"]
+    bad = "policies:\n- {name: d, subject: everyone, hard: 1}\n- {name: e, subject: everyone, hard: 2}\n"
+    with pytest.raises(BadRequest, match="policies d and e say different things"):
+        await service.apply(bad, "admin")
+    assert [policy.name for policy in await service.policies()] == ["a", "b", "c"]
+    assert await service.first_start(bad) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hard": 1, "soft": 2}, "soft limit of 2 above its hard limit"),
+        ({"hard": 3, "burst": 2, "burst_seconds": 60}, "hard limit of 3 above its burst"),
+        ({"hard": 3, "burst": 4}, "without a time"),
+        ({"resource": Resource.CORE_HOURS, "hard": 3}, "needs a window"),
+        ({"window": WindowKind.ROLLING, "window_seconds": 60, "hard": 3}, "leave the window out"),
+        ({"timezone": "Mars/Olympus", "hard": 3}, "time zone 'Mars/Olympus'"),
+        ({"timezone": "../../etc/passwd", "hard": 3}, "time zone"),
+        ({"counts": Counts.KERNEL, "hard": 3}, "cpu, memory or gpu"),
+        ({"gpu_model": "a100", "hard": 3}, "names a GPU model"),
+        ({"queue_seconds": 60, "hard": 3}, "launches do not wait"),
+        ({"valid_from": LATER, "valid_until": LATER, "hard": 3}, "ends before it begins"),
+        (
+            {"object_kind": ObjectKind.PROXY, "object": "local", "resource": Resource.MEMORY, "hard": 2**30},
+            "limits memory of local, which cannot enforce it",
+        ),
+    ],
+)
+def test_policies_that_make_no_sense(changes: dict[str, Any], said: str) -> None:
+    policy = Policy("p", SubjectKind.EVERYONE, **changes)
+    problems = check(policy, [], proxies={"local": frozenset()})
+    assert any(said in problem.sentence and problem.level == "error" for problem in problems), problems
+
+
+def test_contradictions_name_both() -> None:
+    one, other = Policy("first", USER, "bob", hard=1), Policy("second", USER, "bob", hard=2)
+    [problem] = check(one, [one, other])
+    assert problem.level == "error" and "first and second" in problem.sentence
+    assert check(one, [dataclasses.replace(other, priority=1)]) == []
+    assert check(one, [dataclasses.replace(other, subject="carol")]) == []
+    apart = dataclasses.replace(one, valid_until=LATER), dataclasses.replace(other, valid_from=LATER)
+    assert check(apart[0], [apart[1]]) == []
+    [unknown] = check(Policy("g", SubjectKind.GROUP, "ghosts", hard=1), [], known_groups={"lab"})
+    assert unknown.level == "warning" and "no group ghosts" in unknown.sentence
+
+
+async def test_a_request_becomes_a_grant_that_ends(service: QuotaService, quota_store: KernelStore) -> None:
+    await put(quota_store, Policy("bob-one", USER, "bob", hard=1))
+    await quota_store.admit(new(1))
+    until = utcnow() + timedelta(days=1)
+    with pytest.raises(BadRequest, match="no less"):
+        await service.open_request("bob", [], "bob-one", 1, until, "why not")
+    asked = await service.open_request("bob", ["lab"], "bob-one", 3, until, "a paper is due")
+    with pytest.raises(Conflict, match="already"):
+        await service.open_request("bob", [], "bob-one", 4, until, "again")
+    with pytest.raises(NotFound):
+        await service.withdraw(asked.id, "carol")
+    granted = await service.answer(asked.id, "admin", True, "good luck", amount=2)
+    assert granted.state == "granted" and granted.grant_name is not None
+    with pytest.raises(Conflict, match="granted already, by admin"):
+        await service.answer(asked.id, "other", False, "no")
+    await quota_store.admit(new(2))
+    with pytest.raises(LaunchRefused, match="2 kernels"):
+        await quota_store.admit(new(3))
+    grant = await service.policy(granted.grant_name)
+    assert grant is not None and grant.approver == "admin" and grant.valid_until == until
+    assert "grant" not in await service.export()
+    actions = await quota_store.db.read(lambda tx: [line.action for line in audit.query(tx)])
+    assert {"request.open", "request.answer", "grant.set"} <= set(actions)
+
+
+async def test_explain_says_which_one_counts_and_why(service: QuotaService, quota_store: KernelStore) -> None:
+    for policy in (
+        Policy("all", SubjectKind.EVERYONE, hard=5),
+        Policy("lab", SubjectKind.GROUP, "lab", hard=2),
+        Policy("other", SubjectKind.GROUP, "other", hard=9),
+        Policy("old", USER, "bob", hard=1, valid_until=utcnow() - timedelta(days=1)),
+        Policy("spark", SubjectKind.EVERYONE, object_kind=ObjectKind.KERNELSPEC, object="spark*", hard=1),
+    ):
+        await put(quota_store, policy)
+    for number in range(2):
+        await quota_store.admit(new(number, groups=("lab",), path=f"n{number}.ipynb"))
+    with pytest.raises(LaunchRefused):
+        await quota_store.admit(new(3, groups=("lab",)))
+    found = await service.explain("bob", USER, {"lab"})
+    views = {view.policy.name: view for view in found.policies}
+    assert set(views) == {"all", "lab", "old", "spark"}
+    assert views["lab"].applies and (views["lab"].used, views["lab"].room) == (2, 0)
+    assert not views["all"].applies and "it is about the group lab, not everyone" in views["all"].why
+    assert "ended" in views["old"].why and "spark*" in views["spark"].why
+    assert found.sentence.startswith("There is no room") and found.refusals[0].policy == "lab"
+    limits = {view.policy: view for view in await service.limits("bob", USER, {"lab"})}
+    assert limits["lab"].state == "full" and [one.title for one in limits["lab"].held_by] == ["n0.ipynb", "n1.ipynb"]
+    assert limits["spark"].state == "ok" and "all" not in limits
+    with pytest.raises(NotFound):
+        await service.explain("bob", USER, set(), "no-such-kernelspec")
+
+
+async def test_simulate_replays_what_happened(service: QuotaService, quota_store: KernelStore) -> None:
+    """Three users ran two at once; under a limit of one, each second launch would have been refused."""
+    now = utcnow()
+    for number, owner in enumerate(("alice", "bob", "carol")):
+        for at in (0, 1):
+            key = f"k{2 * number + at}"
+            await quota_store.admit(new(2 * number + at, owner=owner, resources=Resources(cpu=1)))
+            await begin(quota_store, key, now - timedelta(days=2) + timedelta(minutes=at))
+            if at:
+                await release(quota_store, key, now - timedelta(days=1))
+    found = await service.simulate([Policy("one", SubjectKind.EVERYONE, hard=1)], 30)
+    assert (found.launches, found.refused) == (6, 3)
+    assert found.sentence == "It would have refused 3 of the 6 launches of the last 30 days, of 3 users."
+    hours = Policy(
+        "hours",
+        SubjectKind.EVERYONE,
+        resource=Resource.CORE_HOURS,
+        counts=Counts.TOGETHER,
+        window=WindowKind.ROLLING,
+        window_seconds=7 * 86400,
+        hard=0.01,
+        action=Action.QUEUE,
+    )
+    later = await service.simulate([hours], 30)
+    assert later.refused == 0 and later.queued > 0
+    assert "admitted all 6" in (await service.simulate("policies: []", 30)).sentence
+    assert (await service.simulate([], 1)).launches == 0
+    await put(quota_store, Policy("none", USER, "dora", hard=0))
+    with pytest.raises(LaunchRefused):
+        await quota_store.admit(new(9, owner="dora"))
+    assert (await service.simulate([], 1)).admitted_again == 1
+
+
+async def test_maintenance_stops_launches_and_nothing_else(service: QuotaService, quota_store: KernelStore) -> None:
+    await quota_store.admit(new(1))
+    await service.set_maintenance("The cluster is upgraded until noon.", "admin")
+    assert await service.maintenance() == "The cluster is upgraded until noon."
+    with pytest.raises(LaunchRefused, match="No kernels are started at the moment: The cluster is upgraded"):
+        await quota_store.admit(new(2))
+    await service.set_maintenance(None, "admin")
+    await quota_store.admit(new(2))

@@ -1,0 +1,203 @@
+"""Soft limits, graces, bursts, weekly times, days on which clocks change."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import datetime, timedelta, timezone
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+from tornado.httpserver import HTTPServer
+from tornado.testing import bind_unused_port
+from tornado.web import Application, RequestHandler
+
+from hub_gateway.db.models import utcnow
+from hub_gateway.errors import LaunchRefused
+from hub_gateway.kernels.store import KernelStore
+from hub_gateway.kernels.types import Resources
+from hub_gateway.metrics import METRICS
+from hub_gateway.quotas.enforce import Notice, Stop, enforce
+from hub_gateway.quotas.notices import Notifier
+from hub_gateway.quotas.resolve import active, window_bounds
+from hub_gateway.quotas.types import Counts, Period, Policy, Resource, SubjectKind, Weekly, WindowKind
+from tests.harness.quotas import begin, new, put, release
+from tests.harness.waiting import eventually
+
+GPUS = Policy("gpus", SubjectKind.EVERYONE, resource=Resource.GPU, soft=1, hard=4, grace_seconds=600)
+
+
+async def look(store: KernelStore, **later: float) -> tuple[list[Notice], list[Stop]]:
+    now = utcnow() + timedelta(**later)
+    return await store.write(lambda tx: enforce(tx, store.admission, now))
+
+
+async def test_a_soft_limit_is_told_once(quota_store: KernelStore) -> None:
+    await put(quota_store, GPUS)
+    await quota_store.admit(new(1, resources=Resources(gpu=1)))
+    assert await look(quota_store) == ([], [])
+    crossing = await quota_store.admit(new(2, resources=Resources(gpu=2)))
+    assert "above the soft limit of the policy gpus" in crossing.notices[0]
+    [notice], stops = await look(quota_store)
+    assert (notice.owner, notice.event, set(notice.kernels)) == ("bob", "soft", {"k1", "k2"}) and not stops
+    assert "3 GPUs are in use" in notice.sentence and "4 GPUs at most" in notice.sentence
+    assert await look(quota_store) == ([], [])
+    await release(quota_store, "k2")
+    assert await look(quota_store) == ([], [])
+    await quota_store.admit(new(3, resources=Resources(gpu=2)))
+    assert len((await look(quota_store))[0]) == 1
+
+
+async def test_a_lowered_limit_stops_the_newest_after_its_grace(quota_store: KernelStore) -> None:
+    made = await put(quota_store, GPUS)
+    for number in range(1, 5):
+        await quota_store.admit(new(number, resources=Resources(gpu=1)))
+        await begin(quota_store, f"k{number}", utcnow() - timedelta(hours=10 - number))
+    await look(quota_store)
+    await put(quota_store, Policy(**{**vars(made), "soft": None, "hard": 2.0}))
+    [warning], stops = await look(quota_store)
+    assert warning.event == "over" and "10 minutes" in warning.sentence and not stops
+    assert await look(quota_store, minutes=9) == ([], [])
+    notices, stops = await look(quota_store, minutes=11)
+    assert [stop.kernel_id for stop in stops] == ["k4", "k3"] and not notices
+    assert "gpus" in stops[0].sentence and "grace of 10 minutes" in stops[0].sentence
+
+
+async def test_without_a_grace_nobody_is_stopped(quota_store: KernelStore) -> None:
+    made = await put(quota_store, Policy("two", SubjectKind.EVERYONE, hard=2))
+    await quota_store.admit(new(1))
+    await quota_store.admit(new(2))
+    await put(quota_store, Policy(**{**vars(made), "hard": 0.0}))
+    assert await look(quota_store) == await look(quota_store, days=30) == ([], [])
+    with pytest.raises(LaunchRefused):
+        await quota_store.admit(new(3))
+
+
+async def test_time_that_runs_out_while_a_kernel_runs(quota_store: KernelStore) -> None:
+    day = {"window": WindowKind.ROLLING, "window_seconds": 86400}
+    await put(
+        quota_store, Policy("h", SubjectKind.EVERYONE, resource=Resource.KERNEL_HOURS, hard=3, grace_seconds=60, **day)
+    )
+    await quota_store.admit(new(1))
+    await begin(quota_store, "k1", utcnow() - timedelta(hours=2))
+    assert await look(quota_store) == ([], [])
+    [warning], _ = await look(quota_store, minutes=61)
+    assert "kernel-hours" in warning.sentence
+    _, [stop] = await look(quota_store, minutes=63)
+    assert stop.kernel_id == "k1"
+
+
+async def test_a_burst_lasts_as_long_as_it_may(quota_store: KernelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [utcnow()]
+    monkeypatch.setattr("hub_gateway.kernels.admissions.utcnow", lambda: clock[0])
+    await put(quota_store, Policy("b", SubjectKind.EVERYONE, hard=1, burst=2, burst_seconds=600))
+    await quota_store.admit(new(1))
+    await quota_store.admit(new(2))
+    with pytest.raises(LaunchRefused):
+        await quota_store.admit(new(3))
+    await release(quota_store, "k2", clock[0] + timedelta(minutes=4))
+    clock[0] += timedelta(minutes=5)
+    await quota_store.admit(new(4))  # six minutes of the burst are left
+    clock[0] += timedelta(minutes=7)
+    await release(quota_store, "k4", clock[0])
+    with pytest.raises(LaunchRefused):
+        await quota_store.admit(new(5))
+    clock[0] += timedelta(minutes=11)  # recovered
+    await quota_store.admit(new(6))
+
+
+BERLIN = ZoneInfo("Europe/Berlin")
+
+
+@pytest.mark.parametrize(
+    ("local", "holds"),
+    [
+        (datetime(2030, 3, 29, 23, 0, tzinfo=BERLIN), True),  # Friday night
+        (datetime(2030, 3, 30, 5, 59, tzinfo=BERLIN), True),
+        (datetime(2030, 3, 30, 6, 0, tzinfo=BERLIN), False),
+        (datetime(2030, 3, 31, 1, 59, tzinfo=BERLIN), False),  # the night before summer time, a Sunday
+        (datetime(2030, 3, 31, 23, 0, tzinfo=BERLIN), True),
+        (datetime(2030, 4, 1, 5, 30, tzinfo=BERLIN), True),
+        (datetime(2030, 10, 28, 5, 30, tzinfo=BERLIN), True),  # after winter time began
+        (datetime(2030, 10, 28, 6, 30, tzinfo=BERLIN), False),
+    ],
+)
+def test_weekly_times_are_what_the_clock_on_the_wall_says(local: datetime, holds: bool) -> None:
+    nights = Weekly((4, 6), 22 * 60, 6 * 60)
+    policy = Policy("n", SubjectKind.EVERYONE, timezone="Europe/Berlin", weekly=(nights,))
+    assert active(policy, local.astimezone(timezone.utc)) is holds
+
+
+def test_calendar_windows_begin_at_midnight_there() -> None:
+    month = Policy("m", SubjectKind.EVERYONE, window=WindowKind.CALENDAR, period=Period.MONTH, timezone="Europe/Berlin")
+    begin_, end = window_bounds(month, datetime(2030, 3, 15, tzinfo=timezone.utc))
+    assert (begin_.isoformat(), end.isoformat()) == ("2030-02-28T23:00:00+00:00", "2030-03-31T22:00:00+00:00")
+    day = Policy(**{**vars(month), "period": Period.DAY})
+    begin_, end = window_bounds(day, datetime(2030, 3, 31, 12, tzinfo=timezone.utc))
+    assert end - begin_ == timedelta(hours=23)
+    week = Policy(**{**vars(month), "period": Period.WEEK, "timezone": "UTC"})
+    assert window_bounds(week, datetime(2028, 2, 29, 12, tzinfo=timezone.utc))[0].isoformat().startswith("2028-02-28")
+
+
+async def test_a_limit_of_one_kernel_is_not_enforced_over_time(quota_store: KernelStore) -> None:
+    await put(
+        quota_store, Policy("c", SubjectKind.EVERYONE, resource=Resource.CPU, counts=Counts.KERNEL, hard=1, soft=1)
+    )
+    await quota_store.admit(new(1, resources=Resources(cpu=4)))
+    assert await look(quota_store) == ([], [])
+
+
+async def test_a_webhook_hears_of_it_and_one_that_fails_disturbs_nobody(tmp_path: Any) -> None:
+    heard: list[dict[str, Any]] = []
+    (tmp_path / "token").write_text("secret\n")
+
+    class Hook(RequestHandler):
+        def post(self, status: str) -> None:
+            heard.append({**json.loads(self.request.body), "authorization": self.request.headers["Authorization"]})
+            self.set_status(int(status))
+
+    listening, port = bind_unused_port()
+    server = HTTPServer(Application([(r"/(\d+)", Hook)]))
+    server.add_sockets([listening])
+    failed = METRICS.notices.labels("webhook", "failed")
+    before = failed._value.get()
+    for status in (200, 500):
+        notifier = Notifier(webhook_url=f"http://127.0.0.1:{port}/{status}", webhook_token_file=str(tmp_path / "token"))
+        notifier.tell("bob", "gpus", "soft", "Too many.", ["k1"])
+        await notifier.close()
+    server.stop()
+    gone = Notifier(webhook_url="http://127.0.0.1:9/", webhook_token_file=str(tmp_path / "missing"))
+    gone.tell("bob", "gpus", "soft", "Too many.", [])
+    await gone.close()
+    assert [one["sentence"] for one in heard] == ["Too many."] * 2 and heard[0]["authorization"] == "Bearer secret"
+    assert failed._value.get() == before + 2
+
+
+async def test_an_e_mail_hears_of_it() -> None:
+    said: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 here\r\n")
+        data = False
+        while line := await reader.readline():
+            said.append(line)
+            if data:
+                if line == b".\r\n":
+                    data = False
+                    writer.write(b"250 taken\r\n")
+                continue
+            data = line.upper().startswith(b"DATA")
+            writer.write(
+                b"354 go on\r\n" if data else b"221 bye\r\n" if line.upper().startswith(b"QUIT") else b"250 ok\r\n"
+            )
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    notifier = Notifier(smtp_server=f"127.0.0.1:{port}", smtp_starttls=False, mail_to="{user}@example.org")
+    notifier.tell("bob", "gpus", "soft", "You hold 3 GPUs.", [])
+    await notifier.close()
+    await eventually(lambda: any(b"You hold 3 GPUs." in line for line in said), "the mail")
+    assert any(b"bob@example.org" in line for line in said)
+    server.close()
