@@ -236,6 +236,8 @@ class HubGateway(JupyterApp):
             asyncio.run(self._serve())
         except GatewayError as error:
             self._refuse(error.message, error.hint)
+        except TraitError as error:
+            self._refuse(str(error), "see the configuration file")
 
     def _refuse(self, message: str, hint: str = "") -> NoReturn:
         """Say in one line why the gateway does not start, and end."""

@@ -17,6 +17,9 @@ from hub_gateway.db.revision import prepare_at_start
 from hub_gateway.db.secrets import Vault
 from hub_gateway.errors import BadRequest
 from hub_gateway.events import Events
+from hub_gateway.identity.ccaches import CredentialStore
+from hub_gateway.identity.credentials import Credentials
+from hub_gateway.identity.mapper import IdentityMapper
 from hub_gateway.identity.unix import UnixUsers
 from hub_gateway.kernels.activity import ActivityReporter
 from hub_gateway.kernels.controller import Controller
@@ -57,6 +60,7 @@ class Runtime:
         self.services: Services | None = None
         self._loop_watch = LoopWatch(METRICS)
         self._controller: Controller | None = None
+        self._credentials: Credentials | None = None
         self._culler: Culler | None = None
         self._quotas: QuotaRunner | None = None
         self._activity: ActivityReporter | None = None
@@ -107,12 +111,20 @@ class Runtime:
             on_swallowed=METRICS.count_swallowed,
         )
         specs = KernelSpecs(parent=app, base_url=app.base_url)
-        kernels = KernelService(
-            parent=app,
-            controller=controller,
-            specs=specs,
-            unix_users=UnixUsers(parent=app),
+        credentials = self._credentials = Credentials(
+            parent=app, store=CredentialStore(parent=app, state_dir=self.state.path)
         )
+        people = authenticator.people
+        identity = IdentityMapper(
+            parent=app,
+            db=db,
+            unix_users=UnixUsers(parent=app),
+            credentials=credentials,
+            people=people,
+            hints_of=None if people is None else people.auth_state,
+        )
+        identity.proxies = {name: proxy.identity for name, proxy in self._proxies.all()}
+        kernels = KernelService(parent=app, controller=controller, specs=specs, identity=identity)
         self._quotas = QuotaRunner(
             parent=app,
             service=kernels,
@@ -134,6 +146,7 @@ class Runtime:
             db=db,
             hub=hub,
             quotas=quotas,
+            identity=identity,
             audit=audit,
             reports=Reports(parent=app),
             delegation=Delegation(parent=app),
@@ -163,6 +176,9 @@ class Runtime:
         assert self._controller is not None
         assert self._quotas is not None
         await self._quotas.recount()
+        assert self._credentials is not None
+        live = [record.id for record in await self._controller.store.live()]
+        await asyncio.to_thread(self._credentials.start, live)
         await self._controller.start(sole=True)
         self._quotas.start()
         if self._culler is not None:
@@ -189,6 +205,8 @@ class Runtime:
         for part in (self._loop_watch, self._culler, self._activity, self._quotas, self._controller, self._proxies):
             if part is not None:
                 await part.close()
+        if self._credentials is not None:
+            await self._credentials.close()
         if self.services is not None:
             await self.services.authenticator.close()
         if self._db is not None:

@@ -115,6 +115,9 @@ c.Spawner.environment = {
     # A callable is called at each start, when the server's token is made already.
     "JUPYTER_GATEWAY_AUTH_TOKEN": lambda spawner: spawner.api_token,
     "JUPYTER_GATEWAY_AUTH_SCHEME": "token",
+    # The name of a kernel's notebook, for the gateway's pages and messages. (It is told no other variable of a server,
+    # except those that begin with KERNEL_.)
+    "JUPYTER_GATEWAY_ALLOWED_ENVS": "JPY_SESSION_NAME",
     # For how long a request to the gateway may take, and a kernel to start. jupyter_server sends the second one on.
     "JUPYTER_GATEWAY_REQUEST_TIMEOUT": "122",
     "KERNEL_LAUNCH_TIMEOUT": "120",

@@ -18,6 +18,7 @@ from hub_gateway.auth.base import AbstractMeta
 from hub_gateway.auth.cache import LookupCache
 from hub_gateway.auth.people import GroupInfo, People, PeoplePage, Person
 from hub_gateway.errors import Unavailable
+from hub_gateway.kernels.types import JSON
 
 __all__ = ["HubPeople"]
 
@@ -53,6 +54,12 @@ class HubPeople(LoggingConfigurable, People, metaclass=AbstractMeta):
     async def user(self, name: str, *, fresh: bool = False) -> Person | None:
         found = await self._asked(f"users/{quote(name, safe='')}", fresh)
         return None if found is None else _person(found)
+
+    async def auth_state(self, name: str) -> Mapping[str, JSON]:
+        # Not remembered: it holds tokens.
+        found = await self._ask(f"users/{quote(name, safe='')}")
+        state = found.get("auth_state") if isinstance(found, dict) else None
+        return state if isinstance(state, dict) else {}
 
     async def group(self, name: str, *, fresh: bool = False) -> GroupInfo | None:
         found = await self._asked(f"groups/{quote(name, safe='')}", fresh)

@@ -63,6 +63,10 @@ class People(abc.ABC):
     async def page(self, query: str = "", *, offset: int = 0, limit: int = 50) -> PeoplePage:
         """Users whose names hold `query`, whatever its case."""
 
+    async def auth_state(self, name: str) -> Mapping[str, JSON]:
+        """What the Hub's authenticator remembers of a user; secret, for the most part. Raises `Unavailable`."""
+        return {}
+
     async def members(self, names: Iterable[str], *, fresh: bool = False) -> frozenset[str]:
         """Everybody who is in one of these groups. A group that does not exist has nobody."""
         found = await asyncio.gather(*(self.group(name, fresh=fresh) for name in sorted(names)))

@@ -182,7 +182,9 @@ JupyterHub is at   {settings.public_url}
 To try:
   - Log in as alice, open a notebook with the kernel "Python 3 (gateway's machine)", run something long.
   - Stop this with Ctrl-C while it runs, and start it again: the kernel is still there.
-  - {settings.service_url}/home lists your kernels. Log in as bob in a private window: he sees none of alice's.
+  - {settings.service_url}/home lists your kernels and your limits. Log in as bob in a private window: he sees none
+    of alice's, and his second kernel is refused.
+  - Log in as admin in another one: {settings.service_url}/admin/policies/bob-one raises his limit.
   - In a terminal of JupyterLab: jupyter hubgateway kernels list
 
 Logs, homes and databases are in {demonstration.path}

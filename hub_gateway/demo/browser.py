@@ -67,6 +67,12 @@ class Browser:
         self._good(answer)
         return answer.json() if answer.content else None
 
+    async def submit(self, page: str, action: str, fields: dict[str, str]) -> httpx.Response:
+        """Send a form of a page. Raises `StepFailed`."""
+        address = httpx.URL(self.base + page).join(action)
+        headers = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Site": "same-origin", "Referer": self.base + page}
+        return self._good(await self.client.post(address, data=fields, headers=headers))
+
     def xsrf(self, prefix: str) -> str:
         """The XSRF cookie of the Hub, of a server, or of a service."""
         found = [cookie.value for cookie in self.client.cookies.jar if cookie.name == "_xsrf" and cookie.path == prefix]

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from hub_gateway.demo import limits
 from hub_gateway.demo.browser import Browser, Message, Notebook, StepFailed
 from hub_gateway.demo.processes import until
 from hub_gateway.demo.state import Settings
@@ -58,6 +59,30 @@ async def drive(settings: Settings, say: Say) -> None:
         await step(say, "the gateway's own page knows her by the Hub's login", _own_page(browser))
         await step(say, "the notebook is closed, its kernel ends", _close(browser, session))
         await step(say, "her server stops", browser.api("DELETE", "/hub/api/users/alice/server"))
+    await _limits(settings, say)
+
+
+async def _limits(settings: Settings, say: Say) -> None:
+    """Bob meets his limit, the administrator raises it, his next kernel starts, the report bills both."""
+    async with _browser(settings) as bob, _browser(settings) as admin:
+        await step(say, "bob logs in", bob.log_in("bob", settings.user_password))
+        await step(say, "his server starts", start_server(bob))
+        await step(say, "JupyterLab opens for him, too", _lab(bob))
+        sessions: list[Message] = []
+
+        async def opened(name: str) -> str:
+            sessions.append(await limits.open_notebook(bob, name))
+            return f"kernel {sessions[-1]['kernel']['id']}"
+
+        await step(say, "his first notebook opens", opened("first.ipynb"))
+        await step(say, "a second one is refused", limits.refused(bob, "second.ipynb"))
+        await step(say, "the administrator logs in", admin.log_in("admin", settings.admin_password))
+        await step(say, "and raises the limit in the console", limits.raised(admin, 2))
+        await step(say, "bob's second notebook opens", opened("second.ipynb"))
+        for session in sessions:
+            await step(say, "a notebook of his is closed", _close(bob, session))
+        await step(say, "the report bills both", limits.billed(admin, ("alice", "bob")))
+        await step(say, "his server stops", bob.api("DELETE", "/hub/api/users/bob/server"))
 
 
 @asynccontextmanager

@@ -179,7 +179,8 @@ class Processes:
             f"load_subconfig('gateway_config.py', path={str(base)!r})\n"
             f"c.HubGateway.state_dir = {str(self.demonstration.gateway_state)!r}\n"
             f"c.KernelSpecManager.kernel_dirs = [{str(kernelspecs_dir())!r}]\n"
-            "c.KernelSpecs.default_kernelspec = 'python_local'\n" + self.gateway_config
+            "c.KernelSpecs.default_kernelspec = 'python_local'\n"
+            f"c.QuotaService.initial_policies = {str(base / 'demo_policies.yaml')!r}\n" + self.gateway_config
         )
 
 

@@ -32,10 +32,11 @@ class Decision:
 
 
 class _Refused(Exception):
-    def __init__(self, sentence: str, hint: str = "") -> None:
+    def __init__(self, sentence: str, hint: str = "", rule: str = "") -> None:
         super().__init__(sentence)
         self.sentence = sentence
         self.hint = hint
+        self.rule = rule
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Decider:
         except _Refused as error:
             if not steps or steps[-1].outcome != "refused":
                 steps.append(Step("check", rule, "refused", error.sentence))
-            return Decision(tuple(steps), rule, None, error.sentence, error.hint)
+            return Decision(tuple(steps), error.rule or rule, None, error.sentence, error.hint)
 
     def suit(self, decision: Decision, need: IdentityNeed) -> Decision:
         """The decision for a proxy with that need: an identity that lacks what it takes is refused."""
@@ -128,12 +129,12 @@ class Decider:
                     f"As whom your kernels may run cannot be told now, because the rule {rule.name} fails; {ASK}."
                 )
                 steps.append(Step("rule", rule.name, "refused", sentence))
-                raise _Refused(sentence, str(error)) from error
+                raise _Refused(sentence, str(error), rule.name) from error
             if isinstance(found, str):
                 steps.append(Step("rule", rule.name, "skipped", f"Not applied: {found}."))
             elif found.refuse:
                 steps.append(Step("rule", rule.name, "refused", f"Refused, for {found.note}."))
-                raise _Refused(found.refuse, f"by the rule {rule.name}")
+                raise _Refused(found.refuse, f"by the rule {rule.name}", rule.name)
             else:
                 steps.append(Step("rule", rule.name, "matched", f"Applied, for {found.note}."))
                 return rule.name, found

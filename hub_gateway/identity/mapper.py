@@ -181,10 +181,18 @@ class IdentityMapper(LoggingConfigurable):
         assert self.db is not None
         return bool(await self.db.write(lambda tx: claims.release(tx, hub_user, actor)))
 
-    async def explain(self, name: str, groups: Collection[str], hints: Mapping[str, Any] | None = None) -> list[Step]:
+    async def explain(
+        self,
+        name: str,
+        groups: Collection[str],
+        hints: Mapping[str, Any] | None = None,
+        *,
+        name_holders: bool = False,
+    ) -> list[Step]:
         """Each step of the mapping of a Hub user (or `services/NAME`), and which credential would be used.
 
-        Nothing is claimed and nothing written. Raises `Unavailable`.
+        With `name_holders` it names who has what would be theirs. Nothing is claimed and nothing written.
+        Raises `Unavailable`.
         """
         service = name.startswith(SERVICES)
         decision = await self._decide(name.removeprefix(SERVICES) if service else name, service, groups, hints)
@@ -195,7 +203,7 @@ class IdentityMapper(LoggingConfigurable):
         identity = await self._with_cost_center(identity)
         db = self.db
         if db is not None:
-            steps += await db.read(lambda tx: _claim_steps(tx, identity))
+            steps += await db.read(lambda tx: _claim_steps(tx, identity, name_holders))
         for proxy, need in sorted(self.proxies.items()):
             steps.append(self._credential_step(proxy, need, decision))
         taken = any(step.stage == "claim" and step.outcome == "refused" for step in steps)
@@ -270,7 +278,7 @@ class IdentityMapper(LoggingConfigurable):
         return Step("credential", decision.rule, "ok" if served else "unavailable", f"On {proxy}: {sentence}")
 
 
-def _claim_steps(tx: Transaction, identity: Identity) -> list[Step]:
+def _claim_steps(tx: Transaction, identity: Identity, name_holders: bool) -> list[Step]:
     steps = []
     found = claims.holders(tx, identity)
     for kind, name in identity.claimed:
@@ -278,9 +286,10 @@ def _claim_steps(tx: Transaction, identity: Identity) -> list[Step]:
         others = [one for one in found if (one.kind, one.name) == (kind, name) and one.hub_user != identity.owner]
         what = f"the {kind.replace('_', ' ')} {name}"
         if others and not own and not identity.shared:
+            who = shown(others[0].hub_user) if name_holders else "another user of the Hub"
             text = (
-                f"{what} belongs to another user of the Hub since {others[0].claimed_at:%Y-%m-%d}; if that was this "
-                "user's former name, release it."
+                f"{what} belongs to {who} since {others[0].claimed_at:%Y-%m-%d}; if that was this user's former name, "
+                "release it."
             )
             steps.append(Step("claim", others[0].rule, "refused", text[0].upper() + text[1:]))
         elif others:

@@ -20,13 +20,13 @@ from traitlets.config import LoggingConfigurable
 from hub_gateway.db.engine import Database
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.secrets import Vault
-from hub_gateway.errors import GatewayError, Unavailable
+from hub_gateway.errors import GatewayError
 from hub_gateway.kernels.leases import Leases
 from hub_gateway.kernels.links import Links
 from hub_gateway.kernels.reaper import Reaper
 from hub_gateway.kernels.reconcile import Exit, Reconciler, Timing, state_of, with_stderr
 from hub_gateway.kernels.store import Activity, KernelStore
-from hub_gateway.kernels.types import KernelRecord, KernelStatus
+from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
 from hub_gateway.kernels.workqueue import WorkQueue
 from hub_gateway.proxies.base import AgentSettings, Phase, PhaseReport
 from hub_gateway.proxies.registry import Proxies
@@ -128,7 +128,7 @@ class Controller(LoggingConfigurable):
         super().__init__(**kwargs)
         self.store = KernelStore(db, vault, instance=instance, lease_seconds=self.lease_seconds, admission=admission)
         self.leases = Leases(self.store, replica=replica)
-        self.links = Links(make_relay, self._event)
+        self.links = Links(make_relay, self._event, self.store.link_facts, self._unlinked)
         self.proxies = proxies
         self.service_url = service_url
         self.gateway_id = ""
@@ -220,16 +220,6 @@ class Controller(LoggingConfigurable):
             except asyncio.TimeoutError:
                 continue
 
-    async def link(self, kernel_id: str, *, timeout: float = 5.0) -> KernelRelay:
-        """The linked relay of a kernel. Raises `Unavailable`."""
-        relay = self.links.existing(kernel_id)
-        if relay is not None and relay.linked:
-            return relay
-        facts = (await self.store.link_facts([kernel_id])).get(kernel_id)
-        if facts is None:
-            raise Unavailable("The kernel is still starting; try again in a moment.", retry_after=1.0)
-        return await self.links.connect(facts, timeout=timeout)
-
     async def flush(self) -> None:
         """Write what relays saw since the last time."""
         seen = []
@@ -269,6 +259,12 @@ class Controller(LoggingConfigurable):
         else:
             self.log.error("Kernel %s: unexpected %r; trying again", kernel_id, error, exc_info=error)
 
+    def _unlinked(self, kernel_id: str, error: GatewayError) -> None:
+        """Websockets wait for a link that cannot be made now; the next scan tries again."""
+        self._on_swallowed("controller")
+        self.log.warning("Kernel %s is not linked yet: %s (%s)", kernel_id, error.message, error.hint or error.code)
+        self._queue.add(kernel_id)
+
     def _event(self, kernel_id: str, event: Mapping[str, Any]) -> None:
         """An agent, or the link to it, reports."""
         kind = event.get("event")
@@ -300,6 +296,29 @@ class Controller(LoggingConfigurable):
         for kernel_id in (*await self.leases.claim(), *await self.leases.unfinished()):
             if kernel_id not in self._queue:
                 self._queue.add(kernel_id)
+        await self._serve_websockets()
+
+    async def _serve_websockets(self) -> None:
+        """Link the relays that websockets wait at, also of kernels that another replica drives: nobody tells us of those.
+
+        A relay that was told that there is no kernel is looked at too: another replica may have started it again.
+        """
+        waiting = {key: relay for key, relay in self.links if relay.connections and not (relay.linked and relay.ready)}
+        if not waiting:
+            return
+        rows = await self.store.some(waiting)
+        for kernel_id, relay in waiting.items():
+            record = rows.get(kernel_id)
+            if record is None or record.status is KernelStatus.FAILED:
+                if relay.linked or relay.execution_state is not ExecutionState.DEAD:
+                    self._queue.add(kernel_id)  # its step settles it
+            elif (
+                record.live
+                and record.registration is not None
+                and record.lease_holder != self.store.instance
+                and not relay.linked
+            ):
+                self.links.link_later(kernel_id)
 
     async def _poll(self) -> None:
         assert self._reconciler is not None
@@ -335,15 +354,18 @@ class Controller(LoggingConfigurable):
     async def _reap(self) -> None:
         assert self._reaper is not None
         await self._reaper.sweep()
+        # Before the rows are read: whatever is here already has its row by then.
+        relays, waited = list(self.links), set(self._changed)
         now: datetime = utcnow()
         await self.store.age_out(
             now - timedelta(seconds=self.failed_seconds), now - timedelta(seconds=self.history_seconds)
         )
         listed = {record.id for record in await self.store.listed()}
-        for kernel_id, relay in self.links:
+        for kernel_id, relay in relays:
             if kernel_id not in listed and not relay.connections:
                 self.links.drop(kernel_id)
-        self._changed = {key: event for key, event in self._changed.items() if key in listed}
+        for kernel_id in waited - listed:
+            self._changed.pop(kernel_id, None)
 
     async def _every(self, seconds: float, name: str, call: Callable[[], Awaitable[None]]) -> None:
         """Call again and again; one failure is logged and counted, and changes nothing for the next time."""

@@ -15,10 +15,11 @@ from typing import Any
 
 from hub_gateway.errors import BadRequest, Forbidden, PayloadTooLarge
 
-__all__ = ["MAX_TOTAL", "MAX_VALUE", "client_environment", "kernel_environment"]
+__all__ = ["MAX_TOTAL", "MAX_VALUE", "client_environment", "kernel_environment", "notebook_of"]
 
 MAX_VALUE = 64 * 2**10
 MAX_TOTAL = 256 * 2**10
+MAX_PATH = 4096
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
 # Tabs and line feeds occur in honest values; the rest breaks out of logs and terminals, NUL out of execve.
@@ -49,6 +50,17 @@ def client_environment(given: object, *, allowed: Collection[str], username: str
             f"KERNEL_USERNAME says {claimed!r}, but the token belongs to {username!r}; leave KERNEL_USERNAME out."
         )
     return kept
+
+
+def notebook_of(given: Mapping[str, str]) -> str | None:
+    """The notebook that a kernel is for, where the client says so: jupyter_server has its path in JPY_SESSION_NAME.
+
+    It is shown to its owner, and used for nothing else.
+    """
+    found = given.get("JPY_SESSION_NAME")
+    if not isinstance(found, str) or not found or len(found) > MAX_PATH or _CONTROL.search(found):
+        return None
+    return found
 
 
 def kernel_environment(

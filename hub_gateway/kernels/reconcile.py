@@ -120,6 +120,7 @@ class Reconciler:
         memory = self._memory.get(kernel_id)
         if memory is not None and memory.launching is not None:
             memory.launching.cancel()
+            memory.launching = None  # once: a second would cut short what the launch does to end in order
 
     def forget(self, kernel_id: str) -> None:
         """Drop what is remembered of earlier lives of this kernel."""
@@ -136,6 +137,8 @@ class Reconciler:
         lease = self.leases.of(record)
         if lease is None:
             if not await self.leases.claim(kernel_id):
+                # Its holder hears the same. Kept, it would end a later life of this kernel that we may drive.
+                self.forget(kernel_id)
                 return None
             record = await self.store.get(kernel_id)
             lease = None if record is None else self.leases.of(record)

@@ -9,15 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.orm import Session as Transaction
 from traitlets import Float, List, Unicode
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway.auth.base import Caller
-from hub_gateway.errors import BadRequest, Conflict, LaunchFailed, NotFound, Unavailable
-from hub_gateway.identity.unix import UnixUsers
+from hub_gateway.errors import BadRequest, Conflict, Forbidden, LaunchFailed, LaunchRefused, NotFound, Unavailable
+from hub_gateway.identity.mapper import Identity, IdentityMapper
 from hub_gateway.kernels.admissions import Admitted
 from hub_gateway.kernels.controller import SAME_MOMENT, Controller
-from hub_gateway.kernels.environment import client_environment, kernel_environment
+from hub_gateway.kernels.environment import client_environment, kernel_environment, notebook_of
 from hub_gateway.kernels.reconcile import tail_lines
 from hub_gateway.kernels.resources import wished
 from hub_gateway.kernels.sessions import Sessions
@@ -65,15 +66,14 @@ class KernelService(LoggingConfigurable):
     ).tag(config=True)
 
     def __init__(
-        self, *, controller: Controller, specs: KernelSpecs, unix_users: UnixUsers | None = None, **kwargs: Any
+        self, *, controller: Controller, specs: KernelSpecs, identity: IdentityMapper | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.controller = controller
         self.store = controller.store
         self.specs = specs
-        self.unix_users = unix_users or UnixUsers(parent=self)
+        self.identity = identity or IdentityMapper(parent=self, db=self.store.db)
         self.sessions = Sessions(self.store)
-        self._linking: set[asyncio.Task[None]] = set()
 
     # Kernels
 
@@ -95,25 +95,28 @@ class KernelService(LoggingConfigurable):
         key = _kernel_id(kernel_id or client.pop("KERNEL_ID", None))
         spec = await self.specs.get(wanted.name, username)
         proxy = self.controller.proxies.resolve(spec.proxy)
-        unix_user = await self._unix_user(caller)
+        identity = await self.identity.map(caller, need=self.controller.proxies.get(proxy).identity)
         resources, queue = wished(spec.bounds, spec.name, client)
         new = NewKernel(
             id=key,
-            owner=owner_of(caller),
+            owner=identity.owner,
             service=caller.kind == "service",
             groups=tuple(sorted(caller.groups)),
             hub_server=caller.server,
             kernelspec=spec.name,
             proxy=proxy,
-            unix_user=unix_user,
-            path=wanted.path,
+            unix_user=identity.unix_user,
+            principal=identity.principal,
+            identity_rule=identity.rule,
+            cost_center=identity.cost_center,
+            path=wanted.path or notebook_of(wanted.env),
             plan=_plan(spec, wanted, client, kernel_id=key, username=username),
             resources=resources,
             least=spec.bounds.least,
             queue=queue,
             cull_idle_timeout=spec.number("cull_idle_timeout"),
         )
-        admitted = await self.store.admit(new)
+        admitted = await self.store.admit(new, lambda tx: self.identity.claim(tx, identity))
         self.log.info("Kernel %s (%s) %s for %s", key, spec.name, admitted.verdict.outcome, new.owner)
         return self._begun(admitted)
 
@@ -149,14 +152,14 @@ class KernelService(LoggingConfigurable):
         """
         record = await self._own(caller, kernel_id)
         if record.status is KernelStatus.FAILED:
+            await self._still_the_same(caller, record)
             admitted = await self.store.revive(kernel_id)
             self.controller.renewed(kernel_id)
             self._begun(admitted)
             return admitted.record if admitted.verdict.outcome == "queued" else await self._until_running(kernel_id)
         if record.status is not KernelStatus.RUNNING:
             raise Conflict(f"The kernel is {record.status.value}; wait until it runs, then restart it.")
-        relay = await self.controller.link(kernel_id)
-        await relay.restart()
+        await self.controller.links.call(kernel_id, lambda relay: relay.restart())
         return self.overlaid(await self._own(caller, kernel_id))
 
     async def interrupt(self, caller: Caller, kernel_id: str) -> None:
@@ -164,8 +167,7 @@ class KernelService(LoggingConfigurable):
         record = await self._own(caller, kernel_id)
         if record.status is not KernelStatus.RUNNING:
             raise Conflict(f"The kernel is {_said(record)}; there is nothing to interrupt.")
-        relay = await self.controller.link(kernel_id)
-        await relay.interrupt()
+        await self.controller.links.call(kernel_id, lambda relay: relay.interrupt())
 
     async def relay(self, caller: Caller, kernel_id: str) -> KernelRelay:
         """The relay for a websocket: also while the kernel starts (it waits) or has failed (it says so)."""
@@ -178,21 +180,8 @@ class KernelService(LoggingConfigurable):
         if known is None and (record.status is KernelStatus.FAILED or (not record.live and record.message)):
             relay.fail(record.message, tail_lines(record.stderr_tail))
         elif not relay.linked and record.registration is not None and record.live:
-            self._background(record.id)
+            links.link_later(record.id)
         return relay
-
-    def _background(self, kernel_id: str) -> None:
-        """Link in the background; the websocket's messages wait in the relay."""
-        task = asyncio.ensure_future(self._link_quietly(kernel_id))
-        self._linking.add(task)
-        task.add_done_callback(self._linking.discard)
-
-    async def _link_quietly(self, kernel_id: str) -> None:
-        try:
-            await self.controller.link(kernel_id)
-        except Unavailable as error:
-            self.log.warning("Kernel %s: %s", kernel_id, error.message)
-            self.controller.changed(kernel_id)
 
     async def register(self, kernel_id: str, payload: dict[str, Any]) -> None:
         """The launch endpoint: an agent says where it listens, and proves that it was launched by us.
@@ -327,10 +316,21 @@ class KernelService(LoggingConfigurable):
             connections=relay.connections,
         )
 
-    async def _unix_user(self, caller: Caller) -> str | None:
-        if not self.unix_users.impersonate:
-            return None
-        return await asyncio.to_thread(self.unix_users.map, owner_of(caller))
+    async def _still_the_same(self, caller: Caller, record: KernelRecord) -> None:
+        """Raise `Forbidden` where a kernel that failed would be started again as somebody whom its owner is no more."""
+        identity = await self.identity.map(caller, need=self.controller.proxies.get(record.proxy).identity)
+        if identity.unix_user != record.unix_user:
+            raise Forbidden("Your kernels do not run as the unix user of this one any more; start a new kernel.")
+        refused = await self.store.write(lambda tx: self._claimed(tx, identity))
+        if refused is not None:
+            raise refused
+
+    def _claimed(self, tx: Transaction, identity: Identity) -> LaunchRefused | None:
+        try:
+            self.identity.claim(tx, identity)
+        except LaunchRefused as error:  # returned, so that its line in the audit trail is committed
+            return error
+        return None
 
 
 def _kernel_id(given: object) -> str:

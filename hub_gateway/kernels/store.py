@@ -42,6 +42,8 @@ __all__ = ["Activity", "KernelStore", "LinkFacts"]
 
 T = TypeVar("T")
 
+SOME_LISTED = ALL_LISTED.where(KERNELS.c.id.in_(bindparam("kernels", expanding=True)))
+
 
 @dataclass(frozen=True)
 class LinkFacts:
@@ -149,6 +151,19 @@ class KernelStore:
     async def listed(self) -> Sequence[KernelRecord]:
         """All kernels of all owners that are not stopped."""
         return await self._select(ALL_LISTED)
+
+    async def some(self, kernel_ids: Iterable[str]) -> dict[str, KernelRecord]:
+        """Those of these kernels that are not stopped, in one transaction."""
+        wanted = list(kernel_ids)
+
+        def read(tx: Transaction) -> dict[str, KernelRecord]:
+            found = {}
+            for start in range(0, len(wanted), 500):
+                for row in tx.execute(SOME_LISTED, {"kernels": wanted[start : start + 500]}).mappings():
+                    found[row["id"]] = record_of(row)
+            return found
+
+        return await self.db.read(read)
 
     async def plan(self, kernel_id: str) -> tuple[LaunchPlan, str, str]:
         """The launch plan, the launch token and the public half of the link key. Raises `NotFound`."""

@@ -129,12 +129,17 @@ class LocalProxy(ProcessProxy):
     async def _in_thread(self, call: Callable[[], T]) -> T:
         """Run `call` in a thread, to its end: one that is cancelled has still done what it was doing."""
         future = asyncio.get_running_loop().run_in_executor(self._threads, call)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
+        cancelled = False
+        while not future.done():
+            try:
+                await asyncio.wait({future})  # which cancels nothing, however often it is cancelled itself
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
             with contextlib.suppress(Exception):
-                await future
-            raise
+                future.result()  # nobody asks for it any more
+            raise asyncio.CancelledError
+        return future.result()
 
     # Launch
 
@@ -336,7 +341,7 @@ class LocalProxy(ProcessProxy):
         for process in processes:
             child = self._children.get(process.pid)
             if child is not None and child.poll() is not None:
-                del self._children[process.pid]
+                self._children.pop(process.pid, None)  # the sweep, in another thread, may have been first
 
     def _send(self, processes: Sequence[psutil.Process], signum: int, user: str | None) -> None:
         if user is not None and not self._is_root():

@@ -32,7 +32,7 @@ class Holding:
     owner: str
     kernelspec: str
     title: str
-    """The notebook's path, or the kernelspec."""
+    """The notebook's name, or the kernelspec's."""
     since: datetime
 
 
@@ -46,7 +46,8 @@ def span(seconds: float) -> str:
     for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= 2 * size or (unit == "minute" and seconds >= 90):
             return f"{round(seconds / size)} {unit}s"
-    return f"{max(1, round(seconds))} second{'' if round(seconds) == 1 else 's'}"
+    whole = max(1, round(seconds))
+    return f"{whole} second{'' if whole == 1 else 's'}"
 
 
 def window(policy: Policy) -> str:
@@ -85,7 +86,7 @@ def holdings(tx: Transaction, policy: Policy, demand: Demand, *, limit: int = 20
         if together and policy.subject_kind is SubjectKind.GROUP and policy.subject not in (groups or ()):
             continue
         if covers(policy, kernelspec, proxy, queue):
-            found.append(Holding(key, owner, kernelspec, path or name or kernelspec, since))
+            found.append(Holding(key, owner, kernelspec, (path or name or "").rpartition("/")[2] or kernelspec, since))
     return found
 
 

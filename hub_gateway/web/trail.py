@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hub_gateway.auth.scopes import AUDIT_READ, IDENTITY_READ, IDENTITY_WRITE, require
+from hub_gateway.auth.scopes import AUDIT_READ, IDENTITY_READ, IDENTITY_WRITE, powers, require
 from hub_gateway.errors import NotFound
 from hub_gateway.web.plain import plain
 from hub_gateway.web.tenancy import TenancyHandler, cursor, read_cursor
@@ -42,7 +42,9 @@ class IdentityHandler(TenancyHandler):
     async def get(self) -> None:
         query = self.query("user")
         person = await self.authority().person(IDENTITY_READ, query.text("user"))
-        steps = await self.identity.explain(person.name, person.groups)
+        # Whose name somebody else goes by is for those who may look at everybody.
+        everything = powers(self.caller, IDENTITY_READ).everything
+        steps = await self.identity.explain(person.name, person.groups, name_holders=everything)
         self.write_json({"user": person.name, "groups": sorted(person.groups), "steps": plain(steps)})
 
 

@@ -123,9 +123,10 @@ class Kdc:
         self.krb5_conf.write_text(_KRB5_CONF.format(**facts))
         (self.directory / "kdc.conf").write_text(_KDC_CONF.format(**facts))
 
-    def point_at(self, port: int) -> None:
-        """Have clients ask another port of 127.0.0.1, where nobody may answer."""
-        self.krb5_conf.write_text(_KRB5_CONF.format(realm=REALM, port=port))
+    def client_conf(self, path: Path, port: int) -> Path:
+        """A krb5.conf that takes another port of 127.0.0.1 for the KDC, where perhaps nobody answers."""
+        path.write_text(_KRB5_CONF.format(realm=REALM, port=port))
+        return path
 
     def _program(self, name: str) -> str:
         found = shutil.which(name, path=KRB5_PATH)

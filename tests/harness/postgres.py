@@ -44,9 +44,9 @@ def find_postgres() -> Path:
 
 
 class PostgresServer:
-    """Starts on construction; `close` ends it and removes its files."""
+    """Starts on construction; `close` ends it and removes its files. `durable` has it wait for the disk."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, durable: bool = False) -> None:
         binaries = find_postgres()
         self.root = Path(tempfile.mkdtemp(prefix="hgt-pg-"))
         # PostgreSQL refuses to run as root.
@@ -66,7 +66,8 @@ class PostgresServer:
             cwd=self.root,
             **self._as,
         )
-        options = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
+        settings = {name: "on" if durable and value == "off" else value for name, value in SETTINGS.items()}
+        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with open(self.root / "log", "wb") as log:
             self.process = subprocess.Popen(
                 [binaries / "postgres", "-D", data, "-k", self.root, *options],

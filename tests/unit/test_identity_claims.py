@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import JSON, select
 
 from hub_gateway import audit
 from hub_gateway.auth.base import Caller
@@ -121,7 +121,10 @@ async def test_a_renamed_hub_user_is_told_what_to_do_and_released(mapper: Identi
         await claim(mapper, "alice.smith")
     steps = await mapper.explain("alice.smith", ())
     assert [step.outcome for step in steps if step.stage == "claim"] == ["refused"]
+    assert "belongs to another user of the Hub since" in steps[-2].sentence
     assert "former name, release it" in steps[-2].sentence
+    for_admins = await mapper.explain("alice.smith", (), name_holders=True)
+    assert "The principal alice@example.test belongs to 'alice' since" in for_admins[-2].sentence
     assert (steps[-1].stage, steps[-1].outcome) == ("result", "refused")
     assert await mapper.release("alice", "admin") is True
     assert await mapper.release("alice", "admin") is False
@@ -146,7 +149,7 @@ async def test_nothing_is_released_while_kernels_run(mapper: IdentityMapper, db:
     await claim(mapper, "alice")
     blank: dict[type, Any] = {str: "", int: 0, float: 0.0, list: [], dict: {}, bool: False, object: utcnow()}
     row = {
-        column.name: blank[column.type.python_type]
+        column.name: {} if isinstance(column.type, JSON) else blank[column.type.python_type]
         for column in Kernel.__table__.columns
         if not column.nullable and column.server_default is None
     } | {"id": "k1", "owner": "alice", "status": "running"}

@@ -6,6 +6,8 @@ import asyncio
 import json
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from hub_gateway.auth.base import Caller
 from hub_gateway.db.models import Reservation
 from hub_gateway.errors import LaunchFailed, LaunchRefused, Unavailable
 from hub_gateway.kernels.service import CreateKernel
-from hub_gateway.kernels.types import ExecutionState, KernelStatus
+from hub_gateway.kernels.types import ExecutionState, KernelStatus, KernelTarget
 from hub_gateway.proxies.base import ClusterObject, LaunchRequest, PhaseReport, State
 from hub_gateway.proxies.local import LocalProxy
 from tests.contract.conftest import SPECS
@@ -182,6 +184,62 @@ async def test_a_cluster_that_is_away_kills_no_kernel(make_gateway: Callable[...
         client = await gateway.connect(ALICE, record.id)
         assert await client.execute("print(1)") == "1\n"
         await gateway.service.shutdown(ALICE, record.id)
+
+
+async def test_what_runs_in_a_thread_is_waited_for_however_often_it_is_cancelled() -> None:
+    """Else a launch that is broken off twice ends before its process is there, and nobody would know of that."""
+    local, begun, go_on, done = LocalProxy(), threading.Event(), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        go_on.wait(10)
+        done.set()
+
+    task = asyncio.ensure_future(local._in_thread(slow))
+    await asyncio.to_thread(begun.wait, 10)
+    for _ in range(3):
+        task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not task.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert done.is_set()
+    await local.close()
+
+
+async def test_a_launch_that_is_stopped_twice_leaves_nothing(
+    make_gateway: Callable[..., MiniGateway], state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawning, go_on = threading.Event(), threading.Event()
+    spawn = LocalProxy._spawn
+
+    def slowly(proxy: LocalProxy, request: LaunchRequest, directory: Path) -> Any:
+        spawning.set()
+        go_on.wait(10)
+        return spawn(proxy, request, directory)
+
+    monkeypatch.setattr(LocalProxy, "_spawn", slowly)
+    async with make_gateway() as gateway:
+        record = await gateway.service.create(ALICE, CreateKernel(name="python"))
+        await asyncio.to_thread(spawning.wait, 10)
+        both = [asyncio.ensure_future(gateway.service.shutdown(ALICE, record.id)) for _ in range(2)]
+        memory = gateway.controller._reconciler._memory  # type: ignore[union-attr]
+
+        async def unwanted() -> bool:
+            row = await gateway.service.store.get(record.id)
+            return row is not None and row.target is KernelTarget.STOPPED and memory[record.id].launching is None
+
+        await eventually(unwanted, "the launch is broken off")
+        gateway.controller.changed(record.id, stop=True)  # what the second does, whenever it comes
+        go_on.set()
+        begun = time.monotonic()
+        await asyncio.gather(*both)
+        assert time.monotonic() - begun < 8
+        ended = await gateway.service.store.get(record.id)
+        assert ended is not None and ended.status is KernelStatus.STOPPED
+        await assert_nothing_left(gateway, state_dir)
 
 
 async def test_progress_is_shown_while_it_starts(make_gateway: Callable[..., MiniGateway]) -> None:

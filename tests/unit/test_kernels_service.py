@@ -278,6 +278,7 @@ async def test_culling(gateway: MiniGateway, rows: dict[str, str], options: dict
 
 async def test_activity_is_reported_once_and_per_server(gateway: MiniGateway, rows: dict[str, str]) -> None:
     await running(gateway, BOB)
+    gateway.service.identity.services = {"svc": {}}
     await running(gateway, Caller("svc", kind="service"))
     said: list[tuple[str, Any]] = []
 
@@ -322,7 +323,7 @@ def test_without_impersonation_nobody_is_mapped() -> None:
 
 
 async def test_a_kernel_without_a_unix_user_is_not_admitted(gateway: MiniGateway) -> None:
-    gateway.service.unix_users.impersonate = True
+    gateway.service.identity.unix_users.impersonate = True
     with pytest.raises(Forbidden):
         await gateway.service.create(Caller("no-such-user"), CreateKernel(name="sleep"))
     assert await gateway.service.store.live() == ()

@@ -167,6 +167,44 @@ async def test_a_cell_that_kills_its_kernel_at_once_is_told_why(start: Start) ->
     assert sink.of(msg_id, "execute_reply")[0]["content"]["status"] == "error"
 
 
+async def test_what_a_kernel_had_sent_before_it_died_is_read_to_its_end(start: Start, tmp_path: Path) -> None:
+    """Also where the agent had no time meanwhile; and the cell that killed the kernel is the one that is told so."""
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector())
+    await gateway.execute(sink, "import os, time")
+    now, kernel = tmp_path / "now", psutil.Process(gateway.relay.welcome["pid"])
+    first = gateway.send(sink, f"while not os.path.exists({str(now)!r}): pass\nfor i in range(3000): print(i)")
+    # What ZeroMQ had not handed to the system yet would die with the kernel.
+    second = gateway.send(sink, "print('second')\ntime.sleep(0.5)\nos.kill(os.getpid(), 9)")
+    third = gateway.send(sink, "print('never')")
+    await gateway.relay.ping()  # it is answered in its turn: all cells are at the kernel that is going to die
+    gateway.agent.process.send_signal(signal.SIGSTOP)
+    try:
+        now.touch()
+        await eventually(lambda: kernel.status() == psutil.STATUS_ZOMBIE, "the kernel to die")
+        late = gateway.send(sink, "print('late')")
+    finally:
+        gateway.agent.process.send_signal(signal.SIGCONT)
+    cells = (first, second, third, late)
+    await eventually(lambda: all(sink.finished(cell) for cell in cells), "all cells to end")
+    assert [sink.of(cell, "execute_reply")[0]["content"]["status"] for cell in cells] == [
+        *("ok", "error", "aborted", "aborted")
+    ]
+    assert sink.text() == "".join(f"{i}\n" for i in range(3000)) + "second\n"
+    assert [bool(sink.of(cell, "error")) for cell in cells] == [False, True, False, False]
+    await gateway.execute(sink, "print('back')")
+    assert sink.text().endswith("second\nback\n")
+
+
+async def test_a_kernel_whose_child_holds_its_sockets_is_restarted_all_the_same(start: Start) -> None:
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector())
+    code = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(20)\n    os._exit(0)\nos._exit(3)"
+    msg_id = await gateway.execute(sink, code, timeout=10)
+    assert "exit code 3" in sink.of(msg_id, "error")[0]["content"]["evalue"]
+    await gateway.execute(sink, "print('back')", timeout=15)
+
+
 async def test_a_kernel_that_dies_again_and_again_is_left_dead(start: Start) -> None:
     gateway = await start(restart_limit=2).connect()
     sink = gateway.attach(Collector())
