@@ -298,8 +298,8 @@ async def _report(name: str, url: str) -> list[Row]:
 def admin_table(bench: Bench) -> list[Row]:
     """The first page of everybody's kernels over HTTP, at 10,000 of them; the baseline is /healthz."""
     bench.report.notes.append(
-        f"Admin table: GET of the first page (50 of {KERNELS} kernels) from a running gateway, sorted by age; direct is "
-        "GET /healthz of the same process."
+        f"Admin table: GET of the first page (50 of {KERNELS} kernels) from a running gateway, sorted by age; "
+        "direct is GET /healthz of the same process."
     )
     directory = bench.fresh("admin-table")
     database = Path(directory / "filled.sqlite")

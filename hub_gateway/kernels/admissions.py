@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 import zmq
-from sqlalchemy import select, update
+from sqlalchemy import bindparam, update
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway import audit
@@ -31,6 +31,9 @@ from hub_gateway.quotas.admission import Admission
 from hub_gateway.quotas.types import Demand, SubjectKind, Verdict
 
 __all__ = ["Admitted", "Admitter", "Claim", "demand_of"]
+
+_WAITS = KERNELS.insert()
+_STARTS = KERNELS.insert().values(lease_until=db_now() + bindparam("lease_seconds"))
 
 Claim = Callable[[Transaction], None]
 """Makes the owner's principal and unix user theirs, in the transaction of the admission. Raises `Forbidden`."""
@@ -93,43 +96,45 @@ class Admitter:
         if verdict.outcome == "refused":
             return self._refused(tx, demand, LaunchRefused(verdict.sentence), verdict.policy)
         taken = demand.resources
-        tx.execute(
-            KERNELS.insert().values(
-                id=new.id,
-                owner=new.owner,
-                groups=sorted(new.groups),
-                hub_server=new.hub_server,
-                kernelspec=new.kernelspec,
-                proxy=new.proxy,
-                unix_user=new.unix_user,
-                principal=new.principal,
-                identity_rule=new.identity_rule,
-                cost_center=new.cost_center,
-                name=new.name,
-                path=new.path,
-                target=KernelTarget.RUNNING.value,
-                execution_state=ExecutionState.STARTING.value,
-                connections=0,
-                created_at=now,
-                last_activity=now,
-                message="",
-                stderr_tail="",
-                restarts=0,
-                cull_idle_timeout=new.cull_idle_timeout,
-                cpu=taken.cpu,
-                memory=taken.memory,
-                gpu=taken.gpu,
-                gpu_model=taken.gpu_model,
-                queue=new.queue,
-                epoch=1,
-                launch_epoch=1,
-                proxy_state={},
-                **self._stands(verdict, now),
-                **launch,
-            )
-        )
+        values = {
+            "id": new.id,
+            "owner": new.owner,
+            "groups": sorted(new.groups),
+            "hub_server": new.hub_server,
+            "kernelspec": new.kernelspec,
+            "proxy": new.proxy,
+            "unix_user": new.unix_user,
+            "principal": new.principal,
+            "identity_rule": new.identity_rule,
+            "cost_center": new.cost_center,
+            "name": new.name,
+            "path": new.path,
+            "target": KernelTarget.RUNNING.value,
+            "execution_state": ExecutionState.STARTING.value,
+            "connections": 0,
+            "created_at": now,
+            "last_activity": now,
+            "message": "",
+            "stderr_tail": "",
+            "restarts": 0,
+            "cull_idle_timeout": new.cull_idle_timeout,
+            "cpu": taken.cpu,
+            "memory": taken.memory,
+            "gpu": taken.gpu,
+            "gpu_model": taken.gpu_model,
+            "queue": new.queue,
+            "epoch": 1,
+            "launch_epoch": 1,
+            "proxy_state": {},
+            **self._stands(verdict, now),
+            **launch,
+        }
         if verdict.outcome == "admitted":
-            self._reserve(tx, demand, new.id, now)
+            del values["lease_until"]  # an expression: it stands in the statement, which is made once
+            tx.connection().execute(_STARTS, {**values, "lease_seconds": self.lease_seconds})
+            self._reserve(tx, demand, new, now)
+        else:
+            tx.connection().execute(_WAITS, values)
         failpoints.hit("admit.before_commit")
         return Admitted(one(tx, new.id), verdict, (*cut, *verdict.notices))
 
@@ -163,7 +168,7 @@ class Admitter:
             )
         )
         if verdict.outcome == "admitted":
-            self._reserve(tx, demand, kernel_id, now)
+            self._reserve(tx, demand, record, now, again=True)
         return Admitted(one(tx, kernel_id), verdict, verdict.notices)
 
     def dequeue(self, tx: Transaction, record: KernelRecord, now: datetime) -> Verdict:
@@ -173,7 +178,7 @@ class Admitter:
         if verdict.outcome == "admitted":
             values = self._stands(verdict, now) | {"epoch": Kernel.epoch + 1, "launch_epoch": Kernel.epoch + 1}
             tx.execute(update(Kernel).where(Kernel.id == record.id).values(**values))
-            self._reserve(tx, demand, record.id, now)
+            self._reserve(tx, demand, record, now)
         elif verdict.outcome == "queued" and (verdict.policy, verdict.sentence) != (
             record.queue_policy,
             record.queue_reason,
@@ -200,18 +205,18 @@ class Admitter:
             resources=record.resources,
         )
 
-    def _reserve(self, tx: Transaction, demand: Demand, kernel_id: str, now: datetime) -> None:
-        row = tx.execute(
-            select(KERNELS.c.principal, KERNELS.c.unix_user, KERNELS.c.cost_center).where(KERNELS.c.id == kernel_id)
-        ).one()
+    def _reserve(
+        self, tx: Transaction, demand: Demand, whose: NewKernel | KernelRecord, now: datetime, *, again: bool = False
+    ) -> None:
         self.admission.reserve(
             tx,
             demand,
             now,
-            kernel_id=kernel_id,
-            principal=row.principal,
-            unix_user=row.unix_user,
-            cost_center=row.cost_center,
+            kernel_id=whose.id,
+            principal=whose.principal,
+            unix_user=whose.unix_user,
+            cost_center=whose.cost_center,
+            again=again,
         )
 
     def _stands(self, verdict: Verdict, now: datetime) -> dict[str, Any]:

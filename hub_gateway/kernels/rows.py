@@ -105,6 +105,7 @@ def record_of(row: RowMapping) -> KernelRecord:
         launch_epoch=row["launch_epoch"],
         queue=row["queue"],
         principal=row["principal"],
+        cost_center=row["cost_center"],
         queue_policy=row["queue_policy"],
         queue_reason=row["queue_reason"],
         queued_at=row["queued_at"],

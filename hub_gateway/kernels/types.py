@@ -108,6 +108,7 @@ class KernelRecord:
     launch_epoch: int = 0
     queue: str = ""
     principal: str | None = None
+    cost_center: str = ""
     queue_policy: str = ""
     """The policy for which a queued kernel waits."""
     queue_reason: str = ""

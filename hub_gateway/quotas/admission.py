@@ -33,6 +33,8 @@ BURST = "burst"
 EPSILON = 1e-6
 QUEUED = KernelStatus.QUEUED.value
 _RESERVATIONS = cast(Table, Reservation.__table__)
+_RESERVE = insert(_RESERVATIONS)
+_MAINTENANCE = select(Setting.value).where(Setting.key == MAINTENANCE)
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Admission:
         """
         if not looking:
             lock(tx)
-        closed = tx.execute(select(Setting.value).where(Setting.key == MAINTENANCE)).scalar_one_or_none()
+        closed = tx.connection().execute(_MAINTENANCE).scalar_one_or_none()
         if closed:
             return Verdict("refused", policy=MAINTENANCE, sentence=sentences.maintenance(closed))
         index = self.policies.index(tx)
@@ -239,8 +241,9 @@ class Admission:
         principal: str | None,
         unix_user: str | None,
         cost_center: str,
+        again: bool = False,
     ) -> None:
-        """Reserve what an admitted launch takes."""
+        """Reserve what an admitted launch takes; `again` where it may have been admitted before, and has a row."""
         taken = demand.resources
         values = {
             "owner": demand.owner,
@@ -263,10 +266,11 @@ class Admission:
             "cost_center": cost_center,
             "price_version": prices.current(tx, now),
         }
-        known = update(_RESERVATIONS).where(_RESERVATIONS.c.kernel_id == kernel_id).values(**values)
-        # A kernel that failed and is started again has a row already.
-        if not cast(Any, tx.connection().execute(known)).rowcount:
-            tx.connection().execute(insert(_RESERVATIONS).values(kernel_id=kernel_id, **values))
+        if again:
+            changed = update(_RESERVATIONS).where(_RESERVATIONS.c.kernel_id == kernel_id).values(**values)
+            again = bool(cast(Any, tx.connection().execute(changed)).rowcount)
+        if not again:  # a kernel that waited until now has none either
+            tx.connection().execute(_RESERVE, {"kernel_id": kernel_id, **values})
         change(
             tx,
             holders_of(demand.owner, demand.owner_kind, demand.groups),

@@ -46,6 +46,7 @@ _ENUMS: dict[str, type[enum.Enum]] = {
     "action": Action,
     "origin": Origin,
 }
+_VERSION = select(Setting.value).where(Setting.key == VERSION)
 _KEPT = ("id", "version", "created_at", "created_by", "updated_at", "updated_by")
 
 
@@ -98,13 +99,17 @@ class PolicyStore:
 
     def version(self, tx: Transaction) -> str:
         """The version of all policies together: never the same again, also where a change was rolled back."""
-        return tx.execute(select(Setting.value).where(Setting.key == VERSION)).scalar_one_or_none() or ""
+        return tx.connection().execute(_VERSION).scalar_one_or_none() or ""
 
     def index(self, tx: Transaction) -> PolicyIndex:
         """All policies, as of this transaction."""
+        known: PolicyIndex | None = tx.info.get(self)
+        if known is not None:
+            return known
         version = self.version(tx)
         kept = self._index
         if kept.version == version:
+            tx.info[self] = kept
             return kept
         by_name, by_subject = {}, defaultdict(list)
         for row in tx.scalars(select(Row).order_by(Row.name)):
@@ -112,7 +117,7 @@ class PolicyStore:
             by_name[policy.name] = policy
             by_subject[policy.subject_kind, policy.subject].append(policy)
         made = PolicyIndex(version, by_name, {key: tuple(some) for key, some in by_subject.items()})
-        self._index = made
+        self._index = tx.info[self] = made
         return made
 
     def all(self, tx: Transaction) -> tuple[Policy, ...]:
@@ -162,6 +167,7 @@ class PolicyStore:
         return replace(gone, id=None)
 
     def _changed(self, tx: Transaction) -> None:
+        tx.info.pop(self, None)
         found = tx.get(Setting, VERSION)
         value = uuid.uuid4().hex
         if found is None:

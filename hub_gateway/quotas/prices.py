@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.db.models import utcnow
@@ -19,6 +19,12 @@ from hub_gateway.quotas.use import lock
 __all__ = ["FREE", "Prices", "all_prices", "current", "set_prices"]
 
 GIB = 2**30
+_CURRENT = (
+    select(PriceList.version)
+    .where(PriceList.valid_from <= bindparam("at"))
+    .order_by(PriceList.valid_from.desc(), PriceList.version.desc())
+    .limit(1)
+)
 RATES = ("kernel_hour", "core_hour", "gib_hour", "gpu_hour")
 
 
@@ -37,8 +43,17 @@ class Prices:
 
     def per_hour(self, cpu: float, memory: int, gpu: int, gpu_model: str) -> float:
         """What one kernel costs in an hour."""
+        return self.cost(1.0, cpu, memory / GIB, gpu, gpu_model)
+
+    def cost(self, kernel_hours: float, core_hours: float, gib_hours: float, gpu_hours: float, gpu_model: str) -> float:
+        """What use costs."""
         gpu_hour = self.gpu_models.get(gpu_model, self.gpu_hour)
-        return self.kernel_hour + cpu * self.core_hour + memory / GIB * self.gib_hour + gpu * gpu_hour
+        return (
+            kernel_hours * self.kernel_hour
+            + core_hours * self.core_hour
+            + gib_hours * self.gib_hour
+            + gpu_hours * gpu_hour
+        )
 
 
 FREE = Prices(0)
@@ -57,13 +72,7 @@ def all_prices(tx: Transaction) -> dict[int, Prices]:
 
 def current(tx: Transaction, at: datetime) -> int:
     """The version that holds at a moment: the newest of those that are valid."""
-    found = tx.execute(
-        select(PriceList.version)
-        .where(PriceList.valid_from <= at)
-        .order_by(PriceList.valid_from.desc(), PriceList.version.desc())
-        .limit(1)
-    ).scalar_one_or_none()
-    return found or 0
+    return tx.connection().execute(_CURRENT, {"at": at}).scalar_one_or_none() or 0
 
 
 def set_prices(tx: Transaction, actor: str, *, valid_from: datetime | None = None, **rates: Any) -> Prices:

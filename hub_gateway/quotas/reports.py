@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, cast
 
-from sqlalchemy import Integer, Table, case, func, or_, select
+from sqlalchemy import ColumnElement, Integer, Table, case, false, func, literal, or_, select
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.orm import Session as Transaction
 from traitlets import Unicode
@@ -104,17 +104,32 @@ def _safe(text: str) -> str:
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r", "'") else text
 
 
+@dataclass(frozen=True)
+class _Used:
+    """Seconds, and seconds times cores, bytes and GPUs, of one price and GPU model. Cost is linear in them."""
+
+    gpu_model: str
+    price_version: int
+    kernels: int
+    seconds: float
+    cores: float
+    memory: float
+    gpus: float
+
+
 class _Sums:
-    """Sums by key, of rows that are alike."""
+    """Sums by key."""
 
     def __init__(self, price_lists: dict[int, Prices]) -> None:
         self.prices = price_lists
         self.found: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(MEASURES))
 
-    def add(self, keys: Iterable[str], row: Any, kernels: int, seconds: float) -> None:
-        hours = seconds / HOUR
-        rate = self.prices.get(row.price_version, self.prices[0]).per_hour(row.cpu, row.memory, row.gpu, row.gpu_model)
-        amounts = (kernels, hours, hours * row.cpu, hours * row.memory / GIB, hours * row.gpu, hours * rate)
+    def add(self, keys: Iterable[str], used: _Used) -> None:
+        price = self.prices.get(used.price_version, self.prices[0])
+        hours, cores, gibs, gpus = (
+            amount / HOUR for amount in (used.seconds, used.cores, used.memory / GIB, used.gpus)
+        )
+        amounts = (used.kernels, hours, cores, gibs, gpus, price.cost(hours, cores, gibs, gpus, used.gpu_model))
         for key in keys:
             sums = self.found[key]
             for number, amount in enumerate(amounts):
@@ -123,6 +138,17 @@ class _Sums:
     def rows(self) -> tuple[Row, ...]:
         made = [Row(key, int(sums[0]), *sums[1:]) for key, sums in self.found.items()]
         return tuple(sorted(made, key=lambda row: (-row.cost, -row.kernel_hours, row.key)))
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What a report is about, in seconds since the epoch."""
+
+    by: str
+    first: float
+    last: float
+    owner: str | None
+    groups: Collection[str] | None
 
 
 def report(
@@ -145,25 +171,14 @@ def report(
     if end <= start:
         raise BadRequest("A report needs a moment to begin that is before the one to end.")
     sums, total = _Sums(price_lists := prices.all_prices(tx)), _Sums(price_lists)
-    first, last = start.timestamp(), end.timestamp()
-    if by == "day":
-        _days(tx, sums, total, first, last, owner, groups)
-    else:
-        _entries(tx, by, sums, total, first, last, owner, groups)
-    until = min(last, (now or utcnow()).timestamp())
-    for row in tx.connection().execute(select(_OPEN).where(_OPEN.c.released_at.is_(None))):
-        mine = set(row.groups or ())
-        if (owner is not None and row.owner != owner) or (groups is not None and mine.isdisjoint(groups)):
-            continue
-        begin = max((row.billed_from or row.created_at).timestamp(), first)
-        if begin >= until:
-            continue
-        if by == "day":
-            for number, (day, seconds) in enumerate(_split(begin, until)):
-                sums.add([day], row, int(number == 0), seconds)
-        else:
-            sums.add(_keys(by, groups_key(mine) if by == "group" else getattr(row, _KEYS[by])), row, 1, until - begin)
-        total.add(["total"], row, 1, until - begin)
+    asked = _Question(by, start.timestamp(), end.timestamp(), owner, groups)
+    for keys, used in _days(tx, asked) if by == "day" else _entries(tx, asked):
+        sums.add(keys, used)
+        total.add(["total"], used)
+    until = min(asked.last, (now or utcnow()).timestamp())
+    for keys, used in _open(tx, asked, until):
+        sums.add(keys, used)
+        total.add(["total"], used)
     rows = sums.rows()
     if by == "day":
         rows = tuple(sorted(rows, key=lambda row: row.key))
@@ -172,48 +187,93 @@ def report(
     return Report(by, start, end, rows, all_of_it[0] if all_of_it else Row("total", 0, 0, 0, 0, 0, 0), currency, note)
 
 
-def _where(first: float, last: float, owner: str | None, groups: Collection[str] | None) -> list[Any]:
-    within = [_LEDGER.c.stopped >= first, _LEDGER.c.started < last]
-    if owner is not None:
-        within.append(_LEDGER.c.owner == owner)
-    if groups is not None:
-        within.append(or_(*(ledger.in_group(group) for group in groups)))
+def _open(tx: Transaction, asked: _Question, until: float) -> Iterator[tuple[list[str], _Used]]:
+    """What is held still."""
+    for row in tx.connection().execute(select(_OPEN).where(_OPEN.c.released_at.is_(None))):
+        mine = set(row.groups or ())
+        if asked.owner not in (None, row.owner) or (asked.groups is not None and mine.isdisjoint(asked.groups)):
+            continue
+        begin = max((row.billed_from or row.created_at).timestamp(), asked.first)
+        if begin >= until:
+            continue
+        if asked.by == "day":
+            for number, (day, seconds) in enumerate(_split(begin, until)):
+                yield [day], _of_one(row, int(number == 0), seconds)
+        else:
+            value = groups_key(mine) if asked.by == "group" else getattr(row, _KEYS[asked.by])
+            yield _keys(asked.by, value), _of_one(row, 1, until - begin)
+
+
+def _of_one(row: Any, kernels: int, seconds: float) -> _Used:
+    return _Used(
+        row.gpu_model,
+        row.price_version,
+        kernels,
+        seconds,
+        seconds * row.cpu,
+        seconds * row.memory,
+        seconds * row.gpu,
+    )
+
+
+def _where(tx: Transaction, asked: _Question) -> list[ColumnElement[bool]]:
+    stopped, started = _LEDGER.c.stopped, _LEDGER.c.started
+    within: list[ColumnElement[bool]] = [started < asked.last]
+    if asked.owner is None and _much(tx, asked):
+        within = [stopped + 0.0 >= asked.first, started + 0.0 < asked.last]
+    else:
+        within.append(stopped >= asked.first)
+    if asked.owner is not None:
+        within.append(_LEDGER.c.owner == asked.owner)
+    if asked.groups is not None:
+        within.append(or_(false(), *(ledger.in_group(group) for group in asked.groups)))
     return within
 
 
-def _clipped(tx: Transaction, first: float, last: float) -> Any:
-    """Seconds within the bounds. A correction stands at one moment, and counts whole."""
+def _much(tx: Transaction, asked: _Question) -> bool:
+    """Whether a report is about so much of the ledger that reading all of it, in its order, is faster than an index."""
+    columns = _LEDGER.c.stopped
+    low, high = (tx.execute(select(which(columns))).scalar_one() for which in (func.min, func.max))
+    return low is None or (min(high, asked.last) - max(low, asked.first)) * 4 > high - low
+
+
+def _summed(
+    tx: Transaction, key: ColumnElement[Any], where: list[ColumnElement[bool]], seconds: ColumnElement[Any], count: Any
+) -> Iterator[tuple[Any, _Used]]:
+    """Sums by key, price and GPU model."""
+    names = ("gpu_model", "price_version", "cpu", "memory", "gpu")
+    inner = (
+        select(key.label("key"), *(_LEDGER.c[name] for name in names), seconds.label("x"), count.label("kernels"))
+        .where(*where)
+        .subquery()
+    )
+    of = inner.c
+    grouped = (of.key, of.gpu_model, of.price_version)
+    sums = (func.sum(value) for value in (of.kernels, of.x, of.x * of.cpu, of.x * of.memory, of.x * of.gpu))
+    for value, *rest in tx.connection().execute(select(*grouped, *sums).group_by(*grouped)):
+        yield value, _Used(rest[0], rest[1], int(rest[2]), *(float(amount) for amount in rest[3:]))
+
+
+def _entries(tx: Transaction, asked: _Question) -> Iterator[tuple[list[str], _Used]]:
+    # A correction stands at one moment: between its ends lies nothing, and what is left over is all of its seconds.
+    late, early = _within(tx, asked)
+    inside = late - early + (_LEDGER.c.seconds - (_LEDGER.c.stopped - _LEDGER.c.started))
+    # Not the bare column: SQLite would go through its index, a jump for each entry, for the sake of its order.
+    key = _LEDGER.c[_KEYS[asked.by]] + ""
+    for value, used in _summed(tx, key, _where(tx, asked), inside, _counted()):
+        yield _keys(asked.by, value), used
+
+
+def _counted() -> ColumnElement[int]:
+    """1 for an interval, 0 for a correction."""
+    return case((_LEDGER.c.corrects.is_(None), 1), else_=0)
+
+
+def _within(tx: Transaction, asked: _Question) -> tuple[ColumnElement[float], ColumnElement[float]]:
+    """End and beginning of an entry, clipped."""
     sqlite = tx.get_bind().dialect.name == "sqlite"
     lower, upper = (func.min, func.max) if sqlite else (func.least, func.greatest)
-    inside = lower(_LEDGER.c.stopped, last) - upper(_LEDGER.c.started, first)
-    return case((_LEDGER.c.kind == "interval", inside), else_=_LEDGER.c.seconds)
-
-
-_SORT = ("cpu", "memory", "gpu", "gpu_model", "price_version")
-
-
-def _entries(
-    tx: Transaction,
-    by: str,
-    sums: _Sums,
-    total: _Sums,
-    first: float,
-    last: float,
-    owner: str | None,
-    groups: Collection[str] | None,
-) -> None:
-    key = _LEDGER.c[_KEYS[by]]
-    columns = [_LEDGER.c[name] for name in _SORT]
-    counted = func.sum(case((_LEDGER.c.kind == "interval", 1), else_=0)).label("kernels")
-    seconds = func.sum(_clipped(tx, first, last)).label("seconds_in")
-    statement = (
-        select(key.label("key"), *columns, counted, seconds)
-        .where(*_where(first, last, owner, groups))
-        .group_by(key, *columns)
-    )
-    for row in tx.connection().execute(statement):
-        sums.add(_keys(by, row.key), row, row.kernels, row.seconds_in)
-        total.add(["total"], row, row.kernels, row.seconds_in)
+    return lower(_LEDGER.c.stopped, asked.last), upper(_LEDGER.c.started, asked.first)
 
 
 def _keys(by: str, value: str | None) -> list[str]:
@@ -222,43 +282,38 @@ def _keys(by: str, value: str | None) -> list[str]:
     return [value or NONE]
 
 
-def _days(
-    tx: Transaction,
-    sums: _Sums,
-    total: _Sums,
-    first: float,
-    last: float,
-    owner: str | None,
-    groups: Collection[str] | None,
-) -> None:
-    """By day (UTC): what lies within one day is summed up by the database, what does not is split here."""
-    columns = [_LEDGER.c[name] for name in _SORT]
-    where = _where(first, last, owner, groups)
-    counted = func.sum(case((_LEDGER.c.kind == "interval", 1), else_=0)).label("kernels")
-    seconds = func.sum(_clipped(tx, first, last)).label("seconds_in")
-    day = _day_number(tx, "started")
-    within = select(day.label("day"), *columns, counted, seconds).where(*where, day == _day_number(tx, "stopped"))
-    for row in tx.connection().execute(within.group_by(day, *columns)):
-        sums.add([_day(row.day * DAY)], row, row.kernels, row.seconds_in)
-        total.add(["total"], row, row.kernels, row.seconds_in)
-    for row in tx.connection().execute(select(_LEDGER).where(*where, day != _day_number(tx, "stopped"))):
-        inside = max(row.started, first), min(row.stopped, last)
-        for number, (name, seconds_in) in enumerate(_split(*inside)):
-            sums.add([name], row, int(number == 0), seconds_in)
-        total.add(["total"], row, 1, inside[1] - inside[0])
+def _days(tx: Transaction, asked: _Question) -> Iterator[tuple[list[str], _Used]]:
+    """By day (UTC): what an entry has of its first day and of its last is summed up by the database; few have more."""
+    where = _where(tx, asked)
+    late, early = _within(tx, asked)
+    sqlite = tx.get_bind().dialect.name == "sqlite"
+    lower = func.min if sqlite else func.least
 
+    def number(moment: ColumnElement[float]) -> ColumnElement[int]:
+        # PostgreSQL rounds where it casts, so it is told not to.
+        return sql_cast(moment / DAY if sqlite else func.floor(moment / DAY), Integer)
 
-def _day_number(tx: Transaction, name: str) -> Any:
-    """The number of a day since 1970; PostgreSQL rounds where it casts, so it is told not to."""
-    value = _LEDGER.c[name] / DAY
-    return sql_cast(value if tx.get_bind().dialect.name == "sqlite" else func.floor(value), Integer)
+    first, last = number(early), number(late)
+    left_over = _LEDGER.c.seconds - (_LEDGER.c.stopped - _LEDGER.c.started)
+    begins = lower(late, (first + 1) * DAY) - early + left_over
+    for day, used in _summed(tx, first, where, begins, _counted()):
+        yield [_day(day * DAY)], used
+    nothing = literal(0)
+    for day, used in _summed(tx, last, [*where, last > first, late > last * DAY], late - last * DAY, nothing):
+        yield [_day(day * DAY)], used
+    for row in tx.connection().execute(select(_LEDGER).where(*where, last > first + 1)):
+        end = min(row.stopped, asked.last)
+        parts = list(_split(max(row.started, asked.first), end))
+        # One that ends at midnight has its last day whole.
+        for name, seconds in parts[1:] if end % DAY == 0 else parts[1:-1]:
+            yield [name], _of_one(row, 0, seconds)
 
 
 def _day(moment: float) -> str:
     return datetime.fromtimestamp(moment, timezone.utc).strftime("%Y-%m-%d")
 
 
-def _split(begin: float, end: float) -> Iterable[tuple[str, float]]:
+def _split(begin: float, end: float) -> Iterator[tuple[str, float]]:
     while begin < end:
         day = datetime.fromtimestamp(begin, timezone.utc).replace(hour=0, minute=0, second=0, microsecond=0)
         after = min(end, (day + timedelta(days=1)).timestamp())

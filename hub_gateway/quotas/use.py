@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
-from sqlalchemy import Table, delete, insert, select, text, tuple_
+from sqlalchemy import Table, bindparam, delete, insert, select, text, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session as Transaction
 
@@ -28,6 +28,21 @@ Holder: TypeAlias = tuple[str, str]
 """Kind and name of who holds something."""
 _TABLE = cast(Table, Use.__table__)
 _RESERVATIONS = cast(Table, Reservation.__table__)
+
+
+def _add(dialect: Any) -> Any:
+    """The statement that adds to a row, or makes it."""
+    made = dialect.insert(_TABLE)
+    added = {name: _TABLE.c[name] + made.excluded[name] for name in AMOUNTS}
+    return made.on_conflict_do_update(index_elements=list(KEYS), set_=added)
+
+
+# Made once: building statements takes longer than running them.
+_ADD = {"sqlite": _add(sqlite), "postgresql": _add(postgresql)}
+_LOCK = text(f"SELECT pg_advisory_xact_lock({LOCK})")
+_HELD_BY = select(_TABLE).where(
+    tuple_(_TABLE.c.subject_kind, _TABLE.c.subject).in_(bindparam("holders", expanding=True))
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ def lock(tx: Transaction) -> None:
     On SQLite every writing transaction is that already.
     """
     if tx.get_bind().dialect.name == "postgresql":
-        tx.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
+        tx.connection().execute(_LOCK)
 
 
 def holders_of(owner: str, owner_kind: SubjectKind, groups: Iterable[str]) -> list[Holder]:
@@ -66,10 +81,7 @@ def holders_of(owner: str, owner_kind: SubjectKind, groups: Iterable[str]) -> li
 def held_by(tx: Transaction, holders: Sequence[Holder]) -> dict[Holder, list[Held]]:
     """What these hold."""
     found: dict[Holder, list[Held]] = {holder: [] for holder in holders}
-    rows = tx.connection().execute(
-        select(_TABLE).where(tuple_(_TABLE.c.subject_kind, _TABLE.c.subject).in_(list(holders)))
-    )
-    for kind, subject, *rest in rows:
+    for kind, subject, *rest in tx.connection().execute(_HELD_BY, {"holders": list(holders)}):
         found[kind, subject].append(Held(*rest))
     return found
 
@@ -94,10 +106,7 @@ def change(
         "gpu": sign * taken.gpu,
     }
     rows = [dict(zip(KEYS, (*holder, *kind), strict=True)) | amounts for holder in holders]
-    made: Any = postgresql.insert(_TABLE) if tx.get_bind().dialect.name == "postgresql" else sqlite.insert(_TABLE)
-    made = made.values(rows)
-    added = {name: _TABLE.c[name] + made.excluded[name] for name in AMOUNTS}
-    tx.connection().execute(made.on_conflict_do_update(index_elements=list(KEYS), set_=added))
+    tx.connection().execute(_ADD[tx.get_bind().dialect.name], rows)
 
 
 def recount(tx: Transaction) -> int:

@@ -187,3 +187,17 @@ async def test_the_facade_writes_its_lines(quota_store: KernelStore) -> None:
     assert [one.version for one in await quota_store.db.read(reports.prices)] == [1, 0]
     found = await quota_store.db.read(lambda tx: reports.report(tx, "user", utcnow(), at(1)))
     assert found.to_json()["currency"] == "EUR"
+
+
+async def test_days_and_users_agree(quota_store: KernelStore) -> None:
+    """Entries of minutes, days and weeks, that begin and end at any time, midnight too, cut at any bounds."""
+    spans = [(0, 1), (5, 24), (24, 48), (23, 49), (13, 200), (47.5, 72), (60, 60), (10, 500.25)]
+    for number, (start, stop) in enumerate(spans):
+        await ran(quota_store, number, at(1, start), at(1, stop))
+    await ran(quota_store, 99, at(2, 3), None)
+    for first, last in ((0, 600), (12, 60), (24, 48), (30, 31), (47, 73.5)):
+        bounds = {"start": at(1, first), "end": at(1, last), "now": at(5)}
+        users, days = await made(quota_store, "user", **bounds), await made(quota_store, "day", **bounds)
+        assert days.total.kernel_hours == pytest.approx(users.total.kernel_hours)
+        assert sum(row.kernel_hours for row in days.rows) == pytest.approx(days.total.kernel_hours)
+        assert all(0 < row.kernel_hours <= 24 * 9 for row in days.rows if row.kernels or row.kernel_hours)
