@@ -102,12 +102,14 @@ class Admission:
     ) -> Verdict:
         """Whether this launch is admitted now, has to wait, or is refused. Nothing is written.
 
-        `kernel_id` is a kernel that waits already: it does not wait for itself. `looking` is for who only wants to
-        know: nobody is held up meanwhile.
+        `kernel_id` is a kernel that waits already: it does not wait for itself, and maintenance has it wait on.
+        `looking` is for who only wants to know: nobody is held up meanwhile.
         """
         if not looking:
             lock(tx)
         closed = tx.connection().execute(_MAINTENANCE).scalar_one_or_none()
+        if closed and kernel_id is not None:
+            return Verdict("queued", sentence=sentences.maintenance(closed).rstrip("."))
         if closed:
             return Verdict("refused", policy=MAINTENANCE, sentence=sentences.maintenance(closed))
         index = self.policies.index(tx)
@@ -132,11 +134,16 @@ class Admission:
             if policy.counts is not Counts.KERNEL or policy.hard is None or need_of(policy, taken) <= policy.hard:
                 continue
             limit = shown(policy.resource, policy.hard, policy.gpu_model)
-            if need_of(policy, replace(least, gpu_model=taken.gpu_model)) > policy.hard:
-                raise LaunchRefused(
+            # Of no cores or no memory a resource manager understands: as much as there is.
+            nothing = policy.hard < 1 if policy.resource is Resource.MEMORY else policy.hard <= 0
+            useless = nothing and policy.resource is not Resource.GPU
+            if useless or need_of(policy, replace(least, gpu_model=taken.gpu_model)) > policy.hard:
+                error = LaunchRefused(
                     f"A kernel of {demand.kernelspec} needs more than the {limit} that one kernel may take "
                     f"(policy {policy.name}); choose another kernel, or ask the administrator."
                 )
+                error.policy = policy.name
+                raise error
             asked = shown(policy.resource, need_of(policy, taken), policy.gpu_model)
             notices.append(f"The kernel gets {limit} and not {asked}: one may not take more (policy {policy.name}).")
             if policy.resource is Resource.CPU:

@@ -98,6 +98,10 @@ class QuotaRunner(LoggingConfigurable):
             except GatewayError as error:
                 METRICS.count_swallowed(name)
                 self.log.warning("%s: %s", name, error.message)
+            except Exception:
+                # A defect; but without its loops nothing would be admitted from the queue, or stopped, ever again.
+                METRICS.count_swallowed(name)
+                self.log.exception("%s: it is tried again", name)
 
     # The queue
 

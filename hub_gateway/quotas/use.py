@@ -63,10 +63,15 @@ class Held:
 def lock(tx: Transaction) -> None:
     """Make this transaction the only one that admits, gives back or changes a limit, until it ends.
 
-    On SQLite every writing transaction is that already.
+    To be called before anything is read that the others may change. On SQLite every writing transaction is that
+    already, from its first statement on, which this makes sure of.
     """
-    if tx.get_bind().dialect.name == "postgresql":
-        tx.connection().execute(_LOCK)
+    if tx.info.get(LOCK):
+        return
+    connection = tx.connection()
+    if connection.dialect.name == "postgresql":
+        connection.execute(_LOCK)
+    tx.info[LOCK] = True
 
 
 def holders_of(owner: str, owner_kind: SubjectKind, groups: Iterable[str]) -> list[Holder]:

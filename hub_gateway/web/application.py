@@ -39,7 +39,6 @@ from hub_gateway.web.quota import (
     SimulateHandler,
 )
 from hub_gateway.web.sessions import SessionHandler, SessionsHandler
-from hub_gateway.web.static import StaticHandler
 from hub_gateway.web.trail import AuditHandler, IdentityHandler, ReleaseHandler, VerifyHandler
 from hub_gateway.web.usage import CloseHandler, CorrectionsHandler, PricesHandler, UsageHandler
 
@@ -123,9 +122,31 @@ class GatewayApplication(Application):
 
 def pages() -> tuple[tuple[str, type[BaseHandler]], ...]:
     """The same for pages, which need a Hub; without one, jupyterhub's client (13 MB) is not even imported."""
-    from hub_gateway.web.pages import CallbackHandler, HomeHandler
+    from hub_gateway.web import pages_admin as admin
+    from hub_gateway.web import pages_policies as policies
+    from hub_gateway.web import pages_user as user
+    from hub_gateway.web.pages import CallbackHandler
+    from hub_gateway.web.static import StaticHandler
 
-    return (("/home", HomeHandler), ("/oauth_callback", CallbackHandler), ("/static/([^/]+)", StaticHandler))
+    return (
+        ("/home", user.HomeHandler),
+        ("/kernels/([^/]+)/stop", user.StopHandler),
+        ("/limits", user.LimitsHandler),
+        (r"/requests/(\d{1,9})/withdraw", user.WithdrawHandler),
+        ("/history", user.HistoryHandler),
+        ("/admin/kernels", admin.KernelsHandler),
+        ("/admin/kernels/stop", admin.StopKernelsHandler),
+        ("/admin/policies", policies.PoliciesHandler),
+        ("/admin/policies/([^/]+)", policies.PolicyHandler),
+        ("/admin/requests", admin.RequestsHandler),
+        (r"/admin/requests/(\d{1,9})", admin.AnswerHandler),
+        ("/admin/queue", admin.QueueHandler),
+        ("/admin/usage", admin.UsageHandler),
+        ("/admin/audit", admin.AuditHandler),
+        ("/admin/maintenance", admin.MaintenanceHandler),
+        ("/oauth_callback", CallbackHandler),
+        ("/static/([^/]+)", StaticHandler),
+    )
 
 
 def make_application(services: Services, *, base_url: str = "/") -> GatewayApplication:

@@ -12,7 +12,7 @@ from hub_gateway.errors import BadRequest, GatewayError
 from hub_gateway.link import Dialect, KernelRelay, decode
 from hub_gateway.link import messages as notices
 from hub_gateway.link.codec import CHANNELS
-from hub_gateway.link.wire import V1_SUBPROTOCOL, encode
+from hub_gateway.link.wire import V1_SUBPROTOCOL, ClientMessage, OverLimit, encode
 from hub_gateway.metrics import METRICS
 from hub_gateway.web.base import APIHandler
 from hub_gateway.web.framewriter import ONE_BATCH, FrameWriter, Window
@@ -104,15 +104,32 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
         """Hand a message to the kernel; say so if it is none."""
         sink = self.sink
         assert sink is not None
+        decoded = None
         try:
             decoded = decode(message, sink.dialect)
             self.relay.receive(sink, decoded.channel, decoded.parts, decoded.session)
+        except OverLimit as error:
+            METRICS.frames_refused.inc()
+            self.refused += 1
+            self._refuse(sink, str(error), error.head)
         except ValueError as error:
             METRICS.frames_refused.inc()
             self.refused += 1
             self._tell(sink, f"The gateway ignored a websocket frame that is not a Jupyter message: {error}.")
         except GatewayError as error:
-            self._tell(sink, error.message)
+            self._refuse(sink, error.message, decoded)
+
+    def _refuse(self, sink: ClientSink, sentence: str, message: ClientMessage | None) -> None:
+        """Say why a message was not passed on: to a request, as its end; or else as a line of output."""
+        if message is None or not message.msg_type.endswith("_request"):
+            self._tell(sink, sentence)
+            return
+        name, header = "GatewayError", message.parts[0]
+        if message.msg_type == "execute_request":
+            sink.write(encode(sink.dialect, _IOPUB, notices.error(name, sentence, [sentence], header)), None)
+        reply = notices.reply(message.msg_type, name, sentence, [sentence], header)
+        sink.write(encode(sink.dialect, CHANNELS.index(message.channel.encode()), reply), None)
+        sink.write(encode(sink.dialect, _IOPUB, notices.status("idle", header)), None)
 
     def _tell(self, sink: ClientSink, sentence: str) -> None:
         """A line on stderr of the kernel's output, now and then at most."""

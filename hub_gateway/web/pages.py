@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from jupyterhub.services.auth import HubOAuthCallbackHandler, HubOAuthenticated, UserNotAllowed
-from tornado.web import HTTPError, authenticated
+from tornado.web import HTTPError
 
-from hub_gateway.auth.hub import caller_of
 from hub_gateway.auth.oauth import GatewayOAuth
 from hub_gateway.errors import Forbidden, Unavailable
 from hub_gateway.services import Services
 from hub_gateway.web.base import BaseHandler
 
-__all__ = ["TEMPLATES", "CallbackHandler", "HomeHandler", "PageHandler"]
+__all__ = ["TEMPLATES", "CallbackHandler", "PageHandler"]
 
 TEMPLATES = Path(__file__).parent / "templates"
-POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; frame-ancestors 'none'; form-action 'self'"
+POLICY = (
+    "default-src 'none'; style-src 'self'; img-src 'self' data:; font-src 'self'; frame-ancestors 'none'; "
+    "form-action 'self'; base-uri 'none'"
+)
 AGAIN = "hub-gateway-again"
 
 
@@ -75,16 +77,6 @@ class PageHandler(HubOAuthenticated, BaseHandler):
 
     def get_template_namespace(self) -> dict[str, Any]:
         return {**super().get_template_namespace(), "base": self.hub_auth.base_url}
-
-
-class HomeHandler(PageHandler):
-    """Who you are, and your kernels."""
-
-    @authenticated
-    async def get(self) -> None:
-        caller = caller_of(self.current_user)
-        kernels = await self.services.kernels.list(caller)
-        self.render("home.html", caller=caller, kernels=kernels, hub=self.hub_auth.hub_prefix)
 
 
 class CallbackHandler(PageHandler, HubOAuthCallbackHandler):

@@ -6,6 +6,8 @@ import mimetypes
 from functools import lru_cache
 from pathlib import Path
 
+from jupyterhub._data import DATA_FILES_PATH
+
 from hub_gateway.errors import NotFound
 from hub_gateway.web.base import BaseHandler
 
@@ -14,8 +16,10 @@ __all__ = ["StaticHandler", "static_files"]
 
 @lru_cache(maxsize=1)
 def static_files() -> dict[str, bytes]:
-    """Every file by its name."""
-    return {file.name: file.read_bytes() for file in (Path(__file__).parent / "static").iterdir() if file.is_file()}
+    """Every file by its name; `hub.css` is the Hub's own style sheet, as jupyterhub is installed with it."""
+    own = {file.name: file.read_bytes() for file in (Path(__file__).parent / "static").iterdir() if file.is_file()}
+    hub = Path(DATA_FILES_PATH) / "static" / "css" / "style.min.css"
+    return {"hub.css": hub.read_bytes() if hub.is_file() else b"", **own}
 
 
 class StaticHandler(BaseHandler):
