@@ -170,7 +170,7 @@ class Admission:
         limit = policy.hard
         need = need_of(policy, demand.resources)
         if limit is not None and policy.burst is not None and used + need > limit:
-            limit = self._burst_limit(tx, policy, scope, now)
+            limit = self.burst_limit(tx, policy, scope, now)
         return Fit(policy, need, used, limit)
 
     def used(self, tx: Transaction, policy: Policy, scope: Holder, held: Sequence[Held], now: datetime) -> float:
@@ -193,7 +193,8 @@ class Admission:
             mine = (row for row in mine if row.gpu_model == policy.gpu_model)
         return float(sum(getattr(row, policy.resource.value) for row in mine))
 
-    def _burst_limit(self, tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> float:
+    def burst_limit(self, tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> float:
+        """Up to which a scope may use a policy with a burst now: the burst while it lasts, else the hard limit."""
         assert policy.hard is not None and policy.burst is not None
         lasts = timedelta(seconds=policy.burst_seconds or 0)
         state = tx.get(PolicyState, (policy.id, ":".join(scope), BURST))

@@ -129,8 +129,12 @@ def policy_of(name: str, body: Body, *, version: int) -> Policy:
         origin=origin,
         version=version,
     )
-    if policy.origin is Origin.GRANT and (policy.subject_kind is not SubjectKind.USER or policy.valid_until is None):
-        raise BadRequest("A grant is for one user (`subject` is `user:...`) and has an end (`valid_until`).")
+    one = policy.subject_kind in (SubjectKind.USER, SubjectKind.SERVICE)
+    if policy.origin is Origin.GRANT and (not one or policy.valid_until is None):
+        raise BadRequest(
+            "A grant is for one user or service (`subject` is `user:...` or `service:...`) and has an end "
+            "(`valid_until`)."
+        )
     return policy
 
 

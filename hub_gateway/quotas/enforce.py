@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import cast
 
-from sqlalchemy import Table, select
+from sqlalchemy import Table, select, update
 from sqlalchemy.orm import Session as Transaction
 
-from hub_gateway.db.models import Reservation
+from hub_gateway import audit
+from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.db.tenancy import PolicyState
-from hub_gateway.kernels.types import Resources
+from hub_gateway.kernels.types import KernelTarget, Resources
 from hub_gateway.quotas import sentences
 from hub_gateway.quotas.admission import Admission, need_of, scope_of
 from hub_gateway.quotas.amounts import shown
@@ -26,6 +27,7 @@ __all__ = ["Notice", "Stop", "enforce"]
 SOFT, OVER = "soft", "over"
 EPSILON = 1e-6
 _OPEN = cast(Table, Reservation.__table__)
+_HELD = select(_OPEN, Kernel.target).join(Kernel, Kernel.id == _OPEN.c.kernel_id).where(_OPEN.c.released_at.is_(None))
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,25 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class _Kernel:
+class _Held:
     id: str
     since: datetime
     demand: Demand
+    going: bool
+    """Whether it is being stopped already, for whatever reason."""
 
 
 def enforce(tx: Transaction, admission: Admission, now: datetime) -> tuple[list[Notice], list[Stop]]:
-    """Look at everything that is held; what is to be told, once, and what is to be stopped."""
+    """Look at everything that is held; what is to be told, once, and what is to be stopped.
+
+    A kernel that is to be stopped has that as its target in this transaction: whoever dies right after it, it ends, and
+    nobody is told twice. A grace begins anew where its policy is changed: what was told then is not true any more.
+    """
     lock(tx)
     index = admission.policies.index(tx)
     if not any(_watched(policy) for policy in index.by_name.values()):
         return [], []
-    held: dict[tuple[str, Holder], list[_Kernel]] = defaultdict(list)
+    held: dict[tuple[str, Holder], list[_Held]] = defaultdict(list)
     for kernel in _kernels(tx):
         for policy in applicable(index.of(kernel.demand), kernel.demand, now):
             if _watched(policy) and (policy.resource.timed or need_of(policy, kernel.demand.resources) > 0):
@@ -77,13 +85,27 @@ def enforce(tx: Transaction, admission: Admission, now: datetime) -> tuple[list[
         rows = held_by(tx, [scope])[scope]
         used = admission.used(tx, policy, scope, rows, now)
         notices += _soft(tx, policy, scope, kernels, used, now)
-        told, ended = _over(tx, policy, scope, kernels, used, now)
+        limit = policy.hard if policy.burst is None else admission.burst_limit(tx, policy, scope, now)
+        told, ended = _over(tx, policy, scope, kernels, used, limit, now)
         notices += told
-        stops += ended
+        stops += [stop for stop in ended if stop.kernel_id not in {one.kernel_id for one in stops}]
     for state in tx.scalars(select(PolicyState).where(PolicyState.state.in_((SOFT, OVER)))):
         if (state.policy_id, state.subject) not in seen:
             tx.delete(state)
+    for stop in stops:
+        _end(tx, stop)
     return notices, stops
+
+
+def _end(tx: Transaction, stop: Stop) -> None:
+    tx.execute(
+        update(Kernel)
+        .where(Kernel.id == stop.kernel_id)
+        .values(target=KernelTarget.ENDED.value, message=stop.sentence)
+        .execution_options(synchronize_session=False)
+    )
+    detail = {"kernel": stop.kernel_id, "policy": stop.policy, "message": stop.sentence}
+    audit.append(tx, actor=audit.GATEWAY, action="kernel.stop", subject=stop.owner, detail=detail)
 
 
 def _watched(policy: Policy) -> bool:
@@ -92,9 +114,9 @@ def _watched(policy: Policy) -> bool:
     )
 
 
-def _kernels(tx: Transaction) -> list[_Kernel]:
+def _kernels(tx: Transaction) -> list[_Held]:
     found = []
-    for row in tx.connection().execute(select(_OPEN).where(_OPEN.c.released_at.is_(None))).mappings():
+    for row in tx.connection().execute(_HELD).mappings():
         demand = Demand(
             row["owner"],
             SubjectKind(row["owner_kind"]),
@@ -104,11 +126,12 @@ def _kernels(tx: Transaction) -> list[_Kernel]:
             row["queue"],
             Resources(row["cpu"], row["memory"], row["gpu"], row["gpu_model"]),
         )
-        found.append(_Kernel(row["kernel_id"], row["created_at"], demand))
+        going = row["target"] != KernelTarget.RUNNING.value
+        found.append(_Held(row["kernel_id"], row["created_at"], demand, going))
     return found
 
 
-def _by_owner(kernels: Sequence[_Kernel]) -> dict[str, tuple[str, ...]]:
+def _by_owner(kernels: Sequence[_Held]) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = defaultdict(list)
     for kernel in kernels:
         found[kernel.demand.owner].append(kernel.id)
@@ -124,7 +147,7 @@ def _amount(policy: Policy, value: float) -> str:
 
 
 def _soft(
-    tx: Transaction, policy: Policy, scope: Holder, kernels: Sequence[_Kernel], used: float, now: datetime
+    tx: Transaction, policy: Policy, scope: Holder, kernels: Sequence[_Held], used: float, now: datetime
 ) -> list[Notice]:
     known = _state(tx, policy, scope, SOFT)
     if policy.soft is None or used <= policy.soft + EPSILON:
@@ -143,12 +166,20 @@ def _soft(
 
 
 def _over(
-    tx: Transaction, policy: Policy, scope: Holder, kernels: Sequence[_Kernel], used: float, now: datetime
+    tx: Transaction,
+    policy: Policy,
+    scope: Holder,
+    kernels: Sequence[_Held],
+    used: float,
+    limit: float | None,
+    now: datetime,
 ) -> tuple[list[Notice], list[Stop]]:
     known = _state(tx, policy, scope, OVER)
-    limit = policy.burst if policy.burst is not None else policy.hard
+    staying = [kernel for kernel in kernels if not kernel.going]
+    if not policy.resource.timed:
+        used -= sum(need_of(policy, kernel.demand.resources) for kernel in kernels if kernel.going)
     over = limit is not None and (used >= limit - EPSILON if policy.resource.timed else used > limit + EPSILON)
-    if policy.grace_seconds is None or limit is None or not over:
+    if policy.grace_seconds is None or limit is None or not over or not staying:
         if known is not None:
             tx.delete(known)
         return [], []
@@ -156,6 +187,10 @@ def _over(
         f"{_amount(policy, used)} are in use{sentences.window(policy)}, and the policy {policy.name} allows "
         f"{_amount(policy, limit)}"
     )
+    if known is not None and policy.updated_at is not None and known.since < policy.updated_at:
+        tx.delete(known)
+        tx.flush()
+        known = None
     if known is None:
         until = now + timedelta(seconds=policy.grace_seconds)
         tx.add(
@@ -167,11 +202,11 @@ def _over(
             f"{what}: in {sentences.span(policy.grace_seconds)} kernels are stopped, the newest first. Save your work, "
             "and shut down what you do not need."
         )
-        return [Notice(owner, policy.name, OVER, sentence, ids) for owner, ids in _by_owner(kernels).items()], []
+        return [Notice(owner, policy.name, OVER, sentence, ids) for owner, ids in _by_owner(staying).items()], []
     if known.until is None or now < known.until:
         return [], []
     stops = []
-    for kernel in sorted(kernels, key=lambda one: one.since, reverse=True):
+    for kernel in sorted(staying, key=lambda one: one.since, reverse=True):
         if not policy.resource.timed:
             if used <= limit + EPSILON:
                 break
@@ -180,5 +215,4 @@ def _over(
             f"This kernel was stopped: {what}, for longer than the grace of {sentences.span(policy.grace_seconds)}."
         )
         stops.append(Stop(kernel.id, kernel.demand.owner, policy.name, sentence))
-    tx.delete(known)
     return [], stops

@@ -13,6 +13,7 @@ from hub_gateway.db.tenancy import PolicyState
 from hub_gateway.quotas import sentences
 from hub_gateway.quotas.admission import BURST, Admission, scope_of
 from hub_gateway.quotas.amounts import shown
+from hub_gateway.quotas.enforce import OVER
 from hub_gateway.quotas.resolve import active, applicable, concerns, covers, losers, window_bounds
 from hub_gateway.quotas.types import Counts, Demand, ObjectKind, Policy, Resource, SubjectKind, WindowKind
 from hub_gateway.quotas.use import held_by, holders_of
@@ -40,8 +41,12 @@ class LimitView:
     valid_until: datetime | None = None
     state: str = "ok"
     """`ok`, `soft` (above the soft limit), `full` or `burst`."""
+    stops_at: datetime | None = None
+    """When the newest kernels are stopped, if use stays above the hard limit."""
     origin: str = "policy"
     sentence: str = ""
+    warning: str = ""
+    """What happens if nothing is shut down, where something does."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,8 @@ def limits(
             else tuple(sentences.holdings(tx, policy, demand))
         )
         resets = window_bounds(policy, now)[1] if policy.window is WindowKind.CALENDAR else None
+        over = None if policy.grace_seconds is None else tx.get(PolicyState, (policy.id, ":".join(scope), OVER))
+        stops_at = None if over is None else over.until
         burst = policy.burst is not None and tx.get(PolicyState, (policy.id, ":".join(scope), BURST)) is not None
         everyone = policy.subject_kind is SubjectKind.EVERYONE
         views.append(
@@ -140,8 +147,10 @@ def limits(
                 resets_at=resets,
                 valid_until=policy.valid_until,
                 state=_state(policy, used, burst),
+                stops_at=stops_at,
                 origin=policy.origin.value,
                 sentence=_said(policy, used),
+                warning=_ends(stops_at),
             )
         )
     return views
@@ -155,6 +164,14 @@ def _state(policy: Policy, used: float, burst: bool) -> str:
     if used >= policy.hard:
         return "full"
     return "soft" if policy.soft is not None and used > policy.soft else "ok"
+
+
+def _ends(stops_at: datetime | None) -> str:
+    if stops_at is None:
+        return ""
+    return (
+        f"More is in use than is allowed: kernels are stopped from {stops_at:%Y-%m-%d %H:%M} UTC on, the newest first."
+    )
 
 
 def _said(policy: Policy, used: float) -> str:

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from statistics import median
-from typing import cast
+from typing import TypeAlias, cast
 
 from sqlalchemy import Integer, Table, case, func, select, update
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.orm import Session as Transaction
 
-from hub_gateway.db.models import Kernel, Reservation
+from hub_gateway import audit
+from hub_gateway.db.models import Kernel, Reservation, Setting
 from hub_gateway.db.tenancy import LedgerEntry
 from hub_gateway.kernels.admissions import Admitter
 from hub_gateway.kernels.rows import KERNELS, record_of
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
 from hub_gateway.metrics import METRICS
 from hub_gateway.quotas import sentences
-from hub_gateway.quotas.types import Demand, Policy, SubjectKind
-from hub_gateway.quotas.use import lock
+from hub_gateway.quotas.admission import MAINTENANCE, Fit, need_of, scope_of
+from hub_gateway.quotas.policies import PolicyIndex
+from hub_gateway.quotas.resolve import applicable
+from hub_gateway.quotas.types import Counts, Demand
+from hub_gateway.quotas.use import Holder, lock
 
-__all__ = ["Dispatched", "QueueEntry", "decayed_use", "dispatch", "entries", "ordinal"]
+__all__ = ["Dispatched", "QueueEntry", "decayed_use", "dispatch", "due", "entries", "ordinal"]
 
 HOUR = 3600.0
 REMEMBERED = 7
 """Half-lives after which use is forgotten: less than a hundredth of it is left."""
+Line: TypeAlias = tuple[str, Holder]
+"""Where kernels wait behind each other: the name of a policy, and whose use it is compared with."""
 _LEDGER = cast(Table, LedgerEntry.__table__)
 _QUEUED = (
     select(*(column for column in KERNELS.columns if column.name not in ("launch", "launch_token", "link_secret")))
@@ -38,7 +44,7 @@ _QUEUED = (
 
 @dataclass(frozen=True)
 class QueueEntry:
-    """One kernel that waits. `position` counts from 1 among those that wait for the same policy."""
+    """One kernel that waits. `position` counts from 1 among those that wait for the same room."""
 
     kernel_id: str
     owner: str
@@ -65,11 +71,10 @@ class QueueEntry:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """What one look at the queue did: ids of kernels that may start now, and of those that waited too long."""
+    """What one look at the queue did: ids of kernels that may start now, and of those that waited in vain."""
 
     admitted: tuple[str, ...] = ()
     expired: tuple[str, ...] = ()
-    waiting: tuple[QueueEntry, ...] = field(default=())
 
 
 def ordinal(number: int) -> str:
@@ -108,34 +113,93 @@ def _ordered(tx: Transaction, now: datetime, half_life: float) -> list[KernelRec
     return sorted(waiting, key=lambda one: (used.get(one.owner, 0.0), one.queued_at or one.created_at, one.id))
 
 
-def dispatch(tx: Transaction, admitter: Admitter, now: datetime, *, half_life: float) -> Dispatched:
-    """Admit what fits now, in order, and end what waited too long.
+class _Walk:
+    """One walk along the queue: who has to wait behind whom.
 
-    Who is blocked by a policy keeps those behind from what that policy limits; others pass.
+    Whoever is blocked in a line keeps those behind from what they need of it; whoever needs something else passes.
     """
+
+    def __init__(self, index: PolicyIndex, now: datetime) -> None:
+        self._index = index
+        self._now = now
+        self._needs: dict[Demand, frozenset[Line]] = {}
+        self._blocking: set[Line] = set()
+
+    def behind(self, demand: Demand) -> bool:
+        """Whether somebody before waits for room that this one needs, too."""
+        if not self._blocking:
+            return False
+        needs = self._needs.get(demand)
+        if needs is None:
+            needs = self._needs[demand] = frozenset(
+                (policy.name, scope_of(policy, demand.owner, demand.owner_kind))
+                for policy in applicable(self._index.of(demand), demand, self._now)
+                if policy.counts is not Counts.KERNEL
+                and policy.hard is not None
+                and (policy.resource.timed or need_of(policy, demand.resources) > 0)
+            )
+        return not self._blocking.isdisjoint(needs)
+
+    def block(self, name: str, demand: Demand) -> None:
+        """This one waits for that policy."""
+        line = _line(self._index, name, demand)
+        if line is not None:
+            self._blocking.add(line)
+
+
+def _line(index: PolicyIndex, name: str, demand: Demand) -> Line | None:
+    policy = index.by_name.get(name)
+    return None if policy is None else (name, scope_of(policy, demand.owner, demand.owner_kind))
+
+
+def _overdue(record: KernelRecord, now: datetime) -> bool:
+    return record.queue_deadline is not None and now >= record.queue_deadline
+
+
+def due(tx: Transaction, admitter: Admitter, now: datetime, *, half_life: float) -> bool:
+    """Whether `dispatch` would change anything. Only reads, and so holds nobody up."""
+    walk = _Walk(admitter.admission.policies.index(tx), now)
+    for record in _ordered(tx, now, half_life):
+        demand = admitter.demand(record)
+        if _overdue(record, now):
+            return True
+        if walk.behind(demand):
+            continue
+        verdict = admitter.admission.decide(tx, demand, now, kernel_id=record.id, looking=True)
+        if verdict.outcome != "queued" or (verdict.policy and verdict.policy != record.queue_policy):
+            return True
+        walk.block(verdict.policy, demand)
+    return False
+
+
+def dispatch(tx: Transaction, admitter: Admitter, now: datetime, *, half_life: float) -> Dispatched:
+    """Admit what fits now, in order, and end what waited too long, or can never be admitted any more."""
     lock(tx)
     admitted, expired = [], []
-    blocking: set[str] = set()
+    walk = _Walk(admitter.admission.policies.index(tx), now)
     for record in _ordered(tx, now, half_life):
-        if record.queue_deadline is not None and now >= record.queue_deadline:
-            _give_up(tx, record, now, f"The kernel waited until its deadline: {record.queue_reason}; start it again.")
+        demand = admitter.demand(record)
+        if _overdue(record, now):
+            verdict = admitter.admission.decide(tx, demand, now, kernel_id=record.id)
+            reason = verdict.sentence if verdict.outcome == "queued" else record.queue_reason
+            _give_up(tx, record, now, f"The kernel waited until its deadline: {reason}; start it again.")
             expired.append(record.id)
             continue
-        if blocking and not blocking.isdisjoint(admitter.needs(tx, record, now)):
+        if walk.behind(demand):
             continue
         verdict = admitter.dequeue(tx, record, now)
         if verdict.outcome == "admitted":
             admitted.append(record.id)
             METRICS.queue_wait_seconds.observe(max(0.0, (now - (record.queued_at or now)).total_seconds()))
         elif verdict.outcome == "queued":
-            blocking.add(verdict.policy)
+            walk.block(verdict.policy, demand)
         else:
-            _give_up(tx, record, now, verdict.sentence)
+            _give_up(tx, record, now, verdict.sentence, verdict.policy)
             expired.append(record.id)
-    return Dispatched(tuple(admitted), tuple(expired), tuple(entries(tx, admitter, now, half_life=half_life)))
+    return Dispatched(tuple(admitted), tuple(expired))
 
 
-def _give_up(tx: Transaction, record: KernelRecord, now: datetime, sentence: str) -> None:
+def _give_up(tx: Transaction, record: KernelRecord, now: datetime, sentence: str, policy: str = "") -> None:
     tx.execute(
         update(Kernel)
         .where(Kernel.id == record.id)
@@ -147,41 +211,78 @@ def _give_up(tx: Transaction, record: KernelRecord, now: datetime, sentence: str
             queue_policy="",
         )
     )
+    detail = {
+        "kernel": record.id,
+        "kernelspec": record.kernelspec,
+        "proxy": record.proxy,
+        "policy": policy or record.queue_policy,
+        "groups": sorted(record.groups),
+        "sentence": sentence,
+    }
+    audit.append(
+        tx, actor=record.owner, action="kernel.refused", subject=record.owner, outcome="refused", detail=detail
+    )
 
 
-def entries(tx: Transaction, admitter: Admitter, now: datetime, *, half_life: float) -> Sequence[QueueEntry]:
-    """Everything that waits, in order."""
-    positions: dict[str, int] = defaultdict(int)
-    frees: dict[str, timedelta | None] = {}
+@dataclass
+class _Room:
+    """What those of one line wait for: how much is used, who holds it, and when it may free."""
+
+    fit: Fit | None
+    held: Sequence[sentences.Holding] = ()
+    frees_in: timedelta | None = None
+
+
+def entries(
+    tx: Transaction, admitter: Admitter, now: datetime, *, half_life: float, only: Collection[str] | None = None
+) -> Sequence[QueueEntry]:
+    """What waits, in order; of `only` these kernels, where that is given. Only reads."""
+    index = admitter.admission.policies.index(tx)
+    closed = tx.get(Setting, MAINTENANCE)
+    shut = sentences.maintenance(closed.value).rstrip(".") if closed is not None and closed.value else ""
+    positions: dict[Line | None, int] = defaultdict(int)
+    rooms: dict[Line, _Room] = {}
     found = []
-    policies = admitter.admission.policies.index(tx).by_name
     for record in _ordered(tx, now, half_life):
-        name = record.queue_policy
-        positions[name] += 1
-        if name not in frees:
-            policy = policies.get(name)
-            frees[name] = None if policy is None else _frees_in(tx, policy, record, now)
+        demand = admitter.demand(record)
+        line = _line(index, record.queue_policy, demand)
+        positions[line] += 1
+        if only is not None and record.id not in only:
+            continue
+        if line is not None and line not in rooms:
+            rooms[line] = _room(tx, admitter, index, record.queue_policy, demand, now)
+        room = _Room(None) if line is None else rooms[line]
+        reason = record.queue_reason
+        if room.fit is not None:
+            reason = sentences.waiting(tx, demand, room.fit, now, room.held)
         found.append(
             QueueEntry(
                 kernel_id=record.id,
                 owner=record.owner,
                 kernelspec=record.kernelspec,
                 path=record.path or "",
-                queue=name,
-                position=positions[name],
-                reason=record.queue_reason,
+                queue=record.queue_policy,
+                position=positions[line],
+                reason=shut or reason,
                 queued_at=record.queued_at or record.created_at,
                 deadline=record.queue_deadline,
-                frees_in=frees[name],
+                frees_in=None if shut else room.frees_in,
             )
         )
     return found
 
 
-def _frees_in(tx: Transaction, policy: Policy, record: KernelRecord, now: datetime) -> timedelta | None:
-    """When the first kernel that counts for a policy ends, if each lives as long as the median of its kind."""
-    demand = Demand(record.owner, SubjectKind.USER, frozenset(record.groups), record.kernelspec, record.proxy)
-    held = sentences.holdings(tx, policy, demand)
+def _room(tx: Transaction, admitter: Admitter, index: PolicyIndex, name: str, demand: Demand, now: datetime) -> _Room:
+    fits = admitter.admission.fits(tx, index, demand, now)
+    fit = next((fit for fit in fits if fit.policy.name == name), None)
+    if fit is None or fit.policy.resource.timed:
+        return _Room(fit)
+    held = sentences.holdings(tx, fit.policy, demand)
+    return _Room(fit, held, _frees_in(tx, held, now))
+
+
+def _frees_in(tx: Transaction, held: Sequence[sentences.Holding], now: datetime) -> timedelta | None:
+    """When the first of these kernels ends, if each lives as long as the median of its kind."""
     usual: dict[str, float | None] = {}
     left = []
     for one in held:

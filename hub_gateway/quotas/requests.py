@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +15,8 @@ from hub_gateway.db.models import utcnow
 from hub_gateway.db.tenancy import QuotaRequest
 from hub_gateway.errors import BadRequest, Conflict, NotFound, TooManyRequests
 from hub_gateway.quotas.policies import PolicyStore
-from hub_gateway.quotas.types import Counts, Origin, Policy, SubjectKind
+from hub_gateway.quotas.resolve import concerns, name_of
+from hub_gateway.quotas.types import Counts, Demand, Origin, Policy, Resource, SubjectKind
 from hub_gateway.quotas.use import lock
 
 __all__ = ["GRANT_PRIORITY", "Request", "answer", "find", "open_request", "withdraw"]
@@ -40,6 +42,17 @@ class Request:
     decided_by: str | None = None
     answer: str = ""
     grant_name: str | None = None
+
+
+def _kind(owner: str) -> SubjectKind:
+    return SubjectKind.USER if name_of(owner) == owner else SubjectKind.SERVICE
+
+
+def _sensible(resource: Resource, amount: float) -> None:
+    """Raise `BadRequest` for what no limit can be."""
+    whole = resource in (Resource.KERNELS, Resource.STARTING, Resource.GPU)
+    if not math.isfinite(amount) or not 0 <= amount <= 2**53 or (whole and amount != int(amount)):
+        raise BadRequest(f"{amount:g} is no amount of {resource.value}; give a number such as 4.")
 
 
 def _request(row: QuotaRequest) -> Request:
@@ -73,13 +86,21 @@ def find(tx: Transaction, state: str | None = None, owner: str | None = None, li
 def open_request(
     tx: Transaction, owner: str, groups: Collection[str], policy: Policy, amount: float, until: datetime, reason: str
 ) -> Request:
-    """Ask for more. Raises `BadRequest`, `Conflict` (asked already), `TooManyRequests`."""
+    """Ask for more of a limit of one's own.
+
+    Raises `NotFound` (it is no limit of theirs), `BadRequest`, `Conflict` (asked already), `TooManyRequests`.
+    """
     lock(tx)
+    if not concerns(policy, Demand(owner, _kind(owner), frozenset(groups), "", "")):
+        raise NotFound(f"There is no limit {policy.name!r} of yours; see your limits for their names.")
     if policy.counts is not Counts.EACH:
         raise BadRequest(
             f"The limit {policy.name} is not yours alone, so it cannot be raised for you; ask for another one, or ask "
             "the administrator."
         )
+    _sensible(policy.resource, amount)
+    if until <= utcnow():
+        raise BadRequest("The request would have ended already; give a later `until`.")
     if policy.hard is None or amount <= policy.hard:
         raise BadRequest(f"You ask for {amount:g}, and your limit {policy.name} is no less; ask for more than that.")
     mine = QuotaRequest.owner == owner, QuotaRequest.state == "open"
@@ -134,13 +155,15 @@ def answer(
         ends = until or row.until
         if ends <= now:
             raise BadRequest("The grant would have ended already; give a later `until`.")
+        if amount is not None:
+            _sensible(before.resource, amount)
         made = policies.put(
             tx,
             Policy(
                 name=f"grant-{row.id}",
                 origin=Origin.GRANT,
-                subject_kind=SubjectKind.USER,
-                subject=row.owner,
+                subject_kind=_kind(row.owner),
+                subject=name_of(row.owner),
                 object_kind=before.object_kind,
                 object=before.object,
                 resource=before.resource,
@@ -171,6 +194,7 @@ def answer(
 
 def withdraw(tx: Transaction, request_id: int, owner: str) -> Request:
     """Take one's own open request back. Raises `NotFound`."""
+    lock(tx)
     row = tx.get(QuotaRequest, request_id)
     if row is None or row.owner != owner or row.state != "open":
         raise NotFound(f"You have no open request {request_id}.")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select, update
 from sqlalchemy.orm import Session as Transaction
 from traitlets import Float
 from traitlets.config import LoggingConfigurable
@@ -23,22 +25,37 @@ from hub_gateway.quotas import use
 from hub_gateway.quotas.admission import MAINTENANCE
 from hub_gateway.quotas.enforce import enforce
 from hub_gateway.quotas.notices import Notifier
-from hub_gateway.quotas.queue import Dispatched, QueueEntry, dispatch
+from hub_gateway.quotas.queue import Dispatched, dispatch, due, entries
 from hub_gateway.quotas.resolve import active
 from hub_gateway.quotas.types import Counts, SubjectKind
+
+if TYPE_CHECKING:
+    from hub_gateway.link.relay import KernelRelay
 
 __all__ = ["QuotaRunner"]
 
 PURGE_SECONDS = 3600.0
 ABANDONED = "The kernel no longer waits: its notebook was closed."
+_IS_QUEUED = Kernel.status == KernelStatus.QUEUED.value
+_WAITING = select(Kernel.id, Kernel.connections, Kernel.last_activity).where(_IS_QUEUED)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The queue at one moment: whether it moves, what waits, and whose notebook was closed for long enough."""
+
+    due: bool = False
+    waiting: frozenset[str] = frozenset()
+    left: frozenset[str] = frozenset()
 
 
 class QuotaRunner(LoggingConfigurable):
     """Runs beside a controller, in every gateway process; what they do at once is the same, and done once."""
 
-    queue_seconds = Float(1.0, help="How often (seconds) the queue is looked at.").tag(config=True)
+    queue_seconds = Float(1.0, min=0.01, help="How often (seconds) the queue is looked at.").tag(config=True)
     fair_share_half_life = Float(
         86400.0,
+        min=1.0,
         help="""After how long (seconds) use counts half in the order of the queue.
 
         Who used less lately goes first. A long one remembers last week's use, a short one only this morning's.
@@ -59,8 +76,10 @@ class QuotaRunner(LoggingConfigurable):
         self._audit_days = audit_days
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._shown: dict[str, str] = {}
-        self._alone: dict[str, float] = {}
+        self._started = time.monotonic()
+        self._shown: dict[str, tuple[KernelRelay, str]] = {}
+        self._open: dict[str, float] = {}
+        """When it was last written that the notebook of a kernel that waits is open."""
 
     async def recount(self) -> None:
         """Sum up anew what is held. Called at the start; a difference is a defect, mended and told."""
@@ -71,6 +90,7 @@ class QuotaRunner(LoggingConfigurable):
 
     def start(self) -> None:
         """Begin."""
+        self._started = time.monotonic()
         self._tasks = [
             asyncio.ensure_future(self._every(self.queue_seconds, "queue", self.move, self._wake)),
             asyncio.ensure_future(self._every(self.enforce_seconds, "enforcer", self.enforce, asyncio.Event())),
@@ -107,43 +127,83 @@ class QuotaRunner(LoggingConfigurable):
 
     async def move(self) -> Dispatched:
         """Start what there is room for now, and tell the others where they stand."""
-        waiting = select(Kernel.id).where(Kernel.status == KernelStatus.QUEUED.value).limit(1)
-        if await self.store.db.read(lambda tx: tx.execute(waiting).first()) is None:
-            METRICS.queued.set(0)
-            self._shown.clear()
-            return Dispatched()
-        admitter = self.store.admitter
-        found = await self.store.write(lambda tx: dispatch(tx, admitter, utcnow(), half_life=self.fair_share_half_life))
-        METRICS.queued.set(len(found.waiting))
-        for kernel_id in (*found.admitted, *found.expired):
-            self._shown.pop(kernel_id, None)
-            self.service.controller.changed(kernel_id)
-        for entry in found.waiting:
-            await self._tell(entry)
+        look = await self.store.db.read(self._look)
+        METRICS.queued.set(len(look.waiting))
+        found = Dispatched()
+        if look.due:
+            admitter, half_life = self.store.admitter, self.fair_share_half_life
+            found = await self.store.write(lambda tx: dispatch(tx, admitter, utcnow(), half_life=half_life))
+            for kernel_id in (*found.admitted, *found.expired):
+                self.service.controller.changed(kernel_id)
+        waiting = look.waiting - {*found.admitted, *found.expired}
+        METRICS.queued.set(len(waiting))
+        await self._tell(waiting)
+        await self._abandon(waiting, look.left)
         return found
 
-    async def _tell(self, entry: QueueEntry) -> None:
-        relay = self.service.controller.links.existing(entry.kernel_id)
-        if relay is None:
+    def _look(self, tx: Transaction) -> _Look:
+        rows = tx.execute(_WAITING).all()
+        if not rows:
+            return _Look()
+        now = utcnow()
+        since = now - timedelta(seconds=self.queue_abandon_seconds)
+        left = frozenset(key for key, connections, seen in rows if connections and seen < since)
+        moves = due(tx, self.store.admitter, now, half_life=self.fair_share_half_life)
+        return _Look(moves, frozenset(row[0] for row in rows), left)
+
+    async def _tell(self, waiting: Collection[str]) -> None:
+        """Show each notebook that is open here where it stands."""
+        links = self.service.controller.links
+        relays = {key: relay for key in waiting if (relay := links.existing(key)) is not None}
+        self._shown = {key: shown for key, shown in self._shown.items() if key in relays}
+        if not relays:
             return
-        sentence = entry.sentence
-        if self._shown.get(entry.kernel_id) != sentence:
-            self._shown[entry.kernel_id] = sentence
-            relay.announce(sentence)
-        now = asyncio.get_running_loop().time()
-        if relay.connections or not relay.attached_once:
-            self._alone.pop(entry.kernel_id, None)
-        elif now - self._alone.setdefault(entry.kernel_id, now) >= self.queue_abandon_seconds:
-            self._alone.pop(entry.kernel_id, None)
-            self.log.info("Kernel %s of %s no longer waits: its notebook is closed", entry.kernel_id, entry.owner)
-            await self.service.stop(entry.kernel_id, ABANDONED)
+        admitter, half_life = self.store.admitter, self.fair_share_half_life
+        found = await self.store.db.read(
+            lambda tx: entries(tx, admitter, utcnow(), half_life=half_life, only=relays.keys())
+        )
+        for entry in found:
+            shown = (relays[entry.kernel_id], entry.sentence)
+            if self._shown.get(entry.kernel_id) != shown:
+                self._shown[entry.kernel_id] = shown
+                shown[0].announce(entry.sentence)
+
+    async def _abandon(self, waiting: Collection[str], left: Collection[str]) -> None:
+        """Have nothing wait whose notebook is closed.
+
+        Which notebooks are open stands in the kernels' rows, written by the replica that serves them: so it is known
+        also after a restart, and to all. A kernel that never had a notebook open was asked for by a program, and waits.
+        """
+        links, now = self.service.controller.links, time.monotonic()
+        self._open = {key: at for key, at in self._open.items() if key in waiting}
+        seen = []
+        for key in waiting:
+            relay = links.existing(key)
+            if relay is None or not relay.attached_once:
+                continue
+            known = self._open.get(key)
+            if known is None or (relay.connections and now - known >= self.queue_abandon_seconds / 3):
+                self._open[key] = now
+                seen.append(key)
+        if seen:
+            statement = update(Kernel).where(Kernel.id.in_(bindparam("kernels", expanding=True)), _IS_QUEUED)
+            values = statement.values(connections=1, last_activity=utcnow())
+            some = values.execution_options(synchronize_session=False)
+            await self.store.write(lambda tx: tx.execute(some, {"kernels": seen}) and None)
+        if now - self._started < self.queue_abandon_seconds:
+            return  # websockets that a restart has cut are still on their way back
+        for key in left:
+            relay = links.existing(key)
+            if key in waiting and key not in seen and (relay is None or not relay.connections):
+                self.log.info("Kernel %s no longer waits: its notebook is closed", key)
+                await self.service.stop(key, ABANDONED)
 
     # Limits over time
 
     async def enforce(self) -> None:
         """Tell who is above a limit, stop what was told to stop, and measure."""
         admission = self.store.admission
-        notices, stops = await self.store.db.write(lambda tx: enforce(tx, admission, utcnow()))
+        notices, stops = await self.store.write(lambda tx: enforce(tx, admission, utcnow()))
         for notice in notices:
             self.notifier.tell(notice.owner, notice.policy, notice.event, notice.sentence, notice.kernels)
         for stop in stops:

@@ -158,14 +158,17 @@ def refusal(tx: Transaction, demand: Demand, fit: Fit, now: datetime, where: str
     return f"There is no room for {need} more: {_whose(policy)} is {_limit(fit)} {named}, and {taken}; {shut}{look}."
 
 
-def waiting(tx: Transaction, demand: Demand, fit: Fit, now: datetime) -> str:
-    """What a kernel waits for: who holds how much of what."""
+def waiting(tx: Transaction, demand: Demand, fit: Fit, now: datetime, found: Sequence[Holding] | None = None) -> str:
+    """What a kernel waits for: who holds how much of what. `found` is who holds it, where that is known already."""
     policy = fit.policy
     used = shown(policy.resource, fit.used, policy.gpu_model)
     limit = _limit(fit)
     if policy.resource.timed:
-        return f"{used} of {limit} are used up (policy {policy.name})"
-    found = holdings(tx, policy, demand)
+        _, end = window_bounds(policy, now)
+        anew = policy.window is WindowKind.CALENDAR
+        frees = f", and it begins anew in {span((end - now).total_seconds())}" if anew else ""
+        return f"{used} of {limit} are used up (policy {policy.name}){frees}"
+    found = holdings(tx, policy, demand) if found is None else found
     held = _holders(found, demand, now, len(found)) or "others"
     return f"{held} hold{'s' if len(found) == 1 else ''} {used} of {limit} (policy {policy.name})"
 

@@ -12,9 +12,10 @@ from traitlets import Unicode
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway import audit
+from hub_gateway.auth.people import NoPeople, People
 from hub_gateway.db.engine import Database
 from hub_gateway.db.models import Setting, utcnow
-from hub_gateway.errors import BadRequest, NotFound
+from hub_gateway.errors import BadRequest, NotFound, Unavailable
 from hub_gateway.kernels.admissions import Admitter
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.proxies.registry import Proxies
@@ -42,7 +43,7 @@ class PutResult:
 
 
 class QuotaService(LoggingConfigurable):
-    """Policies, limits, the queue and requests. `known_groups` says which groups there are, where that is known."""
+    """Policies, limits, the queue and requests. `people` says which groups there are, where that is known."""
 
     initial_policies = Unicode(
         help="""A YAML file of policies that are set at the first start, while there are none.
@@ -60,6 +61,7 @@ class QuotaService(LoggingConfigurable):
         proxies: Proxies,
         half_life: float,
         on_change: Callable[[], None] = lambda: None,
+        people: People | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -69,6 +71,7 @@ class QuotaService(LoggingConfigurable):
         self.specs = specs
         self.proxies = proxies
         self.half_life = half_life
+        self._people = None if isinstance(people, NoPeople) else people
         self._on_change = on_change
         """Called when a limit has changed, so that what waits is looked at."""
 
@@ -84,11 +87,12 @@ class QuotaService(LoggingConfigurable):
 
     async def put(self, policy: Policy, actor: str, dry_run: bool = False) -> PutResult:
         """Set a policy. Raises `BadRequest` (what is wrong with it), `Conflict` (it was changed meanwhile)."""
-        enforced = self._enforced()
+        enforced, groups = self._enforced(), await self._groups([policy])
 
         def write(tx: Transaction) -> PutResult:
             lock(tx)
-            problems = check(policy, self.admission.policies.all(tx), proxies=enforced, now=utcnow())
+            others = self.admission.policies.all(tx)
+            problems = check(policy, others, known_groups=groups, proxies=enforced, now=utcnow())
             _refuse(problems)
             if dry_run:
                 return PutResult(policy, tuple(problems))
@@ -108,7 +112,7 @@ class QuotaService(LoggingConfigurable):
     async def diff(self, text: str) -> Diff:
         """What a file would change. Raises `BadRequest`."""
         wanted = policies_of(text)
-        return self._diff(await self.policies(), wanted)
+        return self._diff(await self.policies(), wanted, self._enforced(), await self._groups(wanted))
 
     async def apply(self, text: str, actor: str, dry_run: bool = False, keep: bool = False) -> Diff:
         """Make the policies those of a file, all or nothing; `keep` leaves those alone that it does not name.
@@ -116,17 +120,17 @@ class QuotaService(LoggingConfigurable):
         Raises `BadRequest`.
         """
         wanted = policies_of(text)
-        enforced = self._enforced()
+        enforced, groups = self._enforced(), await self._groups(wanted)
 
         def write(tx: Transaction) -> Diff:
             lock(tx)
             store = self.admission.policies
             now = store.all(tx)
-            found = self._diff(now, wanted, enforced)
+            found = self._diff(now, wanted, enforced, groups)
             if keep:
                 named = {policy.name for policy in wanted}
                 others = [policy for policy in now if policy.name not in named]
-                problems = check_all([*wanted, *others], proxies=enforced, now=utcnow())
+                problems = check_all([*wanted, *others], known_groups=groups, proxies=enforced, now=utcnow())
                 found = replace(found, removed=(), problems=tuple(problems))
             _refuse(found.problems)
             if dry_run:
@@ -148,11 +152,25 @@ class QuotaService(LoggingConfigurable):
             return 0
         return len((await self.apply(text, audit.GATEWAY)).added)
 
+    @staticmethod
     def _diff(
-        self, now: Sequence[Policy], wanted: Sequence[Policy], enforced: Mapping[str, frozenset[str]] | None = None
+        now: Sequence[Policy],
+        wanted: Sequence[Policy],
+        enforced: Mapping[str, frozenset[str]],
+        groups: frozenset[str] | None,
     ) -> Diff:
-        problems = check_all(wanted, proxies=enforced if enforced is not None else self._enforced(), now=utcnow())
+        problems = check_all(wanted, known_groups=groups, proxies=enforced, now=utcnow())
         return replace(difference(now, wanted), problems=tuple(problems))
+
+    async def _groups(self, wanted: Sequence[Policy]) -> frozenset[str] | None:
+        """The groups that there are; None where nobody knows, or it does not matter."""
+        if self._people is None or not any(policy.subject_kind is SubjectKind.GROUP for policy in wanted):
+            return None
+        try:
+            return frozenset(group.name for group in await self._people.groups())
+        except Unavailable as error:
+            self.log.warning("Groups of policies are not looked up: %s", error.message)
+            return None
 
     def _enforced(self) -> dict[str, frozenset[str]]:
         """What each proxy can enforce."""

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from heapq import heappop, heappush
 from typing import Any, cast
 
 from sqlalchemy import Table, select
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.db.models import Reservation
 from hub_gateway.db.tenancy import AuditEntry, LedgerEntry
+from hub_gateway.errors import BadRequest
 from hub_gateway.kernels.types import Resources
 from hub_gateway.quotas.admission import need_of, scope_of
 from hub_gateway.quotas.policies import PolicyIndex
@@ -25,6 +27,7 @@ from hub_gateway.quotas.use import Holder
 __all__ = ["Simulation", "UserOutcome", "simulate"]
 
 HOUR = 3600.0
+MAX_LAUNCHES = 200_000
 SERVICE = "services/"
 _LEDGER = cast(Table, LedgerEntry.__table__)
 
@@ -64,17 +67,20 @@ class _Launch:
     refused: bool = False
 
 
-def _history(tx: Transaction, since: datetime, now: datetime) -> list[_Launch]:
-    """The launches since a moment, in order: of the ledger, open ones, and those that were refused."""
-    first, found = since.timestamp(), []
-    for row in tx.connection().execute(
-        select(_LEDGER).where(_LEDGER.c.kind == "interval", _LEDGER.c.stopped > first).order_by(_LEDGER.c.started)
-    ):
+def _history(tx: Transaction, first: datetime, since: datetime, now: datetime) -> list[_Launch]:
+    """Launches in order: what ran since `first`, of the ledger and open ones, and what was refused after `since`."""
+    found = []
+    intervals = select(_LEDGER).where(_LEDGER.c.kind == "interval", _LEDGER.c.stopped > first.timestamp())
+    for row in tx.connection().execute(intervals.limit(MAX_LAUNCHES + 1)):
         groups = frozenset(name for name in row.groups.split("\n") if name)
         found.append(_launch(row, groups, row.started, row.stopped, row.price_version))
     for row in tx.execute(select(Reservation.__table__).where(Reservation.released_at.is_(None))):
         begin = row.billed_from or row.created_at
         found.append(_launch(row, frozenset(row.groups or ()), begin.timestamp(), now.timestamp(), row.price_version))
+    if len(found) > MAX_LAUNCHES:
+        raise BadRequest(
+            f"More than {MAX_LAUNCHES} kernels ran in that time, which takes too long to replay; choose fewer days."
+        )
     lately = sorted(one.stopped - one.started for one in found)
     usual = lately[len(lately) // 2] if lately else HOUR
     refused = select(AuditEntry.at, AuditEntry.subject, AuditEntry.detail).where(
@@ -105,29 +111,81 @@ def _launch(row: Any, groups: frozenset[str], started: float, stopped: float, pr
     return _Launch(demand, started, stopped, stopped - started, price)
 
 
+class _Sweep:
+    """Goes forward in time over launches: what is held (`rate`), and what was used since the beginning (`used`)."""
+
+    def __init__(self, launches: list[tuple[float, float, float]]) -> None:
+        self._launches = launches
+        """Start, stop and rate, by start; it grows at its end."""
+        self._next = 0
+        self._stops: list[tuple[float, float]] = []
+        self._at = 0.0
+        self.rate = 0.0
+        self.used = 0.0
+
+    def to(self, moment: float) -> None:
+        """Go on to a moment, which is never before the last one."""
+        while self._next < len(self._launches) and self._launches[self._next][0] <= moment:
+            start, stop, rate = self._launches[self._next]
+            self._next += 1
+            self._stop_until(start)
+            self._go(start)
+            self.rate += rate
+            heappush(self._stops, (stop, rate))
+        self._stop_until(moment)
+        self._go(moment)
+
+    def _stop_until(self, moment: float) -> None:
+        while self._stops and self._stops[0][0] <= moment:
+            stop, rate = heappop(self._stops)
+            self._go(stop)
+            self.rate -= rate
+
+    def _go(self, moment: float) -> None:
+        self.used += self.rate * max(0.0, moment - self._at)
+        self._at = max(self._at, moment)
+
+
+class _Meter:
+    """What one scope holds and uses of one policy. Time only goes forward."""
+
+    def __init__(self) -> None:
+        self._launches: list[tuple[float, float, float]] = []
+        self._head, self._tail = _Sweep(self._launches), _Sweep(self._launches)
+
+    def add(self, started: float, stopped: float, rate: float) -> None:
+        self._launches.append((started, max(started, stopped), rate))
+
+    def held(self, at: float) -> float:
+        self._head.to(at)
+        return self._head.rate
+
+    def used(self, begin: float, at: float) -> float:
+        self._head.to(at)
+        self._tail.to(begin)
+        return (self._head.used - self._tail.used) / HOUR
+
+
 class _World:
     """What would be held and used, if only what is admitted had run."""
 
     def __init__(self, prices: dict[int, Prices]) -> None:
         self.prices = prices
-        self.ran: dict[Holder, list[_Launch]] = defaultdict(list)
+        self.meters: dict[tuple[str, Holder], _Meter] = defaultdict(_Meter)
 
-    def add(self, launch: _Launch, scopes: Iterable[Holder]) -> None:
-        for scope in scopes:
-            self.ran[scope].append(launch)
+    def add(self, launch: _Launch, policies: Iterable[Policy]) -> None:
+        demand = launch.demand
+        for policy in policies:
+            rate = self._rate(policy, launch) if policy.resource.timed else need_of(policy, demand.resources)
+            if rate and covers(policy, demand.kernelspec, demand.proxy, demand.queue):
+                scope = scope_of(policy, demand.owner, demand.owner_kind)
+                self.meters[policy.name, scope].add(launch.started, launch.stopped, rate)
 
     def used(self, policy: Policy, scope: Holder, at: float, now: datetime) -> float:
-        mine = (one for one in self.ran[scope] if self._counts(policy, one))
+        meter = self.meters[policy.name, scope]
         if not policy.resource.timed:
-            return sum(need_of(policy, one.demand.resources) for one in mine if one.stopped > at)
-        begin = window_bounds(policy, now)[0].timestamp()
-        return sum(
-            self._rate(policy, one) * max(0.0, min(one.stopped, at) - max(one.started, begin)) / HOUR for one in mine
-        )
-
-    @staticmethod
-    def _counts(policy: Policy, one: _Launch) -> bool:
-        return covers(policy, one.demand.kernelspec, one.demand.proxy, one.demand.queue)
+            return meter.held(at)
+        return meter.used(window_bounds(policy, now)[0].timestamp(), at)
 
     def _rate(self, policy: Policy, one: _Launch) -> float:
         taken = one.demand.resources
@@ -142,25 +200,31 @@ class _World:
 
 
 def simulate(tx: Transaction, policies: Sequence[Policy], days: int, now: datetime) -> Simulation:
-    """Replay the last days. A launch that would have waited runs at once: nobody knows how long it would have."""
+    """Replay the last days. Raises `BadRequest` where more was launched than can be replayed while somebody waits.
+
+    A launch that would have waited runs at once: nobody knows how long it would have. What the ledger does not know is
+    left out: how long kernels took to start (limits of starting kernels), and bursts.
+    """
     by_subject: dict[tuple[SubjectKind, str], list[Policy]] = defaultdict(list)
-    for policy in policies:
+    counting = [one for one in policies if one.counts is not Counts.KERNEL and one.resource is not Resource.STARTING]
+    for policy in counting:
         by_subject[policy.subject_kind, policy.subject].append(policy)
     index = PolicyIndex("simulated", {}, {key: tuple(some) for key, some in by_subject.items()})
     world = _World(all_prices(tx))
     since = now - timedelta(days=days)
+    begins = [window_bounds(policy, since)[0] for policy in counting if policy.resource.timed]
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
-    for launch in _history(tx, since, now):
-        outcome = _outcome(index, world, launch)
-        of_user = counts[launch.demand.owner]
+    for launch in _history(tx, min([since, *begins]), since, now):
         in_time = launch.started >= since.timestamp()
+        outcome = _outcome(index, world, launch) if in_time else "admitted"
+        of_user = counts[launch.demand.owner]
         if in_time:
             of_user[0] += 1
             of_user[1] += outcome == "refused"
             of_user[2] += outcome == "queued"
             of_user[3] += launch.refused and outcome != "refused"
-        if outcome != "refused" or not in_time:
-            world.add(launch, _scopes(launch.demand))
+        if outcome != "refused":
+            world.add(launch, index.of(launch.demand))
     users = tuple(
         UserOutcome(owner, *some)
         for owner, some in sorted(counts.items(), key=lambda item: (-item[1][1], -item[1][2], item[0]))
@@ -172,19 +236,11 @@ def simulate(tx: Transaction, policies: Sequence[Policy], days: int, now: dateti
     return Simulation(days, launches, refused, queued, again, users, _sentence(users, launches, refused, queued, days))
 
 
-def _scopes(demand: Demand) -> list[Holder]:
-    return [
-        (demand.owner_kind.value, demand.owner),
-        *((SubjectKind.GROUP.value, group) for group in demand.groups),
-        (SubjectKind.EVERYONE.value, "*"),
-    ]
-
-
 def _outcome(index: PolicyIndex, world: _World, launch: _Launch) -> str:
     demand, queued = launch.demand, False
     moment = datetime.fromtimestamp(launch.started, timezone.utc)
     for policy in applicable(index.of(demand), demand, moment):
-        if policy.counts is Counts.KERNEL or policy.hard is None:
+        if policy.hard is None:
             continue
         used = world.used(policy, scope_of(policy, demand.owner, demand.owner_kind), launch.started, moment)
         need = need_of(policy, demand.resources)

@@ -16,6 +16,7 @@ __all__ = ["Problem", "check", "check_all"]
 
 ENFORCED = {Resource.CPU: "cpu", Resource.MEMORY: "memory", Resource.GPU: "gpu"}
 MAX_WINDOW = 366 * 86400
+ONE = (SubjectKind.USER, SubjectKind.SERVICE)
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def _meaning(policy: Policy) -> Iterable[str]:
         yield f"The policy {name} names a GPU model and limits {policy.resource.value}; leave the model out."
     if policy.queue_seconds is not None and policy.action is not Action.QUEUE:
         yield f"The policy {name} has a deadline for waiting, but launches do not wait; set the action to queue."
-    if policy.origin is Origin.GRANT and (policy.subject_kind is not SubjectKind.USER or policy.valid_until is None):
-        yield f"The grant {name} must be for one user, and have an end."
+    if policy.origin is Origin.GRANT and (policy.subject_kind not in ONE or policy.valid_until is None):
+        yield f"The grant {name} must be for one user or service, and have an end."
 
 
 def _unenforced(policy: Policy, proxies: Mapping[str, frozenset[str]]) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -11,14 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hub_gateway import audit
+from hub_gateway.auth.base import Caller
+from hub_gateway.auth.people import FilePeople, GroupInfo, NoPeople, People
 from hub_gateway.db.models import utcnow
-from hub_gateway.errors import BadRequest, Conflict, LaunchRefused, NotFound
+from hub_gateway.errors import BadRequest, Conflict, LaunchRefused, NotFound, Unavailable
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import Resources
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.quotas.document import document, policies_of
 from hub_gateway.quotas.service import QuotaService
+from hub_gateway.quotas.simulate import _Meter
 from hub_gateway.quotas.types import (
     Action,
     Counts,
@@ -165,6 +169,30 @@ def test_contradictions_name_both() -> None:
     assert unknown.level == "warning" and "no group ghosts" in unknown.sentence
 
 
+async def test_a_group_that_nobody_knows_is_told_at_once(quota_store: KernelStore, tmp_path: Any) -> None:
+    """It may come later, so the policy is set; while the Hub is away nothing is said."""
+    asked = FilePeople(lambda fresh: [Caller("bob", groups=frozenset({"lab"}))])
+
+    class Away(FilePeople):
+        async def groups(self) -> tuple[GroupInfo, ...]:
+            raise Unavailable("The Hub is away.")
+
+    def made(people: People) -> QuotaService:
+        parts: dict[str, Any] = {"db": quota_store.db, "admitter": quota_store.admitter, "half_life": 86400.0}
+        proxies = Proxies(state_dir=str(tmp_path))
+        return QuotaService(specs=KernelSpecs(), proxies=proxies, people=people, **parts)
+
+    ghosts, lab = (Policy(name, SubjectKind.GROUP, name, hard=1) for name in ("ghosts", "lab"))
+    result = await made(asked).put(ghosts, "admin")
+    assert [problem.level for problem in result.problems] == ["warning"]
+    assert "The Hub knows no group ghosts" in result.problems[0].sentence
+    assert (await made(asked).put(lab, "admin", dry_run=True)).problems == ()
+    [problem] = (await made(asked).apply(document([ghosts, lab]), "admin")).problems
+    assert problem.policy == "ghosts"
+    for silent in (NoPeople(), Away(lambda fresh: [])):
+        assert (await made(silent).diff(document([ghosts]))).problems == ()
+
+
 async def test_a_request_becomes_a_grant_that_ends(service: QuotaService, quota_store: KernelStore) -> None:
     await put(quota_store, Policy("bob-one", USER, "bob", hard=1))
     await quota_store.admit(new(1))
@@ -188,6 +216,65 @@ async def test_a_request_becomes_a_grant_that_ends(service: QuotaService, quota_
     assert "grant" not in await service.export()
     actions = await quota_store.db.read(lambda tx: [line.action for line in audit.query(tx)])
     assert {"request.open", "request.answer", "grant.set"} <= set(actions)
+
+
+@pytest.mark.parametrize(
+    ("policy", "amount", "said"),
+    [
+        ("carol-one", 3, "no limit 'carol-one' of yours"),
+        ("lab-one", 3, "no limit 'lab-one' of yours"),
+        ("together", 9, "not yours alone"),
+        ("bob-one", float("nan"), "no amount of kernels"),
+        ("bob-one", float("inf"), "no amount of kernels"),
+        ("bob-one", -1, "no amount of kernels"),
+        ("bob-one", 1.5, "no amount of kernels"),
+        ("bob-one", 2.0**60, "no amount of kernels"),
+        ("nothing", 3, "no limit 'nothing'"),
+    ],
+)
+async def test_requests_that_make_no_sense(
+    service: QuotaService, quota_store: KernelStore, policy: str, amount: float, said: str
+) -> None:
+    """Nothing is told about limits of others, either: not even that they are there."""
+    await put(quota_store, Policy("bob-one", USER, "bob", hard=1))
+    await put(quota_store, Policy("carol-one", USER, "carol", hard=1))
+    await put(quota_store, Policy("lab-one", SubjectKind.GROUP, "lab", hard=1))
+    await put(quota_store, Policy("together", SubjectKind.EVERYONE, hard=1, counts=Counts.TOGETHER))
+    with pytest.raises((BadRequest, NotFound), match=said):
+        await service.open_request("bob", [], policy, amount, utcnow() + timedelta(days=1), "please")
+    with pytest.raises(BadRequest, match="ended already"):
+        await service.open_request("bob", [], "bob-one", 3, utcnow() - timedelta(seconds=1), "please")
+    assert await service.requests() == []
+
+
+async def test_a_request_is_answered_or_withdrawn_never_both(service: QuotaService, quota_store: KernelStore) -> None:
+    await put(quota_store, Policy("bob-one", USER, "bob", hard=1))
+    until = utcnow() + timedelta(days=1)
+    for _ in range(5):
+        asked = await service.open_request("bob", [], "bob-one", 3, until, "please")
+        await asyncio.gather(
+            service.withdraw(asked.id, "bob"),
+            service.answer(asked.id, "admin", True, "yes"),
+            service.answer(asked.id, "lead", False, "no"),
+            return_exceptions=True,
+        )
+        found = next(one for one in await service.requests() if one.id == asked.id)
+        grant = await service.policy(f"grant-{asked.id}")
+        assert (found.state == "granted") == (grant is not None)
+    with pytest.raises(BadRequest, match="no amount"):
+        asked = await service.open_request("bob", [], "bob-one", 3, until, "please")
+        await service.answer(asked.id, "admin", True, "yes", amount=float("nan"))
+
+
+async def test_a_service_can_be_granted_more(service: QuotaService, quota_store: KernelStore) -> None:
+    await put(quota_store, Policy("all-one", SubjectKind.EVERYONE, hard=1))
+    await quota_store.admit(new(1, owner="services/ci", service=True))
+    asked = await service.open_request("services/ci", [], "all-one", 2, utcnow() + timedelta(days=1), "a release")
+    await service.answer(asked.id, "admin", True, "")
+    await quota_store.admit(new(2, owner="services/ci", service=True))
+    with pytest.raises(LaunchRefused, match=r"grant-\d+"):
+        await quota_store.admit(new(3, owner="services/ci", service=True))
+    await service.apply("policies: []", "admin", keep=True)  # which looks at the grant, too
 
 
 async def test_explain_says_which_one_counts_and_why(service: QuotaService, quota_store: KernelStore) -> None:
@@ -248,6 +335,43 @@ async def test_simulate_replays_what_happened(service: QuotaService, quota_store
     with pytest.raises(LaunchRefused):
         await quota_store.admit(new(9, owner="dora"))
     assert (await service.simulate([], 1)).admitted_again == 1
+
+
+async def test_simulate_says_how_many_of_whom(service: QuotaService, quota_store: KernelStore) -> None:
+    """Fourteen launches of three users: 5, 5 and 4 beyond the first that each had open at the time."""
+    now = utcnow()
+    number = 0
+    for owner, count in (("alice", 6), ("bob", 6), ("carol", 5), ("dora", 1)):
+        for at in range(count):
+            number += 1
+            await quota_store.admit(new(number, owner=owner))
+            await begin(quota_store, f"k{number}", now - timedelta(hours=20) + timedelta(minutes=at))
+            await release(quota_store, f"k{number}", now - timedelta(hours=2))
+    found = await service.simulate([Policy("one", SubjectKind.EVERYONE, hard=1)], 7)
+    assert found.sentence == "It would have refused 14 of the 18 launches of the last 7 days, of 3 users."
+    assert [(one.user, one.refused) for one in found.by_user] == [("alice", 5), ("bob", 5), ("carol", 4), ("dora", 0)]
+    starting = Policy("starting", SubjectKind.EVERYONE, resource=Resource.STARTING, hard=1)
+    assert "admitted all 18" in (await service.simulate([starting], 7)).sentence
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 30), st.integers(1, 4)), max_size=30),
+    st.lists(st.integers(0, 100), min_size=1, max_size=20),
+    st.integers(0, 40),
+)
+def test_the_meter_of_a_simulation_is_the_sum_of_its_intervals(
+    launches: list[tuple[int, int, int]], looks: list[int], window: int
+) -> None:
+    meter, known = _Meter(), []
+    events = sorted([(start, 1, lasts, rate) for start, lasts, rate in launches] + [(at, 0, 0, 0) for at in looks])
+    for at, is_launch, lasts, rate in events:
+        if is_launch:
+            meter.add(at, at + lasts, rate)
+            known.append((at, at + lasts, rate))
+            continue
+        assert meter.held(at) == sum(rate for start, stop, rate in known if start <= at < stop)
+        used = sum(rate * max(0, min(stop, at) - max(start, at - window)) for start, stop, rate in known)
+        assert meter.used(at - window, at) * 3600 == pytest.approx(used)
 
 
 async def test_maintenance_stops_launches_and_nothing_else(service: QuotaService, quota_store: KernelStore) -> None:

@@ -19,6 +19,7 @@ from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import Resources
 from hub_gateway.metrics import METRICS
 from hub_gateway.quotas.enforce import Notice, Stop, enforce
+from hub_gateway.quotas.explain import limits
 from hub_gateway.quotas.notices import Notifier
 from hub_gateway.quotas.resolve import active, window_bounds
 from hub_gateway.quotas.types import Counts, Period, Policy, Resource, SubjectKind, Weekly, WindowKind
@@ -62,6 +63,63 @@ async def test_a_lowered_limit_stops_the_newest_after_its_grace(quota_store: Ker
     notices, stops = await look(quota_store, minutes=11)
     assert [stop.kernel_id for stop in stops] == ["k4", "k3"] and not notices
     assert "gpus" in stops[0].sentence and "grace of 10 minutes" in stops[0].sentence
+
+
+async def test_nobody_is_stopped_twice_or_told_so(quota_store: KernelStore) -> None:
+    """Two processes look while the kernels end: what is being stopped no longer counts as what is to be."""
+    made = await put(quota_store, Policy("two", SubjectKind.EVERYONE, hard=3, grace_seconds=60))
+    for number in range(3):
+        await quota_store.admit(new(number))
+        await begin(quota_store, f"k{number}", utcnow() - timedelta(hours=10 - number))
+    await put(quota_store, Policy(**{**vars(made), "hard": 1.0}))
+    await look(quota_store)
+    _, stops = await look(quota_store, minutes=2)
+    assert [stop.kernel_id for stop in stops] == ["k2", "k1"]
+    assert await look(quota_store, minutes=2) == ([], [])
+    assert await look(quota_store, minutes=5) == ([], [])
+    ended = await quota_store.get("k2")
+    assert ended is not None and ended.target.value == "ended" and "policy two" in ended.message
+
+
+async def test_a_limit_that_is_lowered_again_has_a_grace_again(quota_store: KernelStore) -> None:
+    """What was told was about another limit: nobody is stopped on the strength of that."""
+    made = await put(quota_store, Policy("few", SubjectKind.EVERYONE, hard=3, grace_seconds=60))
+    for number in range(3):
+        await quota_store.admit(new(number))
+    made = await put(quota_store, Policy(**{**vars(made), "hard": 2.0}))
+    assert len((await look(quota_store))[0]) == 1
+    await put(quota_store, Policy(**{**vars(made), "hard": 0.0}))
+    [again], stops = await look(quota_store)
+    assert "allows 0 kernels" in again.sentence and not stops
+    _, stops = await look(quota_store, minutes=2)
+    assert len(stops) == 3
+
+
+async def test_after_a_burst_comes_the_grace(quota_store: KernelStore) -> None:
+    await put(
+        quota_store, Policy("b", SubjectKind.EVERYONE, hard=1, burst=2, burst_seconds=600, grace_seconds=60, soft=1)
+    )
+    await quota_store.admit(new(1))
+    await quota_store.admit(new(2))
+    await begin(quota_store, "k1", utcnow() - timedelta(hours=1))
+    [notice], stops = await look(quota_store, minutes=9)
+    assert notice.event == "soft" and not stops
+    [warning], stops = await look(quota_store, minutes=11)
+    assert warning.event == "over" and "allows 1 kernel" in warning.sentence and not stops
+    _, [stop] = await look(quota_store, minutes=13)
+    assert stop.kernel_id == "k2"
+
+
+async def test_the_page_says_when_kernels_are_stopped(quota_store: KernelStore) -> None:
+    made = await put(quota_store, GPUS)
+    await quota_store.admit(new(1, resources=Resources(gpu=4)))
+    await put(quota_store, Policy(**{**vars(made), "hard": 2.0}))
+    await look(quota_store)
+    [view] = await quota_store.db.read(
+        lambda tx: limits(tx, quota_store.admission, "bob", SubjectKind.USER, (), utcnow())
+    )
+    assert view.stops_at is not None and timedelta(minutes=9) < view.stops_at - utcnow() <= timedelta(minutes=10)
+    assert "kernels are stopped from" in view.warning
 
 
 async def test_without_a_grace_nobody_is_stopped(quota_store: KernelStore) -> None:
@@ -201,3 +259,10 @@ async def test_an_e_mail_hears_of_it() -> None:
     await eventually(lambda: any(b"You hold 3 GPUs." in line for line in said), "the mail")
     assert any(b"bob@example.org" in line for line in said)
     server.close()
+    await server.wait_closed()
+    failed = METRICS.notices.labels("email", "failed")
+    before = failed._value.get()
+    notifier.tell("bob", "gpus", "soft", "You hold 4 GPUs.", [])  # nobody listens any more
+    notifier.tell("bob\nBcc: all@example.org", "gpus", "soft", "You hold 4 GPUs.", [])
+    await notifier.close()
+    assert failed._value.get() == before + 2

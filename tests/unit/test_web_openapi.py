@@ -19,6 +19,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from hub_gateway import __version__
 from hub_gateway.web.application import ROUTES, pages
+from hub_gateway.web.console import ConsoleHandler
 from hub_gateway.web.health import load_spec
 from tests.contract.mini import MiniGateway, Setup
 from tests.harness.tenancy import Audit, Identity, Quotas, Reports, Tokens
@@ -34,9 +35,11 @@ def described() -> dict[str, dict[str, Any]]:
 
 
 def served() -> dict[str, set[str]]:
-    """Methods by path."""
+    """Methods by path, without the pages for people: their forms are no interface."""
     found: dict[str, set[str]] = {}
     for path, handler in (*ROUTES, *pages()):
+        if issubclass(handler, ConsoleHandler):
+            continue
         methods = {method.lower() for method in handler.allowed() if method not in SAME}
         for form in ("json", "yaml"):
             plain = path.replace(r"swagger\.(json|yaml)", f"swagger.{form}")
