@@ -284,6 +284,7 @@ class HubGateway(JupyterApp):
             self.log.info("Stopping; kernels go on running")
             if watch is not None:
                 watch.cancel()
+            runtime.drain()
             server.stop()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(server.close_all_connections(), self.drain_timeout)

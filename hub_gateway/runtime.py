@@ -57,6 +57,7 @@ class Runtime:
         self.state = state
         self.instance = instance
         self.url = ""
+        self._port = 0
         self.services: Services | None = None
         self._loop_watch = LoopWatch(METRICS)
         self._controller: Controller | None = None
@@ -76,7 +77,8 @@ class Runtime:
         self._loop_watch.start()
         scheme = "https" if app.certfile else "http"
         host = app.ip if app.ip not in ("", "0.0.0.0", "::", "*") else "127.0.0.1"  # noqa: S104
-        self.url = f"{scheme}://{host}:{port}{app.base_url}"
+        self._port = port
+        self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{app.base_url}"
         cookie_secret = await asyncio.to_thread(self._cookie_secret)
         hub, authenticator = self._authentication(cookie_secret)
         db = self._db = Database(app.db_url)
@@ -139,6 +141,7 @@ class Runtime:
             proxies=self._proxies,
             half_life=self._quotas.fair_share_half_life,
             on_change=self._quotas.wake,
+            people=people,
         )
         self.services = Services(
             kernels=kernels,
@@ -165,9 +168,11 @@ class Runtime:
             made = await quotas.first_start(text)
             if made:
                 app.log.info("%d policies were set from %s", made, quotas.initial_policies)
-        self._culler = Culler(parent=app, service=kernels)
+        self._culler = Culler(parent=app, service=kernels, on_swallowed=METRICS.count_swallowed)
         if hub is not None:
-            self._activity = ActivityReporter(parent=app, service=kernels, report=hub.report_activity)
+            self._activity = ActivityReporter(
+                parent=app, service=kernels, report=hub.report_activity, on_swallowed=METRICS.count_swallowed
+            )
         return make_application(self.services, base_url=app.base_url)
 
     async def take_over(self) -> None:
@@ -186,22 +191,25 @@ class Runtime:
         if self._activity is not None:
             self._activity.start()
         self.services.ready = True
-        port = int(self.url.split(":")[2].split("/")[0])
         self.state.write_address(
             {
                 "url": self.url,
-                "port": port,
+                "port": self._port,
                 "pid": os.getpid(),
                 "version": __version__,
                 "gateway_id": self._controller.gateway_id,
             }
         )
 
-    async def close(self) -> None:
-        """Close everything; kernels go on. May be called at any stage."""
+    def drain(self) -> None:
+        """Say from now on, to whoever asks whether this gateway is ready, that it is stopping."""
         if self.services is not None:
             self.services.ready = False
             self.services.draining = True
+
+    async def close(self) -> None:
+        """Close everything; kernels go on. May be called at any stage."""
+        self.drain()
         for part in (self._loop_watch, self._culler, self._activity, self._quotas, self._controller, self._proxies):
             if part is not None:
                 await part.close()

@@ -38,6 +38,8 @@ BATCH, LARGE, EVENT = 1, 2, 3
 REPLAY = 1
 TO_KERNEL, ACK, CALL = 0x10, 0x11, 0x12
 DELIMITER = b"<IDS|MSG>"
+MAX_PARTS = 254  # header, parent_header, metadata, content and 250 buffers
+MESSAGE_BYTES = 512 * 2**20
 BATCH_MESSAGES = 512
 BATCH_BYTES = 256 * 1024
 LARGE_BYTES = 64 * 1024
@@ -51,6 +53,10 @@ PEER_SECONDS = 30.0
 STATE_SECONDS = 0.05
 LINGER_SECONDS = 60.0
 STEADY_SECONDS = 10.0
+QUIET_SECONDS = 0.2
+PARTING_SECONDS = 1.0
+UNAWARE_SECONDS = 5.0
+PATIENCE_SECONDS = 2.0
 PATH_LIMIT = 90
 NOBLOCK, RCVMORE = 1, 13  # zmq's numbers: as enums they cost a conversion each time
 HEAD = struct.Struct("<BBQH")
@@ -711,9 +717,10 @@ class Session:
 class Peer:
     """One gateway connection."""
 
-    __slots__ = ("acked", "epoch", "live", "name", "place", "replays", "seen", "sent", "sessions")
+    __slots__ = ("acked", "epoch", "live", "name", "place", "replays", "seen", "sent", "sessions", "unaware")
 
     def __init__(self, name: bytes, epoch: int, place: Entry) -> None:
+        self.unaware = 0.0  # until then, or until it says so, it may not know that the kernel died
         self.name = name
         self.epoch = epoch
         self.place = place  # the last entry that was sent live, or passed over
@@ -915,22 +922,25 @@ class Outlet:
         the caller can tell what was under way to the session before from what belongs to this attachment.
         """
         ring = self.ring
+        # A number that was never given is another ring's.
+        start = after if after is not None and 0 <= after <= ring.seq else None
         session = self.sessions.get(name)
         if session is None:
             if len(self.sessions) >= MAX_SESSIONS:
                 away = [one for one in self.sessions.values() if one.state == "away"]
                 if away:
                     self.forget(min(away, key=lambda one: one.away_since))
-            session = self.sessions[name] = Session(name, ring.seq)
+            session = self.sessions[name] = Session(name, ring.seq if start is None else start)
         else:
             old = session.peer
             self._unlink(session)
             if old is not None and old is not peer:
                 self.event(old, {"event": "moved", "session": name.decode("utf-8", "replace")}, name)
-        if after is not None:
-            session.cursor = max(0, min(after, ring.seq))
+        if start is None:
+            start = session.cursor
+        # What lies between them may still be on its way to the client: only an acknowledgement moves the cursor up.
+        session.cursor = min(session.cursor, start)
         floor = max(ring.root.last, ring.floor)
-        start = session.cursor
         session.keep = keep
         session.peer = peer
         session.state = "replay"
@@ -1028,7 +1038,12 @@ class KernelSockets:
         # Whoever reaches the ipc socket is the kernel's own user; a loopback port may have been taken by anybody.
         self.verify = kernel.settings.transport != "ipc"
         self.again = zmq.Again
+        self.pair = zmq.PAIR
+        self.context = context
+        self.generation = kernel.generation
         self.sockets: List[Any] = []
+        self.monitors: List[Any] = []
+        self.watched_to_end = False
         identity = b"agent-%d" % kernel.generation
         for channel in range(4):
             sock = context.socket(zmq.SUB if channel == IOPUB else zmq.DEALER)
@@ -1078,7 +1093,7 @@ class KernelSockets:
                     body.append(content if len(content) >= LARGE_BYTES else content.bytes)
                 if signature == DELIMITER or DELIMITER in body[:4]:
                     return None  # it was too short, and this is the next one
-                return body if len(body) < 256 and self.good(signature, body) else None
+                return body if self.good(signature, body) else None
             while sock.get(RCVMORE):
                 parts.append(sock.recv(NOBLOCK))
         except self.again:
@@ -1088,15 +1103,37 @@ class KernelSockets:
         except ValueError:
             return None
         body = parts[start:]
-        return body if 4 <= len(body) < 256 and self.good(parts[start - 1], body) else None
+        return body if len(body) >= 4 and self.good(parts[start - 1], body) else None
 
     def good(self, signature: bytes, body: Any) -> bool:
         """Whether the signature is right, where it matters."""
         return not self.verify or self.compare(self.sign(body), signature)
 
+    def watch_end(self) -> None:
+        """From now on ZeroMQ says when a connection has ended. Not before the kernel is ready: that would cost time."""
+        for channel, sock in enumerate(self.sockets):
+            address = "inproc://end-%d-%d" % (self.generation, channel)
+            sock.monitor(address, 0x0200)  # DISCONNECTED
+            monitor = self.context.socket(self.pair)
+            monitor.linger = 0
+            monitor.connect(address)
+            self.monitors.append(monitor)
+
+    def ended(self) -> bool:
+        """Whether ZeroMQ has read to the end of every connection, so that a socket without a message is empty."""
+        for monitor in list(self.monitors):
+            try:
+                monitor.recv_multipart(NOBLOCK)
+            except self.again:
+                return False
+            self.monitors.remove(monitor)
+            monitor.close(0)
+            self.watched_to_end = True
+        return self.watched_to_end
+
     def close(self) -> None:
         """Close all four."""
-        for sock in self.sockets:
+        for sock in self.monitors + self.sockets:
             sock.close(0)
 
 
@@ -1115,7 +1152,7 @@ def parse_command(frames: Frames) -> Tuple[str, Any]:
         raise ValueError("no kind")
     kind = frames[0][0]
     if kind == TO_KERNEL:
-        if len(frames) < 8 or len(frames) > 250 or len(frames[2]) != 1 or frames[2][0] >= IOPUB:
+        if len(frames) < 8 or len(frames) > 4 + MAX_PARTS or len(frames[2]) != 1 or frames[2][0] >= IOPUB:
             raise ValueError("bad request")
         return "kernel", (frames[1], frames[2][0], frames[3], frames[4:])
     if kind == ACK:
@@ -1133,7 +1170,7 @@ def parse_command(frames: Frames) -> Tuple[str, Any]:
 class Pending:
     """A client's request that the kernel has not finished."""
 
-    __slots__ = ("busy", "channel", "header", "idle", "msg_type", "replied", "session")
+    __slots__ = ("busy", "channel", "header", "idle", "late", "msg_type", "replied", "session")
 
     def __init__(self, session: bytes, channel: int, header: bytes, msg_type: str) -> None:
         self.session = session
@@ -1142,6 +1179,7 @@ class Pending:
         self.msg_type = msg_type
         self.busy = False
         self.idle = False
+        self.late = False  # it came when the kernel was dead already
         # Messages that are not requests (comm_msg) have no reply.
         self.replied = not msg_type.endswith("_request")
 
@@ -1173,10 +1211,15 @@ class Agent:
         self.ready_at = 0.0
         self.restarts = 0
         self.ending = False  # told to end, and not yet gone
+        self.cut_parent = b""  # of the last message that was not passed on whole
+        self.death = ""  # how the last kernel ended
+        self.verdict = ""  # why this one was killed
+        self.parting: Optional[Tuple[float, Optional[float]]] = None  # dead, and not yet read to the end: see `part`
         self.restarts_in_a_row = 0
         self.activity = time.time()
         self.said_state: Tuple[str, float] = ("", 0.0)
-        self.waiting: List[Tuple[bytes, Any]] = []  # (peer, id) of calls to answer when the kernel is up or gone
+        # (peer, id, operation) of calls to answer when the kernel is up or gone
+        self.waiting: List[Tuple[bytes, Any, str]] = []
         self.last_exit: Optional[Event] = None
         self.counters = {"refused_peers": 0, "failed_handshakes": 0, "bad_frames": 0, "unrouted_replies": 0}
         self.sockets: Optional[KernelSockets] = None
@@ -1254,8 +1297,7 @@ class Agent:
             self.failed(started)
         else:
             self.connect_kernel()
-            if self.kernel.reap():  # before its signal could be told to the loop
-                self.on_kernel_exit()
+            self.look_after_kernel()  # it may have ended before its signal could be told to the loop
         handlers, poll = self.handlers, self.poller.poll
         while self.running:
             deadline = min([due for due, _ in self.timers.values()]) if self.timers else None
@@ -1295,8 +1337,7 @@ class Agent:
             numbers = os.read(self.wake, 4096)
         except BlockingIOError:
             return
-        if self.phase in ("starting", "running", "restarting", "stopping") and self.kernel.pid and self.kernel.reap():
-            self.on_kernel_exit()
+        self.look_after_kernel()
         if signal.SIGTERM in numbers or signal.SIGINT in numbers:
             self.shut_down()
 
@@ -1344,9 +1385,6 @@ class Agent:
         self.nudge()
 
     def disconnect_kernel(self) -> None:
-        if self.sockets is not None:
-            for channel in range(4):
-                self.drain(channel)
         if self.kernel.stderr >= 0:
             self.unwatch(self.kernel.stderr)
             self.kernel.read_stderr()
@@ -1361,7 +1399,7 @@ class Agent:
 
     def ask(self, channel: int, msg_type: str, content: Dict[str, Any]) -> None:
         """Send a request of the agent's own; what comes of it is not passed on."""
-        if self.sockets is not None:
+        if self.sockets is not None and self.parting is None:
             parts = make_message(self.session, msg_type, content)
             self.nudges.add(load_dict(parts[0])["msg_id"])
             self.sockets.send(channel, parts)
@@ -1372,11 +1410,11 @@ class Agent:
             self.ask(SHELL, "kernel_info_request", {})
             self.after("nudge", 0.2 if self.info_seen else 5.0, self.nudge)
 
-    def drain(self, channel: int) -> None:  # noqa: C901 - in one piece: this is the hot path
-        """Take what a kernel socket has, up to one batch, and publish it."""
+    def drain(self, channel: int) -> bool:  # noqa: C901 - in one piece: this is the hot path
+        """Take what a kernel socket has, up to one batch, and publish it. False where it had nothing."""
         sockets = self.sockets
         if sockets is None:
-            return
+            return False
         again, receive = self.zmq.Again, sockets.receive
         target = b""
         heads: Frames = []
@@ -1387,12 +1425,20 @@ class Agent:
             try:
                 body = receive(channel)
             except again:
+                taken -= 1
                 break
             if body is None:
                 self.counters["bad_frames"] += 1
                 continue
             lengths = [len(part) for part in body]
             total = sum(lengths)
+            if len(lengths) > MAX_PARTS or total > MESSAGE_BYTES:
+                if count:
+                    self.outlet.batch(target, heads, out, count, size)
+                    heads, out, count, size = [], [], 0, 0
+                body = self.cut(channel, body)
+                lengths = [len(part) for part in body]
+                total = sum(lengths)
             # Most output needs no look: neither a status nor the agent's own affair.
             if channel != IOPUB or self.nudges or lengths[3] < 256 or not self.iopub_live:
                 to = self.accept_output(body) if channel == IOPUB else self.accept_reply(channel, body)
@@ -1420,6 +1466,28 @@ class Agent:
             size += total
         if count:
             self.outlet.batch(target, heads, out, count, size)
+        return taken > 0
+
+    def cut(self, channel: int, body: Any) -> Any:
+        """A message that exceeds the link's limits as far as it can be passed on; the user is told, once per cell."""
+        parent = body[1] if len(body[1]) < LARGE_BYTES else b"{}"
+        left, size = body[:4], sum([len(part) for part in body])
+        kind = text_of(load_dict(body[0]), "msg_type") if len(body[0]) < LARGE_BYTES else ""
+        if len(body) > MAX_PARTS:
+            what = "The %d binary buffers of a message (%s) were left out: it may have %d."
+            text = what % (len(body) - 4, kind, MAX_PARTS - 4)
+        else:
+            what = "A message (%s) of %.0f MB was left out, or its buffers were: it may have %.0f MB."
+            text = what % (kind, size / 1e6, MESSAGE_BYTES / 1e6)
+        if sum([len(part) for part in left]) > MESSAGE_BYTES:
+            if channel == IOPUB:
+                return make_message(self.session, "stream", {"name": "stderr", "text": "\n[%s]\n" % text}, parent)
+            error = {"status": "error", "ename": "MessageTooLarge", "evalue": text, "traceback": [text]}
+            return make_message(self.session, kind, error, parent)
+        if parent != self.cut_parent:
+            self.cut_parent = parent
+            self.publish("stream", {"name": "stderr", "text": "\n[%s]\n" % text}, parent)
+        return left
 
     def accept_output(self, body: Any) -> Optional[bytes]:
         """Look at an iopub message: b"" for everybody, or None where it is not for clients."""
@@ -1511,7 +1579,9 @@ class Agent:
 
     def check_ready(self) -> None:
         """Up once it has answered and its output reaches us: let the waiting requests go."""
-        if self.phase not in ("starting", "restarting") or self.ending or not (self.info_seen and self.iopub_live):
+        if self.phase not in ("starting", "restarting") or self.ending or self.parting is not None:
+            return
+        if not (self.info_seen and self.iopub_live):
             return
         self.phase = "running"
         self.ready_at = time.monotonic()
@@ -1519,11 +1589,13 @@ class Agent:
         self.activity = time.time()
         self.outlet.broadcast(dict({"event": "ready", "generation": self.generation}, **self.state()))
         self.publish("status", {"execution_state": "idle"})
-        self.answer_waiting(True, "")
+        self.answer_waiting("restart")
         queue, self.queue, self.queued = self.queue, [], 0
         for session, channel, parts in queue:
             self.request(session, channel, parts)
         self.tell_state()
+        if self.sockets is not None:
+            self.sockets.watch_end()
 
     def publish(self, msg_type: str, content: Dict[str, Any], parent: bytes = b"{}") -> None:
         """An iopub message of the agent's own, in the kernel's name."""
@@ -1556,7 +1628,7 @@ class Agent:
             elif kind == "kernel" and peer is not None:
                 session, channel, origin, parts = value
                 self.remember_origin(origin, session)
-                self.request(session, channel, parts)
+                self.request(session, channel, parts, peer.unaware > self.contact)
             else:
                 # A new connection, or one that was forgotten: ask it to introduce itself.
                 self.transmit([name, b"", b'\x03{"event": "greet"}'])
@@ -1567,14 +1639,23 @@ class Agent:
             if len(self.origins) > MAX_SESSIONS:
                 del self.origins[next(iter(self.origins))]
 
-    def request(self, session: bytes, channel: int, parts: Frames) -> None:
-        """Pass a client's message on to the kernel, or keep it until there is one."""
+    def request(self, session: bytes, channel: int, parts: Frames, unaware: bool = False) -> None:
+        """Pass a client's message on to the kernel, or keep it until there is one.
+
+        What was meant for a kernel that died is not for the next one: the cells before it died with it.
+        """
         header = load_dict(parts[0])
         msg_type, msg_id = text_of(header, "msg_type"), text_of(header, "msg_id")
         if self.phase in ("dead", "stopping"):
-            self.conclude(Pending(session, channel, parts[0], msg_type), "error", self.epitaph())
+            text = self.epitaph() if self.phase == "dead" else "The kernel is being shut down."
+            self.conclude(Pending(session, channel, parts[0], msg_type), "error", text)
             return
-        if self.phase != "running" or self.sockets is None:
+        orphaned = msg_type != "kernel_info_request" and (unaware or self.parting is not None)
+        if unaware and orphaned and (self.phase != "running" or self.parting is None):
+            self.conclude(Pending(session, channel, parts[0], msg_type), "aborted", self.death)
+            return
+        late = orphaned and self.phase == "running"
+        if (self.phase != "running" or self.sockets is None or self.parting is not None) and not late:
             size = sum(map(len, parts))
             if self.queued + size > QUEUE_BYTES:
                 text = "The kernel is starting, and too much (%d MB) waits for it already." % (self.queued >> 20)
@@ -1583,9 +1664,12 @@ class Agent:
             self.queue.append((session, channel, parts))
             self.queued += size
             return
+        pending = Pending(session, channel, parts[0], msg_type)
+        pending.late = late
         if channel != STDIN and msg_id and len(self.pending) < 10000:
-            self.pending[msg_id] = Pending(session, channel, parts[0], msg_type)
-        self.sockets.send(channel, parts)
+            self.pending[msg_id] = pending
+        if not late:
+            self.sockets.send(channel, parts)
 
     def on_call(self, name: bytes, peer: Optional[Peer], call: Event) -> None:
         """A control operation. Malformed ones are counted."""
@@ -1602,6 +1686,8 @@ class Agent:
             return
         if session is not None:
             self.on_session_call(peer, session.encode("utf-8", "replace"), call)
+        elif op == "noted":
+            peer.unaware = 0.0
         elif op == "ping":
             self.outlet.event(peer, dict({"event": "pong", "id": ident, "counters": self.count()}, **self.state()))
         elif op == "interrupt":
@@ -1611,16 +1697,20 @@ class Agent:
         elif op in ("restart", "shutdown"):
             if epoch < self.epoch:
                 self.done(peer.name, ident, "stale epoch")
-                return
-            self.waiting.append((peer.name, ident))
-            if op == "restart":
-                self.restart()
             else:
-                self.shut_down()
+                self.on_end_call(peer, op, ident)
         else:
             self.counters["bad_frames"] += 1
             if ident is not None:
                 self.done(peer.name, ident, "unknown operation")
+
+    def on_end_call(self, peer: Peer, op: str, ident: Any) -> None:
+        """`restart` or `shutdown`, answered when it is done."""
+        self.waiting.append((peer.name, ident, op))
+        if op == "restart":
+            self.restart()
+        else:
+            self.shut_down()
 
     def on_session_call(self, peer: Peer, name: bytes, call: Event) -> None:
         """An operation on one session."""
@@ -1679,10 +1769,14 @@ class Agent:
                 event["error"] = error
             self.outlet.event(peer, event)
 
-    def answer_waiting(self, ok: bool, error: str) -> None:
+    def answer_waiting(self, op: str, error: str = "") -> None:
+        """Answer those who wait for `restart` or `shutdown`; an `error` is a sentence."""
         waiting, self.waiting = self.waiting, []
-        for name, ident in waiting:
-            self.done(name, ident, "" if ok else error)
+        for one in waiting:
+            if one[2] == op:
+                self.done(one[0], one[1], error)
+            else:
+                self.waiting.append(one)
 
     def interrupt(self, peer: Peer, ident: Any) -> None:
         if self.phase != "running":
@@ -1706,7 +1800,7 @@ class Agent:
     def restart(self) -> None:
         """A new kernel in place of this one."""
         if self.phase == "stopping":
-            self.answer_waiting(False, "The kernel is being shut down.")
+            self.answer_waiting("restart", "The kernel is being shut down.")
             return
         alive = self.phase != "dead"
         was_running = self.phase == "running"
@@ -1730,6 +1824,7 @@ class Agent:
             return
         was_running, alive = self.phase == "running", self.kernel.pid > 0 and not self.kernel.reap()
         self.phase = "stopping"
+        self.answer_waiting("restart", "The kernel is being shut down.")
         self.cancel("nudge", "patience", "linger")
         for msg_id in list(self.pending):
             self.conclude(self.pending.pop(msg_id), "aborted", "The kernel was shut down.")
@@ -1741,6 +1836,8 @@ class Agent:
     def end_kernel(self, polite: bool, restart: bool) -> None:
         """Ask, then SIGTERM, then SIGKILL. What follows is up to `on_kernel_exit`."""
         self.ending = True
+        if self.parting is not None:
+            return  # it is dead
         if polite:
             if self.busy and self.settings.interrupt_mode == "signal":
                 self.kernel.kill(signal.SIGINT)
@@ -1756,9 +1853,41 @@ class Agent:
     def kill_kernel(self) -> None:
         self.kernel.kill(signal.SIGKILL)
 
-    def on_kernel_exit(self) -> None:
-        """The kernel's process has ended: by our wish, while starting, or all by itself."""
+    def look_after_kernel(self) -> None:
+        """Begin with the end of a kernel whose process has ended."""
+        if self.phase == "dead" or self.parting is not None or not self.kernel.pid or not self.kernel.reap():
+            return
         self.cancel("escalate", "nudge", "patience")
+        self.parting = (time.monotonic(), None)
+        self.part()
+
+    def part(self) -> None:
+        """Read what the dead kernel had sent to its end, and only then go on.
+
+        A message may still be with the system, or with ZeroMQ's own thread. All is there when ZeroMQ has seen the
+        connections end and the sockets are empty. Where it does not (a child of the kernel's holds them, or
+        they were never there), a short silence has to do.
+        """
+        if self.parting is None:
+            return
+        now = time.monotonic()
+        heard, empty = self.parting
+        ended = self.sockets is None or self.sockets.ended()  # asked before the sockets are
+        had = [self.drain(channel) for channel in range(4)]
+        if any(had):
+            self.parting = (now, empty)
+            self.after("part", 0.0, self.part)
+            return
+        empty = now if empty is None else empty
+        if ended or now - heard > QUIET_SECONDS or now - empty > PARTING_SECONDS:
+            self.parting = None
+            self.on_kernel_exit()
+        else:
+            self.parting = (heard, empty)
+            self.after("part", 0.002, self.part)
+
+    def on_kernel_exit(self) -> None:
+        """The kernel's process has ended, by our wish, while starting, or all by itself, and all it said was read."""
         running = self.phase == "running"
         ending, self.ending = self.ending, False
         starting = not running and not ending
@@ -1770,19 +1899,24 @@ class Agent:
         again = running and self.restarts_in_a_row < self.settings.restart_limit
         self.report_exit("starting" if starting else self.phase, again or (ending and self.phase == "restarting"))
         if running:
-            text = self.epitaph()
-            cells = [one for one in self.pending.values() if one.msg_type == "execute_request" and not one.replied]
+            text = self.death = self.epitaph()
+            cells = [one for one in self.pending.values() if one.msg_type == "execute_request" and not one.late]
+            cells = [one for one in cells if not one.replied and not one.idle]
             if cells and not any(cell.busy for cell in cells):
                 cells[0].busy = True  # it died before its `busy` was out; kernels take cells in order
             for msg_id in list(self.pending):
-                self.conclude(self.pending.pop(msg_id), "error", text)
+                one = self.pending.pop(msg_id)
+                self.conclude(one, "aborted" if one.late else "error", text)
         if self.phase == "stopping":
             self.finish()
         elif again:
             self.restarts_in_a_row += 1
             self.phase = "restarting"
-            self.publish("status", {"execution_state": "restarting"})
+            for peer in self.outlet.peers.values():
+                peer.unaware = time.monotonic() + UNAWARE_SECONDS
+            # First the event, so that a client that has the status is not taken for one that could not know.
             self.outlet.broadcast({"event": "restarting"})
+            self.publish("status", {"execution_state": "restarting"})
             self.tell_state()
             self.spawn()
         elif ending:
@@ -1807,8 +1941,8 @@ class Agent:
         if self.kernel.failure:
             return self.kernel.failure
         code, signum = self.kernel.result()
-        text = "Kernel died: %s." % describe_exit(code, signum)
-        tail = self.kernel.stderr_tail().strip().splitlines()[-20:]
+        text = self.verdict or "Kernel died: %s." % describe_exit(code, signum)
+        tail = [line for line in self.kernel.stderr_tail().strip().splitlines() if line != self.verdict][-20:]
         return text + (" Last lines of stderr:\n" + "\n".join(tail) if tail else "")
 
     def conclude(self, pending: Pending, status: str, text: str) -> None:
@@ -1818,7 +1952,8 @@ class Agent:
         first, _, rest = text.partition("\n")
         error = {"ename": "DeadKernelError", "evalue": first, "traceback": [first, *rest.splitlines()]}
         execute = pending.msg_type == "execute_request"
-        if execute and status == "error" and not pending.replied and (pending.busy or self.phase != "running"):
+        blamed = status == "error" and (pending.busy or self.phase != "running")
+        if execute and blamed and not pending.replied and not pending.idle:
             self.publish("error", error, pending.header)
         if not pending.replied:
             running = pending.busy or not execute or self.phase != "running"
@@ -1841,7 +1976,7 @@ class Agent:
     def dead(self) -> None:
         """No kernel, and no more attempts. Stay for a while, so that somebody can read why."""
         self.phase = "dead"
-        self.answer_waiting(False, self.epitaph())
+        self.answer_waiting("restart", self.epitaph())
         queue, self.queue, self.queued = self.queue, [], 0
         for session, channel, parts in queue:
             self.request(session, channel, parts)
@@ -1854,6 +1989,7 @@ class Agent:
         self.cancel("linger")
         self.generation += 1
         self.restarts += 1
+        self.verdict = ""
         self.kernel.close()
         self.kernel = KernelProcess(self.settings, self.generation, self.directory)
         failure = self.kernel.start()
@@ -1864,13 +2000,24 @@ class Agent:
         self.after("patience", self.settings.start_seconds, self.lose_patience)
 
     def lose_patience(self) -> None:
-        text = "The restarted kernel did not answer within %d s." % self.settings.start_seconds
-        log(text)
-        self.answer_waiting(False, text)
+        """End a restart that hangs; `dead` follows, from where another restart is possible."""
+        self.verdict = "The restarted kernel did not answer within %g s and was killed." % self.settings.start_seconds
+        log(self.verdict)
+        # What is read of an end are the last lines of stderr.
+        self.kernel.tail += (self.verdict + "\n").encode()
+        self.kill_kernel()
+        self.after("patience", PATIENCE_SECONDS, self.give_up_kernel)
+
+    def give_up_kernel(self) -> None:
+        """Not even SIGKILL ends it, as where it hangs in the operating system."""
+        self.disconnect_kernel()
+        self.report_exit("starting", False)
+        self.dead()
 
     def finish(self) -> None:
         """Nothing is left to supervise."""
-        self.answer_waiting(True, "")
+        self.answer_waiting("restart", "The kernel is being shut down.")
+        self.answer_waiting("shutdown")
         self.running = False
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import os
 from alembic import context
 
 from hub_gateway.db.engine import Database
+from hub_gateway.db.migrate import migrating
 from hub_gateway.db.tenancy import Base
 
 
@@ -14,8 +15,7 @@ def run() -> None:
     """Migrate the given connection, or the database of HUB_GATEWAY_DB_URL (to make a new revision)."""
     connection = context.config.attributes.get("connection")
     if connection is None:
-        db = Database(os.environ["HUB_GATEWAY_DB_URL"])
-        with db.engine.execution_options(hub_gateway_write=True).begin() as connection:
+        with migrating(Database(os.environ["HUB_GATEWAY_DB_URL"])) as connection:
             migrate(connection)
     else:
         migrate(connection)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
+from aiohttp import ClientError
 from jupyterhub.httpclient import JupyterHubHTTPClient
 from jupyterhub.services.auth import HubOAuth
 from tornado.web import HTTPError
@@ -142,7 +143,8 @@ class HubAuthenticator(Authenticator):
             try:
                 answer = self.hub_auth.user_for_token(token, use_cache=False, sync=False)
                 model = _checked(await asyncio.wait_for(answer, self.hub_timeout))
-            except (HTTPError, AttributeError, ValueError, asyncio.TimeoutError) as error:
+            except (HTTPError, ClientError, OSError, AttributeError, ValueError, asyncio.TimeoutError) as error:
+                # ClientError: an answer that breaks off, which jupyterhub 6 reads outside of what it guards.
                 # AttributeError: how jupyterhub 6 answers an unusual status (it reads `.code` of an aiohttp response).
                 self._hub_is(away=True)
                 raise Unavailable(
@@ -234,7 +236,7 @@ class HubService(LoggingConfigurable):
         except ValueError:
             # A good answer: it is empty, which jupyterhub tries to read as JSON.
             return
-        except (HTTPError, AttributeError, asyncio.TimeoutError) as error:
+        except (HTTPError, ClientError, OSError, AttributeError, asyncio.TimeoutError) as error:
             raise Unavailable(
                 f"The Hub did not take the activity of {user}: {str(error) or type(error).__name__}."
             ) from error

@@ -11,17 +11,18 @@ import asyncio
 import sqlite3
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
 from hub_gateway.errors import BadRequest, Unavailable
 
-__all__ = ["Database"]
+__all__ = ["Database", "not_opened"]
 
 T = TypeVar("T")
 
@@ -53,6 +54,9 @@ class Database:
         self.on_commit: Callable[[Mapping[Any, Any]], None] | None = None
         """Told what a transaction left in its `info`, in its thread, when it is committed."""
         self._waiting = 0
+        self._file: tuple[int, int] | None = None
+        if self.sqlite:
+            event.listen(self.engine, "connect", self._opened)
 
     @property
     def sqlite(self) -> bool:
@@ -92,8 +96,27 @@ class Database:
         raise AssertionError("unreachable")
 
     async def check(self) -> None:
-        """Raise `Unavailable` where the database does not answer."""
-        await self.read(lambda session: session.execute(text("SELECT 1")))
+        """Raise `Unavailable` where the database does not answer, or is not the file any more that it was at first."""
+
+        def ask(session: Session) -> None:
+            session.execute(text("SELECT 1"))
+            if self.sqlite:
+                self._same_file()
+
+        await self.read(ask)
+
+    def _same_file(self) -> None:
+        """Raise `Unavailable` where connections that are open use a file that a successor would not find."""
+        path = Path(str(self.url.database))
+        if self._file != _identity(path):
+            raise Unavailable(
+                f"The gateway's database file {path.name} was deleted or replaced while the gateway was running; "
+                "its administrator must restart the gateway.",
+                hint=f"{path} is not the file that was opened; what was written since is lost when this process ends",
+            )
+
+    def _opened(self, *_: Any) -> None:
+        self._file = self._file or _identity(Path(str(self.url.database)))
 
     async def close(self) -> None:
         """Wait for what runs, and let the connections go."""
@@ -113,8 +136,36 @@ class Database:
                 "The gateway cannot reach its database; running kernels are not affected. Try again in a moment.",
                 hint=str(error).splitlines()[0],
             ) from error
+        except DatabaseError as error:
+            if not _damaged(error):
+                raise
+            raise not_opened(self.url, error) from error
         finally:
             self._waiting -= 1
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def not_opened(url: URL, error: DBAPIError) -> Unavailable:
+    """What to say where a database cannot be opened, or read."""
+    hint = str(error).splitlines()[0]
+    if _damaged(error):
+        return Unavailable(
+            f"The database file {url.database} is damaged, or is no SQLite database.",
+            hint=f"restore it from a backup, or move it away to begin with an empty one: {hint}",
+        )
+    return Unavailable("The database cannot be opened.", hint=hint)
+
+
+def _damaged(error: DBAPIError) -> bool:
+    # SQLITE_NOTADB and SQLITE_CORRUPT; sqlite3 has classes of their own for everything else.
+    return type(error.orig) is sqlite3.DatabaseError
 
 
 def _parse(url: str) -> URL:

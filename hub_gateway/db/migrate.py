@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -11,14 +13,24 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, InterfaceError
 
 from hub_gateway._paths import migrations_dir
-from hub_gateway.db.engine import Database
+from hub_gateway.db.engine import Database, not_opened
 from hub_gateway.db.revision import LOCK
 from hub_gateway.errors import Unavailable
 
-__all__ = ["RevisionError", "backup", "check_revision", "current", "head", "migrations_path", "prepare", "upgrade"]
+__all__ = [
+    "RevisionError",
+    "backup",
+    "check_revision",
+    "current",
+    "head",
+    "migrating",
+    "migrations_path",
+    "prepare",
+    "upgrade",
+]
 
 
 class RevisionError(Unavailable):
@@ -54,8 +66,8 @@ def current(db: Database) -> str | None:
     try:
         with db.engine.connect() as connection:
             return MigrationContext.configure(connection).get_current_revision()
-    except (OperationalError, InterfaceError) as error:
-        raise Unavailable("The database cannot be opened.", hint=str(error).splitlines()[0]) from error
+    except (DatabaseError, InterfaceError) as error:
+        raise not_opened(db.url, error) from error
 
 
 def check_revision(db: Database) -> None:
@@ -91,11 +103,42 @@ def prepare(db: Database, *, upgrade_older: bool) -> None:
 def upgrade(db: Database, *, save: bool = True) -> Path | None:
     """Bring the database to `head`; the path of the copy made before (SQLite, `save`), if any."""
     saved = backup(db) if save and db.sqlite and current(db) not in (None, head()) else None
-    with db.engine.execution_options(hub_gateway_write=True).begin() as connection:
-        if not db.sqlite:
-            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
+    with migrating(db) as connection:
         command.upgrade(config(connection), "head")
     return saved
+
+
+@contextlib.contextmanager
+def migrating(db: Database) -> Iterator[Connection]:
+    """The transaction in which a database is migrated, alone; on SQLite without foreign keys, which are checked after.
+
+    SQLite changes a table by making it anew and dropping the old one, which would delete, or refuse to leave alone,
+    every row of other tables that refers to it (https://sqlite.org/lang_altertable.html#otheralter).
+    """
+    with db.engine.execution_options(hub_gateway_write=True).connect() as connection:
+        if db.sqlite:
+            _foreign_keys(connection, "OFF")  # in a transaction it would do nothing
+        try:
+            with connection.begin():
+                if not db.sqlite:
+                    connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
+                yield connection
+                broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all() if db.sqlite else []
+                if broken:
+                    tables = ", ".join(sorted({str(row[0]) for row in broken}))
+                    raise RevisionError(
+                        "The database was not upgraded, and is as it was: rows would refer to what does not exist.",
+                        hint=f"in the tables {tables}",
+                    )
+        finally:
+            if db.sqlite:
+                _foreign_keys(connection, "ON")  # the connection goes back to the pool
+
+
+def _foreign_keys(connection: Connection, state: str) -> None:
+    raw = connection.connection.driver_connection
+    assert isinstance(raw, sqlite3.Connection)
+    raw.execute(f"PRAGMA foreign_keys = {state}")
 
 
 def backup(db: Database) -> Path:

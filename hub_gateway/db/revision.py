@@ -7,11 +7,10 @@ from the models, which a test holds equal to what the migrations make; everythin
 from __future__ import annotations
 
 from sqlalchemy import Column, MetaData, String, Table, insert, inspect, select, text
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, InterfaceError
 
-from hub_gateway.db.engine import Database
+from hub_gateway.db.engine import Database, not_opened
 from hub_gateway.db.tenancy import Base
-from hub_gateway.errors import Unavailable
 
 __all__ = ["HEAD", "prepare_at_start"]
 
@@ -27,8 +26,8 @@ def prepare_at_start(db: Database, *, upgrade_older: bool) -> None:
     try:
         if _at_head(db):
             return
-    except (OperationalError, InterfaceError) as error:
-        raise Unavailable("The database cannot be opened.", hint=str(error).splitlines()[0]) from error
+    except (DatabaseError, InterfaceError) as error:
+        raise not_opened(db.url, error) from error
     from hub_gateway.db import migrate
 
     migrate.prepare(db, upgrade_older=upgrade_older)

@@ -30,10 +30,16 @@ class ActivityReporter(LoggingConfigurable):
     concurrency = Integer(10, help="How many of these reports are on their way at once.").tag(config=True)
 
     def __init__(
-        self, *, service: KernelService, report: Callable[[str, Mapping[str, JSON]], Awaitable[None]], **kwargs: Any
+        self,
+        *,
+        service: KernelService,
+        report: Callable[[str, Mapping[str, JSON]], Awaitable[None]],
+        on_swallowed: Callable[[str], None] = lambda where: None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.service = service
+        self._on_swallowed = on_swallowed
         self._post = report
         self._reported: dict[str, datetime] = {}
         self._task: asyncio.Task[None] | None = None
@@ -54,8 +60,12 @@ class ActivityReporter(LoggingConfigurable):
             await asyncio.sleep(self.activity_seconds)
             try:
                 await self.report()
-            except GatewayError as error:
-                self.log.warning("Activity is not reported now: %s", error.message)
+            except (GatewayError, OSError) as error:
+                self._on_swallowed("activity")
+                self.log.warning("Activity is not reported now: %s", error)
+            except Exception:
+                self._on_swallowed("activity")
+                self.log.exception("Activity is not reported now, for a reason that nobody thought of")
 
     async def report(self) -> int:
         """Report what is new since the last time; for how many users."""
@@ -82,6 +92,7 @@ class ActivityReporter(LoggingConfigurable):
                 try:
                     await self._post(user, body)
                 except GatewayError as error:
+                    self._on_swallowed("activity")
                     self.log.warning("The Hub does not take the activity of %s: %s", user, error.message)
                 else:
                     self._reported[user] = newest

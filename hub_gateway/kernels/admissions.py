@@ -29,6 +29,7 @@ from hub_gateway.kernels.types import (
 )
 from hub_gateway.quotas.admission import Admission
 from hub_gateway.quotas.types import Demand, SubjectKind, Verdict
+from hub_gateway.quotas.use import lock
 
 __all__ = ["Admitted", "Admitter", "Claim", "demand_of"]
 
@@ -84,6 +85,7 @@ class Admitter:
         self, tx: Transaction, new: NewKernel, launch: Mapping[str, Any], claim: Claim | None = None
     ) -> Admitted | LaunchRefused:
         """Decide, and write what follows. A refusal is returned, not raised: its line in the audit trail must stay."""
+        lock(tx)
         now = utcnow()
         demand = demand_of(new)
         try:
@@ -91,7 +93,7 @@ class Admitter:
                 claim(tx)
             demand, cut = self.admission.clamped(tx, demand, new.least, now)
         except LaunchRefused as error:
-            return self._refused(tx, demand, error, "")
+            return self._refused(tx, demand, error, error.policy)
         verdict = self.admission.decide(tx, demand, now)
         if verdict.outcome == "refused":
             return self._refused(tx, demand, LaunchRefused(verdict.sentence), verdict.policy)
@@ -140,13 +142,14 @@ class Admitter:
 
     def revive(self, tx: Transaction, kernel_id: str, launch: Mapping[str, Any]) -> Admitted | LaunchRefused:
         """Admit a failed kernel once more, under the same id. Raises `Conflict` where it is not failed."""
+        lock(tx)  # before the row is read: of two who start it again, one must see what the other did
         row = tx.execute(BY_ID, {"kernel": kernel_id}).mappings().one_or_none()
         record = None if row is None else record_of(row)
         if record is None or record.status is not KernelStatus.FAILED:
             raise Conflict(f"Kernel {kernel_id} cannot be started again now.")
         now = utcnow()
-        demand = self._demand(record)
-        verdict = self.admission.decide(tx, demand, now)
+        demand = self.demand(record)
+        verdict = self._anew(tx, demand, now)
         if verdict.outcome == "refused":
             return self._refused(tx, demand, LaunchRefused(verdict.sentence), verdict.policy)
         tx.execute(
@@ -173,27 +176,29 @@ class Admitter:
 
     def dequeue(self, tx: Transaction, record: KernelRecord, now: datetime) -> Verdict:
         """Admit a queued kernel if there is room now; else what it waits for is written."""
-        demand = self._demand(record)
-        verdict = self.admission.decide(tx, demand, now, kernel_id=record.id)
+        demand = self.demand(record)
+        verdict = self._anew(tx, demand, now, kernel_id=record.id)
         if verdict.outcome == "admitted":
             values = self._stands(verdict, now) | {"epoch": Kernel.epoch + 1, "launch_epoch": Kernel.epoch + 1}
             tx.execute(update(Kernel).where(Kernel.id == record.id).values(**values))
-            self._reserve(tx, demand, record, now)
-        elif verdict.outcome == "queued" and (verdict.policy, verdict.sentence) != (
-            record.queue_policy,
-            record.queue_reason,
-        ):
-            changed = {"queue_policy": verdict.policy, "queue_reason": verdict.sentence}
-            tx.execute(update(Kernel).where(Kernel.id == record.id).values(**changed))
+            self._reserve(tx, demand, record, now, again=True)  # it may have been alive before, and failed
+        elif verdict.outcome == "queued":
+            policy = verdict.policy or record.queue_policy
+            if (policy, verdict.sentence) != (record.queue_policy, record.queue_reason):
+                changed = {"queue_policy": policy, "queue_reason": verdict.sentence}
+                tx.execute(update(Kernel).where(Kernel.id == record.id).values(**changed))
         return verdict
 
-    def needs(self, tx: Transaction, record: KernelRecord, now: datetime) -> set[str]:
-        """The names of the policies of which this launch takes something."""
-        index = self.admission.policies.index(tx)
-        fits = self.admission.fits(tx, index, self._demand(record), now)
-        return {fit.policy.name for fit in fits if fit.need > 0 and fit.limit is not None}
+    def _anew(self, tx: Transaction, demand: Demand, now: datetime, *, kernel_id: str | None = None) -> Verdict:
+        """Decide about a kernel that was made earlier: limits of one kernel that are lower now refuse it."""
+        try:
+            self.admission.clamped(tx, demand, demand.resources, now)
+        except LaunchRefused as error:
+            return Verdict("refused", policy=error.policy, sentence=error.message)
+        return self.admission.decide(tx, demand, now, kernel_id=kernel_id)
 
-    def _demand(self, record: KernelRecord) -> Demand:
+    def demand(self, record: KernelRecord) -> Demand:
+        """What a kernel that was made earlier asks for."""
         service = record.owner.startswith("services/")
         return Demand(
             owner=record.owner,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from traitlets import Float, Integer, Unicode
 from traitlets.config import LoggingConfigurable
@@ -25,7 +25,7 @@ from hub_gateway.kernels.leases import Leases
 from hub_gateway.kernels.links import Links
 from hub_gateway.kernels.reaper import Reaper
 from hub_gateway.kernels.reconcile import Exit, Reconciler, Timing, state_of, with_stderr
-from hub_gateway.kernels.store import Activity, KernelStore
+from hub_gateway.kernels.store import Activity, KernelStore, number, storable
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
 from hub_gateway.kernels.workqueue import WorkQueue
 from hub_gateway.proxies.base import AgentSettings, Phase, PhaseReport
@@ -37,8 +37,18 @@ if TYPE_CHECKING:
 
 __all__ = ["SAME_MOMENT", "Controller"]
 
+OPEN_SECONDS = 10.0
+"""How often other replicas are told which of their kernels are open here; less than any sensible limit of a culler."""
 SAME_MOMENT = timedelta(seconds=1)
 """Agents tell the age of the last activity, so the moment that comes out of it varies by the way it took."""
+
+
+@runtime_checkable
+class Watching(Protocol):
+    """A process proxy that notices by itself when an agent ends, before it is asked."""
+
+    on_ended: Callable[[str], None]
+    """Told the kernel's id, on the event loop."""
 
 
 class Controller(LoggingConfigurable):
@@ -139,6 +149,9 @@ class Controller(LoggingConfigurable):
         self._tasks: list[asyncio.Task[None]] = []
         self._changed: dict[str, asyncio.Event] = {}
         self._written: dict[str, Activity] = {}
+        self._tell_open_at = 0.0
+        self._looking: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     # Life
 
@@ -159,6 +172,9 @@ class Controller(LoggingConfigurable):
             log=self.log,
         )
         self._reaper = Reaper(self.store, self.proxies, self.gateway_id, self.reap_grace_seconds, self.log)
+        for _, proxy in self.proxies.all():
+            if isinstance(proxy, Watching):
+                proxy.on_ended = self._ended
         taken = await self.leases.open(sole=sole)
         await self._relink(set(taken))
         self._queue.start()
@@ -177,9 +193,11 @@ class Controller(LoggingConfigurable):
 
     async def close(self) -> None:
         """Stop driving; kernels go on. Leases are let go, so that a successor need not wait."""
-        for task in self._tasks:
+        self._closing = True
+        tasks = [*self._tasks, *self._looking]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._queue.close()
         try:
             await self.flush()
@@ -235,6 +253,9 @@ class Controller(LoggingConfigurable):
             ):
                 seen.append(now)
         await self.store.write_activity(seen)
+        if time.monotonic() >= self._tell_open_at:
+            self._tell_open_at = time.monotonic() + OPEN_SECONDS
+            await self.store.write_open([kernel_id for kernel_id, relay in self.links if relay.connections])
         self._written = {
             one.kernel_id: one for one in (*self._written.values(), *seen) if self.links.existing(one.kernel_id)
         }
@@ -258,6 +279,22 @@ class Controller(LoggingConfigurable):
             self.log.warning("Kernel %s: its resource manager does not answer in time; trying again", kernel_id)
         else:
             self.log.error("Kernel %s: unexpected %r; trying again", kernel_id, error, exc_info=error)
+
+    def _ended(self, kernel_id: str) -> None:
+        """A proxy saw an agent end: it is asked at once what that means for the kernel."""
+        if not self._closing:
+            task = asyncio.ensure_future(self._look_at(kernel_id))
+            self._looking.add(task)
+            task.add_done_callback(self._looking.discard)
+
+    async def _look_at(self, kernel_id: str) -> None:
+        try:
+            record = await self.store.get(kernel_id)
+            if record is not None:
+                await self._poll_some([record])
+        except GatewayError as error:
+            self._on_swallowed("poll")
+            self.log.info("Kernel %s is looked at by the next poll: %s", kernel_id, error.message)
 
     def _unlinked(self, kernel_id: str, error: GatewayError) -> None:
         """Websockets wait for a link that cannot be made now; the next scan tries again."""
@@ -293,13 +330,16 @@ class Controller(LoggingConfigurable):
             self.log.info("Linked to %d of %d running kernels", len(found) - missing, len(running))
 
     async def _scan(self) -> None:
-        for kernel_id in (*await self.leases.claim(), *await self.leases.unfinished()):
+        claimed = await self.leases.claim()
+        for kernel_id in claimed:
+            self._written.pop(kernel_id, None)  # from now on it is ours to write
+        for kernel_id in (*claimed, *await self.leases.unfinished()):
             if kernel_id not in self._queue:
                 self._queue.add(kernel_id)
         await self._serve_websockets()
 
     async def _serve_websockets(self) -> None:
-        """Link the relays that websockets wait at, also of kernels that another replica drives: nobody tells us of those.
+        """Link the relays that websockets wait at, also of kernels that another replica drives (nobody tells us).
 
         A relay that was told that there is no kernel is looked at too: another replica may have started it again.
         """
@@ -321,8 +361,11 @@ class Controller(LoggingConfigurable):
                 self.links.link_later(kernel_id)
 
     async def _poll(self) -> None:
+        await self._poll_some(await self.store.live())
+
+    async def _poll_some(self, records: Sequence[KernelRecord]) -> None:
         assert self._reconciler is not None
-        mine = [record for record in await self.store.live() if record.lease_holder == self.store.instance]
+        mine = [record for record in records if record.live and record.lease_holder == self.store.instance]
         # Also those that are linked: a cluster may know of an end before a silent link does.
         asked = [r for r in mine if r.status is KernelStatus.RUNNING or self._reconciler.waiting(r.id)]
         for kernel_id, report in (await self._ask(asked)).items():
@@ -399,8 +442,8 @@ class Controller(LoggingConfigurable):
 
 
 def exit_of(event: Mapping[str, Any]) -> Exit:
-    """An `exited` event as a sentence for the user."""
-    code, signum, tail = event.get("code"), event.get("signal"), str(event.get("stderr_tail") or "")
+    """An `exited` event as a sentence for the user. What stands in it comes from the kernel's node: anything."""
+    code, signum, tail = event.get("code"), event.get("signal"), storable(str(event.get("stderr_tail") or ""))
     when = "while it was starting" if event.get("while") == "starting" else "and was restarted too often"
     if isinstance(signum, int) and signum > 0:
         try:
@@ -410,6 +453,6 @@ def exit_of(event: Mapping[str, Any]) -> Exit:
         how = f"{name}{', often out of memory' if signum == signal.SIGKILL else ''}"
         code = 128 + signum
     else:
-        how = f"exit code {code}"
+        how = f"exit code {str(storable(code))[:20]}"
     sentence = f"The kernel died {when} ({how})."
-    return Exit(with_stderr(sentence, tail), code if isinstance(code, int) else None, tail)
+    return Exit(with_stderr(sentence, tail), number(code), tail)

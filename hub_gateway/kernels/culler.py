@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -34,9 +35,12 @@ class Culler(LoggingConfigurable):
     )
     cull_busy = Bool(False, help="Whether kernels are culled that are executing something.").tag(config=True)
 
-    def __init__(self, *, service: KernelService, **kwargs: Any) -> None:
+    def __init__(
+        self, *, service: KernelService, on_swallowed: Callable[[str], None] = lambda where: None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.service = service
+        self._on_swallowed = on_swallowed
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -54,8 +58,12 @@ class Culler(LoggingConfigurable):
             await asyncio.sleep(self.cull_interval)
             try:
                 await self.cull()
-            except GatewayError as error:
-                self.log.warning("Idle kernels are not looked for now: %s", error.message)
+            except (GatewayError, OSError) as error:
+                self._on_swallowed("culler")
+                self.log.warning("Idle kernels are not looked for now: %s", error)
+            except Exception:
+                self._on_swallowed("culler")
+                self.log.exception("Idle kernels are not looked for now, for a reason that nobody thought of")
 
     async def cull(self) -> list[str]:
         """Stop what is idle now; the ids."""
@@ -70,7 +78,10 @@ class Culler(LoggingConfigurable):
                 record.owner,
                 record.last_activity.isoformat(),
             )
-        await asyncio.gather(*(self.service.stop(record.id) for record in idle))
+        # One that cannot be stopped now is found again; the others are not held up by it.
+        for failed in await asyncio.gather(*(self.service.stop(record.id) for record in idle), return_exceptions=True):
+            if isinstance(failed, BaseException):
+                raise failed
         return [record.id for record in idle]
 
     def is_idle(self, record: KernelRecord, now: datetime) -> bool:

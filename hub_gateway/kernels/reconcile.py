@@ -27,7 +27,7 @@ from hub_gateway.errors import GatewayError, Unavailable
 from hub_gateway.kernels import failpoints
 from hub_gateway.kernels.leases import Lease, LeaseLost, Leases
 from hub_gateway.kernels.links import Links
-from hub_gateway.kernels.store import KernelStore
+from hub_gateway.kernels.store import KernelStore, addressable, number, storable
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, KernelTarget
 from hub_gateway.proxies.base import AgentSettings, LaunchRequest, Phase, PhaseReport, ProcessProxy, State
 from hub_gateway.proxies.registry import Proxies
@@ -44,6 +44,7 @@ class Timing:
 
     start: float = 60.0
     link: float = 5.0
+    ask: float = 10.0
     stop: float = 10.0
     terminate: float = 60.0
 
@@ -239,7 +240,7 @@ class Reconciler:
                 raise
             return await self._fail(record, lease, await self._too_slow(record))
         except GatewayError as error:
-            return await self._fail(record, lease, Exit(error.message))
+            return await self._fail(record, lease, Exit(storable(error.message)))
         memory.launched = True
         return 0.0
 
@@ -283,10 +284,15 @@ class Reconciler:
             return await self._fail(record, lease, memory.exit)
         report = memory.report if memory is not None else None
         relay = self.links.existing(record.id)
+        was_linked = relay is not None and bool(relay.welcome)
         if relay is not None and relay.linked:
             if report is None or report.phase is not Phase.GONE or await _answers(relay):
                 self.forget(record.id)
                 return None
+            memory = self._memory.get(record.id)
+            if memory is not None and memory.exit is not None:  # the agent's last word was still on its way
+                return await self._fail(record, lease, memory.exit)
+            self.links.disconnect(record.id)  # nobody is there to be asked again
         elif report is None or report.phase is not Phase.GONE:
             facts = (await self.store.link_facts([record.id])).get(record.id)
             if facts is None:
@@ -299,9 +305,8 @@ class Reconciler:
                 report = await self._ask(record)
                 if report.phase is not Phase.GONE:
                     raise
-        return await self._fail(
-            record, lease, await self._post_mortem(record, report, "while no gateway was linked to it")
-        )
+        when = "with its agent" if was_linked else "while no gateway was linked to it"
+        return await self._fail(record, lease, await self._post_mortem(record, report, when))
 
     async def _fail(self, record: KernelRecord, lease: Lease, how: Exit) -> float | None:
         self.log.warning("Kernel %s of %s failed: %s", record.id, record.owner, how.sentence)
@@ -329,7 +334,9 @@ class Reconciler:
             try:
                 await asyncio.wait_for(relay.shutdown(), self.timing.stop)
             except (GatewayError, asyncio.TimeoutError) as error:
-                self.log.info("Kernel %s did not end when asked (%s); ending it", record.id, error)
+                self.log.info(
+                    "Kernel %s did not end when asked (%s); ending it", record.id, str(error) or type(error).__name__
+                )
             self.links.disconnect(record.id)  # asked once, whatever else has to be repeated
         proxy = self.proxies.get(record.proxy)
         await asyncio.wait_for(proxy.terminate(state_of(record, self.gateway_id)), self.timing.terminate)
@@ -349,7 +356,11 @@ class Reconciler:
         return None
 
     async def _ask(self, record: KernelRecord) -> PhaseReport:
-        reports = await self.proxies.get(record.proxy).poll({record.id: state_of(record, self.gateway_id)})
+        asked = self.proxies.get(record.proxy).poll({record.id: state_of(record, self.gateway_id)})
+        try:
+            reports = await asyncio.wait_for(asked, self.timing.ask)
+        except asyncio.TimeoutError:
+            return PhaseReport(Phase.UNKNOWN)
         return reports.get(record.id, PhaseReport(Phase.UNKNOWN))
 
     async def _post_mortem(self, record: KernelRecord, report: PhaseReport, when: str) -> Exit:
@@ -365,11 +376,12 @@ class Reconciler:
     async def _last_words(self, record: KernelRecord, sentence: str, code: int | None) -> Exit:
         proxy = self.proxies.get(record.proxy)
         try:
-            lines = await proxy.logs(state_of(record, self.gateway_id), 20)
-        except (GatewayError, OSError) as error:
-            self.log.info("No logs of kernel %s: %s", record.id, error)
+            logs = proxy.logs(state_of(record, self.gateway_id), 20)
+            lines = storable(await asyncio.wait_for(logs, self.timing.ask))
+        except (GatewayError, OSError, asyncio.TimeoutError) as error:
+            self.log.info("No logs of kernel %s: %s", record.id, str(error) or type(error).__name__)
             lines = ""
-        return Exit(with_stderr(sentence, lines), code, lines)
+        return Exit(with_stderr(storable(sentence), lines), number(code), lines)
 
 
 async def _answers(relay: KernelRelay) -> bool:
@@ -398,19 +410,19 @@ def with_stderr(sentence: str, tail: str) -> str:
 
 
 def _recorded(state: State) -> dict[str, Any]:
-    """The columns that a yielded state sets."""
+    """The columns that a yielded state sets, in which an agent or a cluster may have written anything."""
     kept = {key: value for key, value in state.items() if key not in ("registration", "progress")}
-    values: dict[str, Any] = {"proxy_state": kept}
-    epoch = state.get("epoch")
-    if isinstance(epoch, int):
+    values: dict[str, Any] = {"proxy_state": storable(kept)}
+    epoch = number(state.get("epoch"))
+    if epoch is not None:
         values["launch_epoch"] = epoch
     registration = ProcessProxy.registration(state)
-    if registration is not None:
+    if registration is not None and addressable(registration.host, registration.port, registration.public_key):
         values |= {
             "registered_at": utcnow(),
             "agent_host": registration.host,
             "agent_port": registration.port,
             "agent_public_key": registration.public_key,
-            "agent_pid": registration.pid,
+            "agent_pid": number(registration.pid) or 0,
         }
     return values

@@ -87,7 +87,13 @@ def wished(bounds: Bounds, kernelspec: str, env: Mapping[str, str]) -> tuple[Res
     if env.get("KERNEL_QUEUE"):
         queue = _chosen("queue", env["KERNEL_QUEUE"], kernelspec, bounds.queues, bounds.queue)
     for resource, name in ((Resource.CPU, "cpu"), (Resource.MEMORY, "memory"), (Resource.GPU, "gpu")):
-        asked, least, most = (getattr(one, name) for one in (taken, bounds.least, bounds.most))
+        asked, least, most, normal = (getattr(one, name) for one in (taken, bounds.least, bounds.most, bounds.usual))
+        if not asked and normal and resource is not Resource.GPU:
+            # It would count for nothing, and resource managers take it for no limit at all.
+            raise LaunchRefused(
+                f"You ask for {shown(resource, asked)}, with which no kernel of {kernelspec} can run; ask for more, or "
+                f"leave it out to get the usual {shown(resource, normal)}."
+            )
         if asked > most:
             raise LaunchRefused(
                 f"You ask for {shown(resource, asked)}, and a kernel of {kernelspec} may have {shown(resource, most)} "

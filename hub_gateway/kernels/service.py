@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +29,7 @@ from hub_gateway.kernels.types import (
     ExecutionState,
     KernelRecord,
     KernelStatus,
+    KernelTarget,
     LaunchPlan,
     NewKernel,
     isoformat,
@@ -148,9 +149,13 @@ class KernelService(LoggingConfigurable):
     async def restart(self, caller: Caller, kernel_id: str) -> KernelRecord:
         """Restart a kernel in place; a failed one is started anew. Returns when it is ready.
 
-        Raises `NotFound`, `Conflict` (starting or stopping), `Unavailable`, `LaunchFailed`.
+        Raises `NotFound`, `Conflict` (starting or being shut down), `Unavailable`, `LaunchFailed`.
         """
         record = await self._own(caller, kernel_id)
+        if record.live and (record.status is KernelStatus.STOPPING or record.target is not KernelTarget.RUNNING):
+            if record.target is KernelTarget.STOPPED:
+                raise Conflict("The kernel is being shut down; start a new one.")
+            record = await self._until_ended(kernel_id)  # it failed just now; what is left of it is being removed
         if record.status is KernelStatus.FAILED:
             await self._still_the_same(caller, record)
             admitted = await self.store.revive(kernel_id)
@@ -250,8 +255,8 @@ class KernelService(LoggingConfigurable):
         if body.get("kernel") is not None:
             kernel_id = (await self._kernel_for(caller, body, changed.path)).id
         row = await self.sessions.update(owner, session_id, changed, kernel_id)
-        if kernel_id != before.kernel_id and not await self.sessions.using(before.kernel_id):
-            await self.shutdown(caller, before.kernel_id)
+        if kernel_id != before.kernel_id:
+            await self._unused(caller, before.kernel_id)
         return row.model(self.kernel_model(await self.get(caller, kernel_id)))
 
     async def delete_session(self, caller: Caller, session_id: str) -> None:
@@ -259,10 +264,15 @@ class KernelService(LoggingConfigurable):
         owner = owner_of(caller)
         row = await self.sessions.get(owner, session_id)
         await self.sessions.delete(owner, session_id)
-        if not await self.sessions.using(row.kernel_id):
-            await self.shutdown(caller, row.kernel_id)
+        await self._unused(caller, row.kernel_id)
 
     # Inside
+
+    async def _unused(self, caller: Caller, kernel_id: str) -> None:
+        """Stop a kernel that no session uses any more; it may have gone by itself."""
+        if not await self.sessions.using(kernel_id):
+            with contextlib.suppress(NotFound):
+                await self.shutdown(caller, kernel_id)
 
     async def _kernel_for(self, caller: Caller, body: Mapping[str, Any], path: str) -> KernelRecord:
         kernel = {} if body.get("kernel") is None else body["kernel"]
@@ -286,6 +296,15 @@ class KernelService(LoggingConfigurable):
             raise NotFound(f"Kernel {kernel_id[:64]} does not exist, or has ended.")
         return found
 
+    async def _until_ended(self, kernel_id: str) -> KernelRecord:
+        seconds = self.restart_wait_seconds
+        found = await self.controller.wait(kernel_id, lambda row: row is None or not row.live, seconds)
+        if found is None or found.status is KernelStatus.STOPPED:
+            raise NotFound(f"Kernel {kernel_id} does not exist, or has ended.")
+        if found.live:
+            raise Unavailable("The kernel has failed, and what is left of it is still being ended; try again later.")
+        return found
+
     async def _until_running(self, kernel_id: str) -> KernelRecord:
         found = await self.controller.wait(
             kernel_id, lambda row: row is None or row.status is not KernelStatus.STARTING, self.restart_wait_seconds
@@ -300,20 +319,26 @@ class KernelService(LoggingConfigurable):
 
     def overlaid(self, record: KernelRecord) -> KernelRecord:
         """The record with what this process's relay knows better than the row."""
-        if record.status is not KernelStatus.RUNNING:
-            state = ExecutionState.DEAD if record.status is KernelStatus.FAILED else record.execution_state
+        unwanted = record.live and record.target is not KernelTarget.RUNNING
+        if unwanted or record.status is not KernelStatus.RUNNING:
+            # Listed until it is proven gone, but nobody can do anything with it any more.
+            dead = unwanted or record.status in (KernelStatus.FAILED, KernelStatus.STOPPING)
+            state = ExecutionState.DEAD if dead else record.execution_state
             return record if state is record.execution_state else replace(record, execution_state=state)
         relay = self.controller.links.existing(record.id)
         if relay is None or not relay.linked:
             return record
-        known = (record.execution_state, record.connections) == (relay.execution_state, relay.connections)
+        # The row has the websockets of the replica that drives the kernel.
+        elsewhere = 0 if record.lease_holder == self.store.instance else record.connections
+        connections = relay.connections + elsewhere
+        known = (record.execution_state, record.connections) == (relay.execution_state, connections)
         if known and relay.last_activity - record.last_activity < SAME_MOMENT:
             return record
         return replace(
             record,
             execution_state=relay.execution_state,
             last_activity=max(record.last_activity, relay.last_activity),
-            connections=relay.connections,
+            connections=connections,
         )
 
     async def _still_the_same(self, caller: Caller, record: KernelRecord) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from ipaddress import ip_address
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, bindparam, delete, select, update
@@ -22,7 +24,7 @@ from sqlalchemy.orm import Session as Transaction
 from hub_gateway.db.engine import Database
 from hub_gateway.db.models import Kernel, Setting, utcnow
 from hub_gateway.db.secrets import Vault
-from hub_gateway.errors import Conflict, Forbidden, LaunchRefused, NotFound
+from hub_gateway.errors import BadRequest, Conflict, Forbidden, LaunchRefused, NotFound
 from hub_gateway.kernels import failpoints
 from hub_gateway.kernels.admissions import Admitted, Admitter, Claim
 from hub_gateway.kernels.registration import proof_of, registration_of
@@ -37,11 +39,14 @@ from hub_gateway.kernels.types import (
     Registration,
 )
 from hub_gateway.quotas.admission import Admission
+from hub_gateway.quotas.use import lock
 
-__all__ = ["Activity", "KernelStore", "LinkFacts"]
+__all__ = ["Activity", "KernelStore", "LinkFacts", "number", "storable"]
 
 T = TypeVar("T")
 
+_HOSTNAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?")
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 SOME_LISTED = ALL_LISTED.where(KERNELS.c.id.in_(bindparam("kernels", expanding=True)))
 
 
@@ -54,6 +59,36 @@ class LinkFacts:
     registration: Registration
     client_public: str
     client_secret: str
+
+
+def storable(value: Any) -> Any:
+    """A value that came from an agent or a cluster, as every database takes it; JSON and columns' values alike.
+
+    PostgreSQL's text holds no NUL, UTF-8 no lone surrogate: both become U+FFFD.
+    """
+    if isinstance(value, str):
+        return _UNSTORABLE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {storable(key): storable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [storable(one) for one in value]
+    return value
+
+
+def number(value: object) -> int | None:
+    """A number as an integer column takes it (32 bits); None for anything else."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and -(2**31) <= value < 2**31
+    return value if fits else None  # type: ignore[return-value]
+
+
+def addressable(host: str, port: int, key: str) -> bool:
+    """Whether these can be the address (a host name or an IP address) and the Z85 key of an agent."""
+    try:
+        ip_address(host.partition("%")[0])
+        name = True
+    except ValueError:
+        name = _HOSTNAME.fullmatch(host) is not None
+    return name and len(host) <= 255 and 0 < port < 65536 and len(key) == 40 and key.isascii() and key.isprintable()
 
 
 @dataclass(frozen=True)
@@ -223,6 +258,7 @@ class KernelStore:
         values: dict[str, Any] = {"message": reason} if reason else {}
 
         def stop(tx: Transaction) -> KernelRecord | None:
+            lock(tx)  # one that waits may be admitted at this moment
             wanted = update(Kernel).where(Kernel.id == kernel_id)
             if reason:  # whoever stops what has ended already has nothing to tell
                 wanted = wanted.where(Kernel.status != KernelStatus.FAILED.value, Kernel.target != "stopped")
@@ -246,13 +282,17 @@ class KernelStore:
     async def register(self, kernel_id: str, payload: dict[str, Any]) -> KernelRecord:
         """Take an agent's registration, once. Raises `BadRequest`, `Forbidden`, `Conflict`, `NotFound`.
 
-        The update is conditional, so that of two registrations that arrive at once through two
-        replicas one is refused.
+        Anybody may call this, so the proof is looked at in a reader: what is refused never waits, and has nobody
+        wait, for SQLite's one writer. The update is conditional, so that of two registrations that arrive at once
+        (also through two replicas) one is refused.
         """
         facts = registration_of(kernel_id, payload)
+        good = addressable(facts.host, facts.port, facts.key) and facts.proof.isascii()
+        if not good or number(facts.pid) is None:
+            raise BadRequest("`host` must be a host name or an IP address, `public_key` a Z85 key, `pid` a process id.")
         outdated = "This launch is already registered, or is no longer the current one."
 
-        def take(tx: Transaction) -> KernelRecord:
+        def check(tx: Transaction) -> None:
             row = tx.execute(
                 select(Kernel.launch_token, Kernel.launch_epoch, Kernel.registered_at, Kernel.status).where(
                     Kernel.id == kernel_id
@@ -266,9 +306,16 @@ class KernelStore:
                 raise Forbidden("The registration does not prove that it comes from the launched agent.")
             if registered_at is not None or status != KernelStatus.STARTING.value or facts.epoch != epoch:
                 raise Conflict(outdated)
+
+        def take(tx: Transaction) -> KernelRecord:
             taken = tx.execute(
                 update(Kernel)
-                .where(Kernel.id == kernel_id, Kernel.registered_at.is_(None), Kernel.launch_epoch == epoch)
+                .where(
+                    Kernel.id == kernel_id,
+                    Kernel.registered_at.is_(None),
+                    Kernel.launch_epoch == facts.epoch,
+                    Kernel.status == KernelStatus.STARTING.value,
+                )
                 .values(
                     registered_at=utcnow(),
                     agent_host=facts.host,
@@ -282,15 +329,24 @@ class KernelStore:
                 raise Conflict(outdated)
             return one(tx, kernel_id)
 
+        await self.db.read(check)
         return await self.write(take)
 
     async def write_activity(self, seen: Sequence[Activity]) -> None:
-        """Write what relays saw, in one statement; only for kernels that this process holds."""
+        """Write what relays saw, in one statement; only for kernels that this process drives.
+
+        The relays of other replicas see the same state and activity, which are the agent's, but each only its own
+        websockets: of what two of them write in turns, half would be wrong.
+        """
         if not seen:
             return
         statement = (
             KERNELS.update()
-            .where(KERNELS.c.id == bindparam("kernel"), KERNELS.c.status == KernelStatus.RUNNING.value)
+            .where(
+                KERNELS.c.id == bindparam("kernel"),
+                KERNELS.c.status == KernelStatus.RUNNING.value,
+                KERNELS.c.lease_holder == self.instance,
+            )
             .values(
                 execution_state=bindparam("state"),
                 last_activity=bindparam("activity"),
@@ -308,6 +364,32 @@ class KernelStore:
         ]
         # Not through `self.write`: lists overlay all of this from memory, so nothing cached has become wrong.
         await self.db.write(lambda tx: tx.connection().execute(statement, values) and None)
+
+    async def write_open(self, kernel_ids: Sequence[str]) -> None:
+        """Write that notebooks of these kernels are open here, to those that another replica drives.
+
+        Its culler knows only its own websockets. What it reads is the time of the last activity, so this counts as
+        one: a kernel is never taken for unused while it is open anywhere. The price is that such a kernel is shown as
+        active; a count per replica would need a table, and somebody to clear up after replicas that were killed.
+        """
+        now = utcnow()
+
+        def touch(tx: Transaction) -> None:
+            for start in range(0, len(kernel_ids), 500):
+                tx.execute(
+                    update(Kernel)
+                    .where(
+                        Kernel.id.in_(kernel_ids[start : start + 500]),
+                        Kernel.status == KernelStatus.RUNNING.value,
+                        Kernel.lease_holder != self.instance,
+                        Kernel.last_activity < now,
+                    )
+                    .values(last_activity=now)
+                    .execution_options(synchronize_session=False)
+                )
+
+        if kernel_ids:
+            await self.db.write(touch)
 
     async def age_out(self, failed_before: datetime, stopped_before: datetime) -> None:
         """Take long-failed kernels off the lists, and forget long-stopped ones."""

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import zmq
 
-from hub_gateway.errors import Conflict, Unavailable
+from hub_gateway.errors import Conflict, PayloadTooLarge, Unavailable
 from hub_gateway.kernels.types import Registration
 from hub_gateway.link import codec
 from hub_gateway.link.codec import Batch, Event, Large
 
 __all__ = ["AgentLink", "LinkHandler"]
 
+LOG = logging.getLogger("hub_gateway.link")
 Count = Callable[[str, int], None]
 MESSAGES_PER_TURN = 400
 LARGE_COST = 40
 """A large message counts as this many small ones for fairness between kernels."""
+MARKS = 64
+"""How often in `request_bytes` the agent is asked whether it has taken what it was sent."""
 
 
 class LinkHandler(Protocol):
@@ -38,13 +43,17 @@ class LinkHandler(Protocol):
         """The agent knows us: at first, and again after every new connection."""
 
     def on_lost(self) -> None:
-        """Nothing came from the agent for too long. `on_greeted` follows if it comes back."""
+        """Nothing came from the agent for too long. `on_back` or `on_greeted` follows if it comes back."""
+
+    def on_back(self) -> None:
+        """Something came again, over the connection that there was."""
 
 
 class AgentLink:
     """A DEALER on the event loop, drained fairly; control calls with futures; pings. Reconnects by itself.
 
-    `count` is called with names of counters and amounts: `bad_frames`, `messages`, `bytes`.
+    `count` is called with names of counters and amounts: `bad_frames`, `messages`, `bytes`, `link_errors`.
+    `request_bytes` is how much of clients' requests may be on its way to an agent that has not said that it took them.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class AgentLink:
         count: Count,
         ping_seconds: float = 10.0,
         lost_seconds: float = 30.0,
+        request_bytes: int = 64 * 2**20,
     ) -> None:
         self._context = context
         self.registration = registration
@@ -78,6 +88,12 @@ class AgentLink:
         self._greeting: asyncio.Future[Mapping[str, Any]] | None = None
         self._heard = 0.0
         self._processed = 0
+        self._request_bytes = request_bytes
+        self._asked = 0
+        """Bytes of requests in all. After it: up to the last mark, up to the last `hello`, and taken by the agent."""
+        self._marked = self._helloed = self._taken = 0
+        self._marks: deque[tuple[int, int]] = deque()
+        """(id, bytes) of pings: what was sent before one has been taken when its pong comes."""
         self.greeted = False
         self.lost = False
 
@@ -89,7 +105,9 @@ class AgentLink:
         public, secret, server = self._keys
         sock = self._socket = self._context.socket(zmq.DEALER)
         sock.linger = 0
-        sock.rcvhwm = sock.sndhwm = 0
+        sock.rcvhwm = sock.sndhwm = 0  # what is sent is bounded in bytes, see `request`
+        # Not for honest agents: they cut what is larger, or the connection would break at it again and again.
+        sock.maxmsgsize = codec.MAX_MESSAGE_BYTES + 2**20
         sock.curve_publickey, sock.curve_secretkey, sock.curve_serverkey = public, secret, server
         # Tells the agent of every new connection, which it answers with `greet`.
         sock.setsockopt(zmq.PROBE_ROUTER, 1)
@@ -150,6 +168,31 @@ class AgentLink:
             # Sending may swallow the descriptor's signal for what has arrived meanwhile.
             self._again()
 
+    def request(self, frames: list[bytes], *, bounded: bool = True) -> None:
+        """Send a client's request. Raises PayloadTooLarge where the agent has not taken those before (`bounded`)."""
+        size = sum(map(len, frames))
+        waiting = self._asked - self._taken
+        if bounded and waiting and waiting + size > self._request_bytes:
+            raise PayloadTooLarge(
+                f"The kernel's node takes nothing at the moment, and {waiting / 1e6:.0f} MB wait for it already. "
+                "Wait a little, then send this again."
+            )
+        self._asked += size
+        self.send(frames)
+        if self._asked - self._marked >= self._request_bytes // MARKS:
+            self._ping()
+
+    def _ping(self) -> None:
+        ident = next(self._idents)
+        self._marks.append((ident, self._asked))
+        self._marked = self._asked
+        self.tell("ping", id=ident)
+
+    def _took(self, taken: int) -> None:
+        self._taken = max(self._taken, taken)
+        while self._marks and self._marks[0][1] <= self._taken:
+            self._marks.popleft()
+
     def acknowledge(self, cursors: list[tuple[bytes, int]]) -> None:
         """Report bytes worked off on this connection, and how far sessions have been served."""
         if self.greeted:
@@ -202,6 +245,16 @@ class AgentLink:
             except ValueError:
                 self._count("bad_frames", 1)
                 work += 1
+            except zmq.ZMQError as error:
+                # Of the socket itself: trying again at once would do nothing else for ever.
+                self._count("link_errors", 1)
+                LOG.error("The link to a kernel cannot be read: %s", error)
+                return
+            except Exception:
+                # One message must not keep all that follow it: the descriptor has signalled for all of them.
+                self._count("link_errors", 1)
+                LOG.exception("A message of a kernel's agent could not be handled")
+                work += 1
             if work >= MESSAGES_PER_TURN:
                 self._again()
                 return
@@ -242,9 +295,11 @@ class AgentLink:
         name = event.data["event"]
         if name == "greet":
             self.greeted = False
+            self._helloed = self._asked
             self.tell("hello", replica=self._replica, epoch=self.epoch)
         elif name == "welcome":
             self._processed = 0
+            self._took(self._helloed)  # or it was lost with the connection before
             self.greeted = True
             self.lost = False
             if self._greeting is not None and not self._greeting.done():
@@ -261,6 +316,12 @@ class AgentLink:
             if future is not None and not future.done():
                 future.set_result(event.data)
             if name == "pong":
+                if self.lost and self.greeted:
+                    # Nothing else proves that it still knows us: it may have forgotten us, and be about to say so.
+                    self.lost = False
+                    self._handler.on_back()
+                if isinstance(ident, int):
+                    self._took(max([sent for mark, sent in self._marks if mark <= ident], default=0))
                 self._handler.on_agent_event(event)
         else:
             self._handler.on_agent_event(event)
@@ -268,8 +329,8 @@ class AgentLink:
     def _tick(self) -> None:
         """Ping, and notice silence."""
         self._timer = self._loop.call_later(self._ping_seconds, self._tick)
-        if self.greeted:
-            self.tell("ping")
+        if self.greeted and not (self.lost and self._marks):
+            self._ping()
         if not self.lost and self._loop.time() - self._heard > self._lost_seconds:
             self.lost = True
             self._handler.on_lost()

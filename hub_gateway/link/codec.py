@@ -14,6 +14,9 @@ from typing import Any, TypeAlias
 
 __all__ = [
     "CHANNELS",
+    "MAX_BUFFERS",
+    "MAX_MESSAGE_BYTES",
+    "MAX_PARTS",
     "Batch",
     "Buffer",
     "Event",
@@ -34,6 +37,11 @@ CHANNELS = (b"shell", b"control", b"stdin", b"iopub")
 BATCH, LARGE, EVENT = 1, 2, 3
 TO_KERNEL, ACK, CALL = b"\x10", b"\x11", b"\x12"
 REPLAY = 1
+MAX_BUFFERS = 250
+MAX_PARTS = 4 + MAX_BUFFERS
+"""Of one message, both ways: the count is one byte."""
+MAX_MESSAGE_BYTES = 512 * 2**20
+"""Of one message from a kernel: the agent passes on no more."""
 HEAD = struct.Struct("<BBQH")
 U64 = struct.Struct("<Q")
 MAX_SEQ = 2**63

@@ -15,7 +15,7 @@ from hub_gateway.link import codec, messages, wire
 from hub_gateway.link.client import AgentLink
 from hub_gateway.link.codec import Batch, Event, Large
 from hub_gateway.link.progress import Progress
-from hub_gateway.link.sinks import Client, Delivery, Sink
+from hub_gateway.link.sinks import Client, Delivery, Sink, mark_of, number_of
 from hub_gateway.link.wire import Dialect
 
 __all__ = ["KernelRelay"]
@@ -45,11 +45,12 @@ class KernelRelay:
     """All websockets of one kernel in this process, over one link. Everything happens on the event loop.
 
     It exists before the link does: what clients send is kept (`queue_bytes`), and progress or failure is
-    shown to them. A client whose `backlog` exceeds `backlog_bytes` is paused at the agent and goes on, after the
-    last number that it got, once its websocket has drained; the others are not held up.
+    shown to them. No more than `request_bytes` are sent to an agent that does not take them. A client whose
+    `backlog` exceeds `backlog_bytes` is paused at the agent and goes on, after the last number that it got, once
+    its websocket has drained; the others are not held up.
 
     `count(name, amount)` is told: messages, bytes, bad_frames (from the agent), requests, paused (slow
-    clients), replaced (sinks), lost_messages, buffers_left_out, too_large.
+    clients), replaced (sinks), lost_messages, buffers_left_out, too_large, link_errors.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class KernelRelay:
         replica: str = "",
         backlog_bytes: int = 4 * 2**20,
         queue_bytes: int = 16 * 2**20,
+        request_bytes: int = 64 * 2**20,
         count: Callable[[str, int], None] = _ignore,
         on_event: Callable[[dict[str, Any]], None] = _no_event,
         ping_seconds: float = 10.0,
@@ -77,9 +79,11 @@ class KernelRelay:
         self._replica = replica
         self._backlog_bytes = backlog_bytes
         self._queue_bytes = queue_bytes
+        self._request_bytes = request_bytes
         self._count = count
         self._timing = (ping_seconds, lost_seconds)
         self._link: AgentLink | None = None
+        self._mark = 0
         self._clients: dict[bytes, Client] = {}
         self._queue: list[list[bytes]] = []
         self._queued = 0
@@ -136,22 +140,27 @@ class KernelRelay:
             client = self._clients.get(sink.session.encode("utf-8", "replace"))
             if client is not None:
                 self._cell_begins(client, parts[0])
-        if not self.ready or self._progress.failed:
+        if self._progress.failed:
             self._progress.add(sink.session, channel, parts[0])
-            if self._progress.failed:
-                if b'"execute_request"' in parts[0]:
-                    self._tell_dead(sink.session)
-                return
-        session = sink.session.encode("utf-8", "replace")
-        origin = session_of_header.encode("utf-8", "replace")
-        frames = codec.encode_request(session, _CHANNEL[channel], origin, parts)
-        if self._link is not None and self._link.greeted:
-            self._link.send(frames)
+            if b'"execute_request"' in parts[0]:
+                self._tell_dead(sink.session)
+            return
+        self._send(sink.session, _CHANNEL[channel], session_of_header, parts)
+        if not self.ready:
+            self._progress.add(sink.session, channel, parts[0])
+
+    def _send(self, session: str, channel: int, origin: str, parts: list[bytes]) -> None:
+        """Pass a message on to the agent, or keep it for then."""
+        frames = codec.encode_request(
+            session.encode("utf-8", "replace"), channel, origin.encode("utf-8", "replace"), parts
+        )
+        if self._link is not None and self.linked:
+            self._link.request(frames)
             return
         size = sum(map(len, parts))
         if self._queued + size > self._queue_bytes:
             raise PayloadTooLarge(
-                f"The kernel is not ready, and more than {self._queue_bytes >> 20} MB are waiting for it already. "
+                f"The kernel is not there yet, and more than {self._queue_bytes >> 20} MB are waiting for it already. "
                 "Wait until it is ready, then send this again."
             )
         self._queue.append(frames)
@@ -168,7 +177,7 @@ class KernelRelay:
         client.attachment = self._attachments
         client.state = Delivery.ASKED
         sink = client.sink
-        link.tell("attach", session=sink.session, after=client.after, keep=sink.keep, id=client.attachment)
+        link.tell("attach", session=sink.session, after=client.after(self._mark), keep=sink.keep, id=client.attachment)
 
     # -- the link
 
@@ -187,6 +196,11 @@ class KernelRelay:
         `disconnect`), Conflict where a gateway with a higher epoch has been there.
         """
         self._close_link()
+        mark = mark_of(registration.public_key)
+        if mark != self._mark:
+            self._mark = mark
+            for client in self._clients.values():
+                client.begin_anew()
         link = self._link = AgentLink(
             self._context,
             registration,
@@ -198,6 +212,7 @@ class KernelRelay:
             count=self._count,
             ping_seconds=self._timing[0],
             lost_seconds=self._timing[1],
+            request_bytes=self._request_bytes,
         )
         link.open()
         return await link.wait_greeted(timeout)
@@ -219,7 +234,7 @@ class KernelRelay:
                 client.state = Delivery.WAITING
 
     def _require_link(self) -> AgentLink:
-        if self._link is None or not self._link.greeted:
+        if self._link is None or not self.linked:
             raise Unavailable("The kernel's agent is not connected at the moment. Try again in a few seconds.")
         return self._link
 
@@ -258,6 +273,7 @@ class KernelRelay:
                 self._tell(client, _IOPUB, messages.stream(notice, client.cell))
             else:
                 client.notices.append(notice)
+                del client.notices[:-MAX_NOTICES]
         if not self._clients:
             self._notices.append(notice)
         del self._notices[:-MAX_NOTICES]
@@ -316,10 +332,10 @@ class KernelRelay:
                 dialect = client.sink.dialect
                 skip = max(0, delivered - batch.first + 1)
                 if skip or dialect is Dialect.JSON_TEXT_ONLY:
-                    data = wire.encode_batch(dialect, batch, skip, client.notes)
+                    data = wire.encode_batch(dialect, batch, skip, client.notes, self._mark)
                 else:
                     known = encoded.get(dialect)
-                    data = known if known is not None else wire.encode_batch(dialect, batch)
+                    data = known if known is not None else wire.encode_batch(dialect, batch, mark=self._mark)
                     encoded[dialect] = data
                 self._write(client, data, batch.last)
         finally:
@@ -335,7 +351,8 @@ class KernelRelay:
                 dialect = client.sink.dialect
                 data = None if dialect is Dialect.JSON_TEXT_ONLY else encoded.get(dialect)
                 if data is None:
-                    data = wire.encode(dialect, message.channel, message.parts, message.seq, client.notes)
+                    number = self._mark + message.seq
+                    data = wire.encode(dialect, message.channel, message.parts, number, client.notes)
                     encoded[dialect] = data
                 self._write(client, data, message.seq)
         finally:
@@ -344,7 +361,7 @@ class KernelRelay:
     def _write(self, client: Client, data: bytes, seq: int) -> None:
         client.delivered = seq
         sink = client.sink
-        sink.write(data, seq)
+        sink.write(data, self._mark + seq)
         notes = client.notes
         if notes.buffers or notes.too_large:
             self._note(client)
@@ -374,10 +391,11 @@ class KernelRelay:
         unacked[1] += size
         self._acknowledge_later()
 
-    def _on_flushed(self, client: Client, seq: int) -> None:
+    def _on_flushed(self, client: Client, marked: int) -> None:
         if self._clients.get(client.key) is not client:
             return
-        if seq > client.served:
+        seq = number_of(marked, self._mark)
+        if seq is not None and seq > client.served:
             client.served = seq
         if client.state is Delivery.PAUSED and client.sink.backlog <= self._backlog_bytes // 4:
             self._attach(client)
@@ -417,17 +435,27 @@ class KernelRelay:
         self._unacked = [0, 0]
         self._on_state(welcome)
         for client in self._clients.values():
+            client.acked = 0  # what was said on an earlier connection may not have arrived
             self._attach(client)
-        queue, self._queue, self._queued = self._queue, [], 0
-        for frames in queue:
-            self._link.send(frames)
+        self._send_queued()
         if welcome.get("phase") == "running":
             self._on_ready()
         self.on_event(dict(welcome))
 
+    def _send_queued(self) -> None:
+        assert self._link is not None
+        queue, self._queue, self._queued = self._queue, [], 0
+        for frames in queue:
+            self._link.request(frames, bounded=False)
+
     def on_lost(self) -> None:
-        """Tell the owner; the link goes on trying."""
+        """Tell the owner; the link goes on trying. What clients send is kept meanwhile."""
         self.on_event({"event": "lost"})
+
+    def on_back(self) -> None:
+        """Let go what has waited; nothing else was lost."""
+        self._send_queued()
+        self.on_event({"event": "back"})
 
     def on_agent_event(self, event: Event) -> None:
         """Sessions' events are dealt with here; the kernel's are the owner's business, too."""
@@ -446,6 +474,9 @@ class KernelRelay:
         elif name == "restarting":
             self.ready = False
             self.execution_state = ExecutionState.RESTARTING
+            if self._link is not None:
+                # What was sent before was meant for the kernel that died.
+                self._link.tell("noted")
         elif name in ("state", "pong"):
             self._on_state(data)
         elif name == "exited" and not data.get("will_restart"):
@@ -466,7 +497,10 @@ class KernelRelay:
         start, lost = event.data.get("from"), event.data.get("lost")
         client.state = Delivery.REPLAY
         if client.delivered is None and isinstance(start, int):
-            client.delivered = client.served = client.acked = max(0, start)
+            # A client that named its last number has all up to there, of which the agent need not know yet.
+            client.delivered = client.served = max(0, start)
+            client.acked = 0
+            self._acknowledge_later()
         if isinstance(lost, int) and lost > 0:
             self._count("lost_messages", lost)
             text = f"\n[{lost} messages of this kernel were given up while this notebook was away.]\n"

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections.abc import Callable
 from typing import Protocol
 
 from hub_gateway.link.wire import Dialect, Notes
 
-__all__ = ["Client", "Delivery", "Sink"]
+__all__ = ["Client", "Delivery", "Sink", "mark_of", "number_of"]
+
+_SEQ = 2**40 - 1
+_MARKS = 2**19 - 1
+"""With the 40 bits of a number these are 59: 18 decimal digits, what `last_seq` may have."""
+
+
+def mark_of(public_key: str) -> int:
+    """What is added to an agent's numbers on their way to a client, so that they are told from another agent's.
+
+    An agent has a key pair of its own and numbers from 1. To a client the sum is opaque.
+    """
+    digest = int.from_bytes(hashlib.sha256(public_key.encode()).digest()[:8], "big")
+    return (1 + digest % _MARKS) * (_SEQ + 1)
 
 
 class Sink(Protocol):
-    """One client's websocket, as the relay sees it.
+    """One client's websocket, as the relay sees it. Numbers are those of the agent with its mark (`mark_of`).
 
     `session` is the client's session id, `after` the last number that the client says it saw (None: go by what
     was recorded), `keep` whether its place is kept when it goes away. The relay sets `on_flushed`.
@@ -67,7 +81,21 @@ class Client:
         """Header of the last cell that it ran."""
         self.notices: list[str] = []
 
-    @property
-    def after(self) -> int | None:
-        """From where it is to be served: what it got from us counts for more than what it said at the start."""
-        return self.sink.after if self.delivered is None else self.delivered
+    def after(self, mark: int) -> int | None:
+        """From where it is to be served: what it got from us counts for more than what it said at the start.
+
+        What it said of another agent's numbers counts for nothing.
+        """
+        if self.delivered is not None:
+            return self.delivered
+        return None if self.sink.after is None else number_of(self.sink.after, mark)
+
+    def begin_anew(self) -> None:
+        """Another agent, with numbers of its own, will serve it."""
+        self.delivered = None
+        self.served = self.acked = 0
+
+
+def number_of(marked: int, mark: int) -> int | None:
+    """The agent's own number, or None for one with another mark."""
+    return marked & _SEQ if marked & ~_SEQ == mark else None

@@ -18,13 +18,16 @@ from functools import lru_cache
 from typing import Any
 
 from hub_gateway.link import messages
-from hub_gateway.link.codec import CHANNELS, HEAD, Batch, Buffer, message_lengths
+from hub_gateway.link.codec import CHANNELS, HEAD, MAX_BUFFERS, Batch, Buffer, message_lengths
 
-__all__ = ["V1_SUBPROTOCOL", "ClientMessage", "Dialect", "Notes", "decode", "encode", "encode_batch"]
+__all__ = ["V1_SUBPROTOCOL", "ClientMessage", "Dialect", "Notes", "OverLimit", "decode", "encode", "encode_batch"]
 
 V1_SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"
 TEXT_LIMIT = 10 * 2**20 - 64 * 2**10
 """tornado's websocket client refuses more than 10 MiB in one message and closes the connection."""
+JSON_LIMIT = 10 * 2**20
+"""Of a client's message in the old form, which has to be parsed while everybody waits. Buffers do not count."""
+HEADER_LIMIT = 64 * 2**10
 
 _BINARY, _TEXT = 0x82, 0x81
 _CLIENT_CHANNELS = frozenset(("shell", "control", "stdin"))
@@ -40,7 +43,7 @@ class Dialect(enum.Enum):
     JSON_TEXT_ONLY = "json-text-only"
     """JSON for jupyter_server's own gateway client, which dies of a binary frame and of more than 10 MiB."""
     NUMBERED = "numbered"
-    """v1, each message prefixed by its number as `<Q` (0 for what has none): the companion."""
+    """v1, each message prefixed by its number as `<Q` (0 for what has none), with the agent's mark: the companion."""
 
 
 @dataclass
@@ -84,14 +87,14 @@ def _v1_prefix(description: bytes, numbered: bool) -> tuple[bytes, bytes, int]:
     return _frame_head(_BINARY, len(head) + size + (8 if numbered else 0)), head, size
 
 
-def _v1_batch(batch: Batch, skip: int, numbered: bool) -> bytes:
+def _v1_batch(batch: Batch, skip: int, numbered: bool, mark: int) -> bytes:
     head, payload = batch.head, batch.payload
     offset, position, end = HEAD.size, 0, len(head)
     out: list[bytes] = []
     append = out.append
-    first = batch.first
+    first = mark + batch.first
     start = first + skip
-    for number in range(first, batch.last + 1):
+    for number in range(first, mark + batch.last + 1):
         if offset + 2 > end:
             raise ValueError("the frame ends within a message")
         stop = offset + 2 + 4 * head[offset + 1]
@@ -231,10 +234,13 @@ def _json_batch(batch: Batch, skip: int, notes: Notes | None) -> bytes:
 _JSON_TAILS = tuple(b',"channel":"%b","buffers":[]}' % name for name in CHANNELS)
 
 
-def encode_batch(dialect: Dialect, batch: Batch, skip: int = 0, notes: Notes | None = None) -> bytes:
-    """All messages of a batch but the first `skip`, as joined websocket frames. ValueError for a malformed batch."""
+def encode_batch(dialect: Dialect, batch: Batch, skip: int = 0, notes: Notes | None = None, mark: int = 0) -> bytes:
+    """All messages of a batch but the first `skip`, as joined websocket frames. ValueError for a malformed batch.
+
+    `mark` is added to their numbers, where the dialect has them.
+    """
     if dialect is Dialect.V1 or dialect is Dialect.NUMBERED:
-        return _v1_batch(batch, skip, dialect is Dialect.NUMBERED)
+        return _v1_batch(batch, skip, dialect is Dialect.NUMBERED, mark)
     return _json_batch(batch, skip, (notes or Notes()) if dialect is Dialect.JSON_TEXT_ONLY else None)
 
 
@@ -275,6 +281,17 @@ class ClientMessage:
         return str(self.header.get("msg_type") or "")
 
 
+class OverLimit(ValueError):
+    """A message that is one, but exceeds a limit; its text is a sentence.
+
+    `head` is the message without content and buffers, so that it can be answered, where that much was read.
+    """
+
+    def __init__(self, sentence: str, head: ClientMessage | None = None) -> None:
+        super().__init__(sentence)
+        self.head = head
+
+
 def _object(data: bytes | str) -> dict[str, Any]:
     """A JSON object, or {}."""
     try:
@@ -285,38 +302,55 @@ def _object(data: bytes | str) -> dict[str, Any]:
 
 
 def decode(data: bytes | str, dialect: Dialect) -> ClientMessage:
-    """A client's message; ValueError, with a sentence, for anything that is not one."""
+    """A client's message; ValueError, with a sentence, for anything that is not one, OverLimit for what is too much."""
     if dialect is Dialect.V1 or dialect is Dialect.NUMBERED:
         if isinstance(data, str):
             raise ValueError("a text frame came where the protocol has binary ones")
-        channel, parts = _decode_v1(data)
+        channel, parts, buffers = _decode_v1(data)
     else:
-        channel, parts = _decode_json(data)
+        channel, parts, buffers = _decode_json(data)
     if channel not in _CLIENT_CHANNELS:
         raise ValueError("a client may use the channels shell, control and stdin only")
+    if len(parts[0]) > HEADER_LIMIT or len(parts[1]) > HEADER_LIMIT:
+        raise OverLimit(f"A message was refused: its headers may have {HEADER_LIMIT >> 10} KiB each.")
     header = _object(parts[0])
     if not isinstance(header.get("msg_id"), str) or not isinstance(header.get("msg_type"), str):
         raise ValueError("the message's header has no msg_id or no msg_type")
-    return ClientMessage(channel, parts, header)
+    message = ClientMessage(channel, parts, header)
+    if buffers > MAX_BUFFERS:
+        sentence = f"A message was refused: it has {buffers} binary buffers, and may have {MAX_BUFFERS}."
+        raise OverLimit(sentence, message)
+    return message
 
 
-def _decode_v1(data: bytes) -> tuple[str, list[bytes]]:
+def _decode_v1(data: bytes) -> tuple[str, list[bytes], int]:
+    """Channel, parts and number of buffers; the buffers are left out where they are too many."""
     if len(data) < 8:
         raise ValueError("the frame is too short for a message")
     count = _U64.unpack_from(data)[0]
-    if not 6 <= count <= 256 or 8 * (count + 1) > len(data):
+    if count < 6 or 8 * (count + 1) > len(data):
         raise ValueError("the frame's table of offsets is malformed")
-    offsets = struct.unpack_from(f"<{count}Q", data, 8)
-    if offsets[0] != 8 * (count + 1) or offsets[-1] != len(data) or any(map(int.__gt__, offsets, offsets[1:])):
+    buffers = count - 6
+    read = 6 if buffers > MAX_BUFFERS else count
+    offsets = struct.unpack_from(f"<{read}Q", data, 8)
+    end = _U64.unpack_from(data, 8 * count)[0]
+    if offsets[0] != 8 * (count + 1) or end != len(data) or any(map(int.__gt__, offsets, (*offsets[1:], end))):
         raise ValueError("the frame's offsets do not agree with its length")
-    parts = [data[offsets[i] : offsets[i + 1]] for i in range(count - 1)]
-    return parts[0].decode("utf-8", "replace"), parts[1:]
+    parts = [data[offsets[i] : offsets[i + 1]] for i in range(read - 1)]
+    return parts[0].decode("utf-8", "replace"), parts[1:], buffers
 
 
-def _decode_json(data: bytes | str) -> tuple[str, list[bytes]]:
+def _decode_json(data: bytes | str) -> tuple[str, list[bytes], int]:
+    """Channel, parts and number of buffers; the buffers are left out where they are too many."""
     buffers: list[bytes] = []
+    count = 0
     if isinstance(data, bytes):
-        data, buffers = _split_buffers(data)
+        data, buffers, count = _split_buffers(data)
+    if len(data) > JSON_LIMIT:
+        raise OverLimit(
+            f"A message of {len(data) / 1e6:.1f} MB was refused: in the old JSON form of the websocket it may have "
+            f"{JSON_LIMIT >> 20} MiB. Use {V1_SUBPROTOCOL}."
+        )
     try:
         message = json.loads(data)
     except (ValueError, RecursionError):
@@ -330,7 +364,7 @@ def _decode_json(data: bytes | str) -> tuple[str, list[bytes]]:
             raise ValueError(f"the message's {name} is not an object")
         parts.append(_dump(value))
     channel = message.get("channel")
-    return channel if isinstance(channel, str) else "shell", parts + buffers
+    return channel if isinstance(channel, str) else "shell", parts + buffers, count
 
 
 def _dump(value: dict[str, Any]) -> bytes:
@@ -340,15 +374,16 @@ def _dump(value: dict[str, Any]) -> bytes:
         raise ValueError("the message is nested too deeply") from None
 
 
-def _split_buffers(data: bytes) -> tuple[bytes, list[bytes]]:
-    """The old form's binary frame: !I count, offsets, the JSON, the buffers."""
+def _split_buffers(data: bytes) -> tuple[bytes, list[bytes], int]:
+    """The old form's binary frame: !I count, offsets, the JSON, the buffers. Too many of them are only counted."""
     if len(data) < 8:
         raise ValueError("the frame is too short for a message")
     count = struct.unpack_from("!I", data)[0]
-    if not 1 <= count <= 256 or 4 * (count + 1) > len(data):
+    if count < 1 or 4 * (count + 1) > len(data):
         raise ValueError("the frame's table of offsets is malformed")
-    offsets = [*struct.unpack_from(f"!{count}I", data, 4), len(data)]
+    read = count if count - 1 <= MAX_BUFFERS else 1
+    offsets = [*struct.unpack_from(f"!{min(count, read + 1)}I", data, 4), len(data)]
     if offsets[0] < 4 * (count + 1) or any(map(int.__gt__, offsets, offsets[1:])):
         raise ValueError("the frame's offsets do not agree with its length")
-    pieces = [data[offsets[i] : offsets[i + 1]] for i in range(count)]
-    return pieces[0], pieces[1:]
+    pieces = [data[offsets[i] : offsets[i + 1]] for i in range(read)]
+    return pieces[0], pieces[1:], count - 1

@@ -32,7 +32,7 @@ import psutil
 from traitlets import Float, List, Unicode, default
 
 from hub_gateway._paths import launchers_dir
-from hub_gateway.errors import LaunchFailed
+from hub_gateway.errors import LaunchFailed, Unavailable
 from hub_gateway.proxies import runas, tagged
 from hub_gateway.proxies.base import (
     ClusterObject,
@@ -49,6 +49,7 @@ __all__ = ["LocalProxy"]
 
 T = TypeVar("T")
 LINE_SECONDS = 30.0
+AGAIN_SECONDS = 1.0
 
 # glibc would return each large buffer to the system and ask for it again: a third of the CPU for 1 MB messages.
 AGENT_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
@@ -122,8 +123,13 @@ class LocalProxy(ProcessProxy):
         # Starting and ending processes takes waiting; 32 at once is more than a node can start well.
         self._threads = ThreadPoolExecutor(32, thread_name_prefix="local-proxy")
         self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._watched: dict[int, int] = {}
+        self.on_ended: Callable[[str], None] = lambda kernel_id: None
+        """Told, on the event loop, the id of a kernel whose agent has ended."""
 
     async def close(self) -> None:
+        for pid in list(self._watched):
+            self._unwatch(pid)
         self._threads.shutdown(wait=False)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
@@ -141,17 +147,40 @@ class LocalProxy(ProcessProxy):
             raise asyncio.CancelledError
         return future.result()
 
+    async def _look(self, call: Callable[[], T]) -> T:
+        """Run `call`, which changes nothing, in a thread; one that is cancelled goes on there by itself."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    def _watch(self, state: State, kernel_id: str) -> None:
+        """Have `on_ended` called when an agent ends, whose child it may be; where that cannot be, polls notice it."""
+        pid = state.get("pid")
+        if not isinstance(pid, int) or pid in self._watched or not hasattr(os, "pidfd_open"):
+            return
+        with contextlib.suppress(OSError):
+            self._watched[pid] = os.pidfd_open(pid)
+            asyncio.get_running_loop().add_reader(self._watched[pid], self._agent_ended, pid, kernel_id)
+
+    def _unwatch(self, pid: int) -> None:
+        fd = self._watched.pop(pid)
+        asyncio.get_running_loop().remove_reader(fd)
+        os.close(fd)
+
+    def _agent_ended(self, pid: int, kernel_id: str) -> None:
+        self._unwatch(pid)
+        self.on_ended(kernel_id)
+
     # Launch
 
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
         user = self._other_user(request.unix_user)
         directory = self._directory(request.gateway_id, request.kernel_id, user)
         # The intent is recorded before anything is done: whatever follows can be found by it.
-        state: State = {"runtime_dir": str(directory), "user": user}
+        state: State = {"runtime_dir": str(directory), "user": user, "node": {**tagged.node()}}
         yield dict(state)
         if request.previous is not None:
             adopted = await self._in_thread(lambda: self._adopt(request, directory, user))
             if adopted is not None:
+                self._watch(adopted, request.kernel_id)
                 yield {**state, **adopted}
                 return
         if user is None:
@@ -168,6 +197,7 @@ class LocalProxy(ProcessProxy):
         if registration is None:
             raise LaunchFailed(await self._why_not(request, state))
         state["registration"] = registration
+        self._watch(state, request.kernel_id)
         yield state
 
     def _spawn(self, request: LaunchRequest, directory: Path) -> subprocess.Popen[bytes]:
@@ -285,9 +315,16 @@ class LocalProxy(ProcessProxy):
     # Afterwards
 
     async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
-        return await self._in_thread(lambda: {key: self._phase(key, state) for key, state in states.items()})
+        found = await self._look(lambda: {key: self._phase(key, state) for key, state in states.items()})
+        for kernel_id, report in found.items():
+            if report.phase is Phase.RUNNING:
+                self._watch(states[kernel_id], kernel_id)
+        return found
 
     def _phase(self, kernel_id: str, state: State) -> PhaseReport:
+        elsewhere = tagged.elsewhere(state.get("node"))
+        if elsewhere:
+            return PhaseReport(Phase.UNKNOWN, f"it was started on another node ({elsewhere})")
         pid = state.get("pid")
         if not isinstance(pid, int):
             return PhaseReport(Phase.PENDING)
@@ -299,7 +336,18 @@ class LocalProxy(ProcessProxy):
         return PhaseReport(Phase.GONE, f"its agent (pid {pid}) is not there any more")
 
     async def terminate(self, state: State) -> None:
+        self._require_here(state)
         await self._in_thread(lambda: self._terminate(state))
+
+    @staticmethod
+    def _require_here(state: State) -> None:
+        """Processes of another node cannot be seen from here, which does not prove that they are gone."""
+        elsewhere = tagged.elsewhere(state.get("node"))
+        if elsewhere:
+            raise Unavailable(
+                f"The kernel was started on another node ({elsewhere}), where only a gateway on that node can end it.",
+                hint="local kernels and the gateway that drives them must be on one node; start a gateway there",
+            )
 
     def _terminate(self, state: State) -> None:
         kernel_id, gateway_id, pid = state.get("kernel_id"), state.get("gateway_id"), state.get("pid")
@@ -313,7 +361,8 @@ class LocalProxy(ProcessProxy):
         found = [agent.process for agent in tagged.agents(gateway_id, kernel_id)]
         self._end(found, user)
         # A kernel whose agent was killed; it is known by the connection file in its command line.
-        self._end(tagged.mentioning(str(directory)), user, signum=signal.SIGKILL)
+        connection_file = os.path.abspath(directory / f"kernel-{kernel_id}.json")  # noqa: PTH100 (as the agent does)
+        self._end(tagged.kernels(connection_file, self._uid(user)), user, signum=signal.SIGKILL)
         if user is not None:
             self._runas(user, "remove", runtime_dir=str(directory))
         else:
@@ -328,7 +377,13 @@ class LocalProxy(ProcessProxy):
             with contextlib.suppress(psutil.NoSuchProcess):
                 family += process.children(recursive=True)
         self._send(processes, signum, user)
-        self._wait(processes, self.shutdown_seconds)
+        soon = min(AGAIN_SECONDS, self.shutdown_seconds)
+        self._wait(processes, soon)
+        again = [one for one in processes if tagged.alive(one)]
+        if again:
+            # A process that is still starting can lose a signal: its handler is there, who heeds it is not yet.
+            self._send(again, signum, user)
+            self._wait(again, self.shutdown_seconds - soon)
         left = [one for one in (*processes, *family) if tagged.alive(one)]
         if left:
             self._send(left, signal.SIGKILL, user)
@@ -352,6 +407,7 @@ class LocalProxy(ProcessProxy):
                 process.send_signal(signum)
 
     async def signal(self, state: State, signum: int) -> None:
+        self._require_here(state)
         pid, kernel_id = state.get("pid"), state.get("kernel_id")
         if not isinstance(pid, int) or not isinstance(kernel_id, str):
             return
@@ -365,7 +421,7 @@ class LocalProxy(ProcessProxy):
         await self._in_thread(send)
 
     async def owned(self, gateway_id: str) -> Sequence[ClusterObject]:
-        return await self._in_thread(lambda: self._owned(gateway_id))
+        return await self._look(lambda: self._owned(gateway_id))
 
     def _owned(self, gateway_id: str) -> list[ClusterObject]:
         for pid, child in list(self._children.items()):
@@ -396,7 +452,7 @@ class LocalProxy(ProcessProxy):
 
     async def logs(self, state: State, lines: int = 50) -> str:
         directory, user = state.get("runtime_dir"), self._other_user(state.get("user"))
-        if not isinstance(directory, str):
+        if not isinstance(directory, str) or tagged.elsewhere(state.get("node")):
             return ""
 
         def read() -> str:
@@ -404,10 +460,10 @@ class LocalProxy(ProcessProxy):
                 return str(self._runas(user, "logs", runtime_dir=directory)["text"])
             return tagged.tail(Path(directory) / "kernel.log")
 
-        return "\n".join((await self._in_thread(read)).splitlines()[-lines:])
+        return "\n".join((await self._look(read)).splitlines()[-lines:])
 
     async def check(self) -> Sequence[Finding]:
-        return await self._in_thread(self._check)
+        return await self._look(self._check)
 
     def _check(self) -> list[Finding]:
         agent = Path(self.launchers) / "agent.py"
@@ -454,6 +510,14 @@ class LocalProxy(ProcessProxy):
         if not isinstance(name, str) or name == pwd.getpwuid(os.getuid()).pw_name:
             return None
         return name
+
+    @staticmethod
+    def _uid(user: str | None) -> int:
+        """The id of a unix user, -1 of one that does not exist any more."""
+        try:
+            return os.getuid() if user is None else pwd.getpwnam(user).pw_uid
+        except KeyError:
+            return -1
 
     def _is_root(self) -> bool:
         """Whether this gateway may become any user by itself."""

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,20 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Agent", "agents", "alive", "arguments", "is_agent", "mark", "marked", "mentioning", "registration", "tail"]
+__all__ = [
+    "Agent",
+    "agents",
+    "alive",
+    "arguments",
+    "elsewhere",
+    "is_agent",
+    "kernels",
+    "mark",
+    "marked",
+    "node",
+    "registration",
+    "tail",
+]
 
 MARK = "owner.json"
 TAIL_BYTES = 64 * 2**10
@@ -62,15 +76,43 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-def mentioning(directory: str) -> list[psutil.Process]:
-    """The processes with a file of that directory in their command line, agents aside."""
+def kernels(connection_file: str, uid: int) -> list[psutil.Process]:
+    """The processes of a unix user that were started with that connection file: an argument by itself, or an option's.
+
+    Whoever else names the file (an administrator who reads it, a shell whose command holds it) is none of them.
+    """
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(*_GONE):
-            argv = process.cmdline()
-            if process.pid != os.getpid() and any(f"{directory}/" in argument for argument in argv):
+            if process.pid == os.getpid() or process.uids().real != uid:
+                continue
+            argv = process.cmdline()[1:]
+            if any(word == connection_file or word.endswith(f"={connection_file}") for word in argv):
                 found.append(process)
     return found
+
+
+def node() -> dict[str, str]:
+    """This machine, for who may meet what was recorded here: its name, and the boot that its processes are of."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return {"name": socket.gethostname(), "boot": boot}
+
+
+def elsewhere(recorded: object) -> str:
+    """The name of the machine that a `node` was recorded on, where it is not this one; else empty.
+
+    The name alone changes with a container that is made anew, the boot with every start of the machine; processes
+    of an earlier boot are gone for certain. Only where both are others it is another machine.
+    """
+    if not isinstance(recorded, dict):
+        return ""
+    here = node()
+    if recorded.get("name") == here["name"] or (here["boot"] and recorded.get("boot") == here["boot"]):
+        return ""
+    return str(recorded.get("name") or "unknown")
 
 
 def registration(text: bytes, kernel_id: str) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sqlite3
@@ -10,9 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.harness.gateway import ROOT, GatewayProcess
+from tests.harness.waiting import until
 
 MakeGateway = Callable[..., GatewayProcess]
 
@@ -49,6 +52,35 @@ def test_a_database_of_a_newer_version(make_gateway: MakeGateway) -> None:
     with sqlite3.connect(gateway.state / "hub-gateway.sqlite") as database:
         database.execute("UPDATE alembic_version SET version_num = '9999'")
     assert "newer version" in refused(gateway)
+
+
+def test_a_damaged_database(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway(db_url=None)
+    path = gateway.state / "hub-gateway.sqlite"
+    path.write_bytes(b"garbage" * 1000)
+    said = refused(gateway)
+    assert str(path) in said and "damaged" in said and "backup" in said
+
+
+def test_an_address_of_ip_version_6(make_gateway: MakeGateway) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("not applicable: this machine has no IPv6")
+    gateway = make_gateway(config="c.HubGateway.ip = '::1'\n")
+    gateway.spawn()
+
+    def ready() -> bool:
+        assert gateway.process is not None and gateway.process.poll() is None, gateway.tail()
+        try:
+            said = json.loads((gateway.state / "gateway.json").read_text())
+        except (OSError, ValueError):
+            return False
+        assert said["url"] == f"http://[::1]:{said['port']}/"
+        return httpx.get(f"{said['url']}readyz", timeout=5).status_code == 200
+
+    until(ready, "it serves")
 
 
 def test_nobody_to_say_who_is_calling(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import struct
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from tests.harness.link import load_agent
 agent = load_agent()
 
 
-def make_outlet(**limits: Any) -> tuple[Any, list[list[bytes]]]:
+def make_settings(**limits: Any) -> Any:
     section = {"client_public_key": "x", "launch_token": "y", **limits}
     document = {
         "version": 1,
@@ -25,13 +26,17 @@ def make_outlet(**limits: Any) -> tuple[Any, list[list[bytes]]]:
         "runtime_dir": "/tmp",
         "agent": section,
     }
+    return agent.Settings(document)
+
+
+def make_outlet(**limits: Any) -> tuple[Any, list[list[bytes]]]:
     sent: list[list[bytes]] = []
 
     def send(frames: list[bytes]) -> bool:
         sent.append(frames)
         return True
 
-    return agent.Outlet(agent.Settings(document), send, "own"), sent
+    return agent.Outlet(make_settings(**limits), send, "own"), sent
 
 
 def say(outlet: Any, msg_type: str, content: dict[str, Any], parent: str = "p", to: bytes = b"") -> None:
@@ -93,6 +98,33 @@ def test_a_client_that_names_its_last_number_overrides_the_record() -> None:
     del sent[:]
     outlet.attach(peer, b"s", 7, True)
     assert [number for number, _, _ in received(sent, b"s")] == [8, 9, 10]
+
+
+def test_the_place_to_go_on_from_is_not_what_the_client_has() -> None:
+    """A gateway that is killed after it resumed a slow client takes with it what that had not been sent."""
+    outlet, sent = make_outlet()
+    peer = outlet.greet(b"one", 1)
+    outlet.attach(peer, b"s", None, True)
+    for number in range(10):
+        say_stream(outlet, f"{number}\n")
+    outlet.acknowledge(peer, peer.sent, [(b"s", 4)])
+    outlet.pause(peer, b"s")
+    outlet.attach(peer, b"s", 10, True)
+    outlet.forget_peer(peer)
+    del sent[:]
+    outlet.attach(outlet.greet(b"two", 2), b"s", None, True)
+    assert [number for number, _, _ in received(sent, b"s")] == list(range(5, 11))
+
+
+def test_a_number_that_was_never_given_is_passed_over() -> None:
+    outlet, sent = make_outlet()
+    peer = outlet.greet(b"one", 1)
+    outlet.attach(peer, b"s", None, True)
+    say_stream(outlet, "x")
+    del sent[:]
+    for number in (17, -1):
+        outlet.attach(peer, b"s", number, True)
+        assert [number for number, _, _ in received(sent, b"s")] == [1]
 
 
 def test_replies_go_to_the_session_that_asked_only() -> None:
@@ -220,6 +252,25 @@ def test_a_fast_burst_to_a_connected_client_is_not_dropped() -> None:
     while peer.sent > peer.acked:
         outlet.acknowledge(peer, peer.sent, [(b"s", 0)])
     assert [content["n"] for _, _, content in received(sent, b"s")] == list(range(140))
+
+
+def test_what_exceeds_the_link_is_passed_on_as_far_as_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "MESSAGE_BYTES", 2000)
+    one = agent.Agent(make_settings(), "/tmp")
+    one.outlet, sent = make_outlet()
+    one.outlet.attach(one.outlet.greet(b"one", 1), b"s", None, True)
+    parent = b'{"msg_id": "cell"}'
+    small = agent.make_message("k", "display_data", {"data": {}}, parent)
+    large = agent.make_message("k", "execute_reply", {"status": "ok", "payload": "x" * 3000}, parent)
+    for _ in range(2):
+        assert one.cut(3, [*small, b"y" * 3000]) == small
+    [(_, kind, content)] = received(sent, b"s")
+    assert kind == "stream" and "A message (display_data) of 0 MB was left out, or its buffers were" in content["text"]
+    header, found, _, error = one.cut(0, large)
+    assert json.loads(header)["msg_type"] == "execute_reply" and found == parent
+    assert json.loads(error)["status"] == "error"
+    header, _, _, text = one.cut(3, large)
+    assert json.loads(header)["msg_type"] == "stream" and b"execute_reply" in text
 
 
 def test_the_session_that_moved_is_told_where_it_was() -> None:

@@ -251,6 +251,22 @@ async def test_an_answer_that_is_none_proves_nothing(
     hub.answer = None
 
 
+async def test_an_answer_that_breaks_off_proves_nothing(hub: FakeHub, made: HubService) -> None:
+    async def break_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        writer.close()
+
+    server = await asyncio.start_server(break_off, "127.0.0.1", 0)
+    made.oauth.api_url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hub/api"
+    with pytest.raises(Unavailable):
+        await made.authenticator.authenticate("a-token")
+    with pytest.raises(Unavailable):
+        await made.report_activity("alice", {})
+    server.close()
+    await server.wait_closed()
+
+
 @pytest.mark.parametrize("token", ["é", "a b", "a\tb", "x" * 2000, "", "\ud800", "a\r\nX: y"])
 async def test_what_cannot_be_a_token_is_not_asked_about(
     hub: FakeHub, authenticator: HubAuthenticator, token: str

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect, literal, select, text, update
+from sqlalchemy import delete, inspect, literal, select, text, update
 
 from hub_gateway.db import migrate, revision
 from hub_gateway.db.clock import db_now
@@ -22,6 +22,7 @@ from hub_gateway.db.models import Kernel, Setting, UTCDateTime, utcnow
 from hub_gateway.db.secrets import Vault, VaultError
 from hub_gateway.db.tenancy import Base
 from hub_gateway.errors import BadRequest, Unavailable
+from hub_gateway.kernels.sessions import Sessions, SessionWish
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import LaunchPlan, NewKernel
 
@@ -103,6 +104,35 @@ async def test_an_unreachable_database_is_unavailable(tmp_path: Path) -> None:
         await db.close()
 
 
+@pytest.mark.parametrize("prepare", [revision.prepare_at_start, migrate.prepare])
+async def test_a_damaged_file_is_named(tmp_path: Path, prepare: Callable[..., None]) -> None:
+    path = tmp_path / "gateway.sqlite"
+    path.write_bytes(b"garbage" * 1000)
+    db = Database(f"sqlite:///{path}")
+    with pytest.raises(Unavailable, match=str(path)) as caught:
+        prepare(db, upgrade_older=True)
+    assert "damaged" in caught.value.message and "backup" in caught.value.hint
+    with pytest.raises(Unavailable, match="damaged"):
+        await db.check()
+    await db.close()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_file_that_is_taken_away_from_a_running_gateway(tmp_path: Path, replaced: bool) -> None:
+    path = tmp_path / "gateway.sqlite"
+    db = Database(f"sqlite:///{path}")
+    migrate.prepare(db, upgrade_older=True)
+    await db.check()
+    aside = path.rename(tmp_path / "aside")
+    if replaced:
+        shutil.copy(aside, path)
+    with pytest.raises(Unavailable, match="deleted or replaced"):
+        await db.check()
+    aside.rename(path)
+    await db.check()
+    await db.close()
+
+
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://x/y", "nonsense", "oracle://x"])
 def test_urls_that_are_refused(url: str) -> None:
     with pytest.raises(BadRequest):
@@ -158,14 +188,7 @@ async def test_a_database_of_something_else_is_refused(empty: Database) -> None:
 @pytest.fixture
 def next_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later version of the gateway, with one more migration."""
-    scripts = tmp_path / "migrations"
-    shutil.copytree(migrate.migrations_path(), scripts, ignore=shutil.ignore_patterns("__pycache__"))
-    (scripts / "versions" / "next.py").write_text(
-        "import sqlalchemy as sa\nfrom alembic import op\n"
-        f"revision = 'next'\ndown_revision = {migrate.head()!r}\nbranch_labels = None\ndepends_on = None\n"
-        "def upgrade():\n    op.add_column('kernels', sa.Column('extra', sa.Text()))\n"
-    )
-    monkeypatch.setattr(migrate, "migrations_path", lambda: scripts)
+    later_revision("    op.add_column('kernels', sa.Column('extra', sa.Text()))\n", tmp_path, monkeypatch)
 
 
 async def test_an_older_database_is_upgraded_with_its_rows(
@@ -187,6 +210,54 @@ async def test_an_older_database_is_upgraded_with_its_rows(
         assert migrate.current(copy) == revision.HEAD
         assert saved.stat().st_mode & 0o077 == 0
         await copy.close()
+
+
+def later_revision(upgrade: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = tmp_path / "migrations"
+    shutil.copytree(migrate.migrations_path(), scripts, ignore=shutil.ignore_patterns("__pycache__"))
+    (scripts / "versions" / "next.py").write_text(
+        "import sqlalchemy as sa\nfrom alembic import op\n"
+        f"revision = 'next'\ndown_revision = {migrate.head()!r}\nbranch_labels = None\ndepends_on = None\n"
+        f"def upgrade():\n{upgrade}"
+    )
+    monkeypatch.setattr(migrate, "migrations_path", lambda: scripts)
+
+
+async def test_a_table_that_is_made_anew_takes_no_rows_along(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's way to change a column. Sessions go with their kernel when that is deleted, and only then."""
+    store = KernelStore(db, Vault([Vault.generate_key()]), instance="i")
+    record = (await store.admit(a_kernel())).record
+    sessions = Sessions(store)
+    await sessions.insert("alice", SessionWish("a.ipynb", "", "notebook"), record.id)
+    changed = (
+        "    with op.batch_alter_table('kernels', recreate='auto') as batch:\n"
+        "        batch.alter_column('message', existing_type=sa.Text(), nullable=True)\n"
+        "        batch.add_column(sa.Column('extra', sa.Text()))\n"
+    )
+    later_revision(changed, tmp_path, monkeypatch)
+    migrate.prepare(db, upgrade_older=True)
+    assert "extra" in {column["name"] for column in inspect(db.engine).get_columns("kernels")}
+    assert len(await sessions.using(record.id)) == 1
+    await db.write(lambda tx: tx.execute(delete(Kernel)) and None)
+    assert await sessions.using(record.id) == [], "foreign keys hold again"
+
+
+async def test_a_migration_that_breaks_a_reference_changes_nothing(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not db.sqlite:
+        pytest.skip("not applicable: PostgreSQL's foreign keys hold while it is migrated")
+    store = KernelStore(db, Vault([Vault.generate_key()]), instance="i")
+    record = (await store.admit(a_kernel())).record
+    await Sessions(store).insert("alice", SessionWish("a.ipynb", "", "notebook"), record.id)
+    later_revision("    op.execute('DELETE FROM kernels')\n", tmp_path, monkeypatch)
+    with pytest.raises(migrate.RevisionError, match="was not upgraded") as caught:
+        migrate.prepare(db, upgrade_older=True)
+    assert "sessions" in caught.value.hint
+    assert migrate.current(db) == revision.HEAD
+    assert await store.get(record.id) == record
 
 
 async def test_replicas_that_start_together_set_it_up_once(url: str) -> None:

@@ -12,15 +12,16 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from sqlalchemy import select
 from traitlets import Int, Unicode
 
 from hub_gateway.auth.base import Caller
 from hub_gateway.db.models import Reservation
-from hub_gateway.errors import LaunchFailed, LaunchRefused, Unavailable
+from hub_gateway.errors import Conflict, LaunchFailed, LaunchRefused, Unavailable
 from hub_gateway.kernels.service import CreateKernel
-from hub_gateway.kernels.types import ExecutionState, KernelStatus, KernelTarget
+from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, KernelTarget
 from hub_gateway.proxies.base import ClusterObject, LaunchRequest, PhaseReport, State
 from hub_gateway.proxies.local import LocalProxy
 from tests.contract.conftest import SPECS
@@ -38,6 +39,8 @@ class FailingProxy(LocalProxy):
     how = Unicode("refused").tag(config=True)
     dead_calls = Int(0).tag(config=True)
     """How often `terminate` and `poll` fail before they work."""
+    dead_stops = Int(0).tag(config=True)
+    """The same of `terminate` alone."""
 
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
         number = 0
@@ -66,6 +69,9 @@ class FailingProxy(LocalProxy):
 
     async def terminate(self, state: State) -> None:
         self._dead()
+        if self.dead_stops > 0:
+            self.dead_stops -= 1
+            raise Unavailable("The cluster does not answer.")
         await super().terminate(state)
 
     async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
@@ -240,6 +246,67 @@ async def test_a_launch_that_is_stopped_twice_leaves_nothing(
         ended = await gateway.service.store.get(record.id)
         assert ended is not None and ended.status is KernelStatus.STOPPED
         await assert_nothing_left(gateway, state_dir)
+
+
+def agent_of(record: KernelRecord) -> psutil.Process:
+    pid = record.proxy_state["pid"]
+    assert isinstance(pid, int)
+    return psutil.Process(pid)
+
+
+async def test_an_agent_that_is_killed_is_noticed_at_once(make_gateway: Callable[..., MiniGateway]) -> None:
+    """Not by the next poll, which may be far away; also by a gateway whose child it is not."""
+    async with make_gateway() as gateway:
+        record = await gateway.start(ALICE)
+    async with make_gateway() as gateway:
+        second = await gateway.start(ALICE)
+        for task in gateway.controller._tasks:
+            task.cancel()  # no scan and no poll
+        begun = time.monotonic()
+        for one in (record, second):
+            agent_of(one).kill()
+            ended = await gateway.controller.wait(one.id, lambda row: row is None or not row.live, 8)
+            assert ended is not None and ended.status is KernelStatus.FAILED
+            assert "ended with its agent" in ended.message and "no gateway" not in ended.message
+        assert time.monotonic() - begun < 8
+
+
+async def test_a_restart_just_after_a_failure_waits_for_its_end(make_gateway: Callable[..., MiniGateway]) -> None:
+    async with make_gateway() as gateway:
+        record = await gateway.start(ALICE)
+        proxy = gateway.proxies.get("failing")
+        assert isinstance(proxy, FailingProxy)
+        proxy.dead_stops = 4
+        agent_of(record).kill()
+        await eventually(lambda: _status(gateway, record.id, KernelStatus.STOPPING), "it has failed")
+        assert (await gateway.service.restart(ALICE, record.id)).status is KernelStatus.RUNNING
+        proxy.dead_stops = 4
+        stopping = asyncio.ensure_future(gateway.service.shutdown(ALICE, record.id))
+        await eventually(lambda: _status(gateway, record.id, KernelStatus.STOPPING), "it is being stopped")
+        with pytest.raises(Conflict, match="shut down; start a new one"):
+            await gateway.service.restart(ALICE, record.id)
+        await stopping
+
+
+async def test_a_kernel_that_does_not_end_is_listed_as_dead_once_it_is_deleted(
+    make_gateway: Callable[..., MiniGateway], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with make_gateway() as gateway:
+        record = await gateway.start(ALICE)
+        gateway.service.stop_wait_seconds = 0.1
+        gateway.controller.log.propagate = True
+        agent_of(record).suspend()
+        await gateway.service.shutdown(ALICE, record.id)
+        (listed,) = await gateway.service.list(ALICE)
+        assert listed.execution_state is ExecutionState.DEAD
+        agent_of(record).kill()
+        await gateway.controller.wait(record.id, lambda row: row is None or not row.live, 30)
+    assert "()" not in caplog.text
+
+
+async def _status(gateway: MiniGateway, kernel_id: str, wanted: KernelStatus) -> bool:
+    record = await gateway.service.store.get(kernel_id)
+    return record is not None and record.status is wanted
 
 
 async def test_progress_is_shown_while_it_starts(make_gateway: Callable[..., MiniGateway]) -> None:

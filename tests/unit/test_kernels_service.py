@@ -211,6 +211,14 @@ async def test_a_session_changes_its_path_and_its_kernel(gateway: MiniGateway) -
     assert [record.id for record in await service.list(ALICE)] == [changed["kernel"]["id"]] != [old]
 
 
+async def test_a_session_of_a_kernel_that_is_gone_can_be_deleted(gateway: MiniGateway) -> None:
+    session = await gateway.service.create_session(ALICE, {"path": "a.ipynb", "kernel": {"name": "sleep"}})
+    await become(gateway, session["kernel"]["id"], status="stopped")  # type: ignore[index,call-overload]
+    await gateway.service.delete_session(ALICE, str(session["id"]))
+    with pytest.raises(NotFound, match="Session"):
+        await gateway.service.delete_session(ALICE, str(session["id"]))
+
+
 async def test_a_kernel_that_another_session_uses_stays(gateway: MiniGateway) -> None:
     service = gateway.service
     one: Any = await service.create_session(ALICE, body("a.ipynb"))
@@ -295,6 +303,29 @@ async def test_activity_is_reported_once_and_per_server(gateway: MiniGateway, ro
     await become(gateway, rows["busy"], execution_state="busy")  # works, and says nothing
     assert await reporter.report() == 1
     assert await reporter.report() == 1
+
+
+@pytest.mark.parametrize("where", ["activity", "culler"])
+async def test_a_loop_survives_what_nobody_thought_of(gateway: MiniGateway, where: str) -> None:
+    calls, swallowed = 0, []
+
+    async def broken(*_: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        raise (KeyError("x"), OSError("y"), Unavailable("z."))[calls % 3]
+
+    gateway.service.store.live = broken  # type: ignore[method-assign]
+    loop: ActivityReporter | Culler
+    if where == "activity":
+        loop = ActivityReporter(service=gateway.service, report=broken, on_swallowed=swallowed.append)
+        loop.activity_seconds = 0.001
+    else:
+        loop = Culler(service=gateway.service, on_swallowed=swallowed.append)
+        loop.cull_interval = 0.001
+    loop.start()
+    await eventually(lambda: calls > 6, "it goes on")
+    await loop.close()
+    assert len(swallowed) >= 6 and set(swallowed) == {where}
 
 
 async def test_a_report_that_fails_is_repeated(gateway: MiniGateway, rows: dict[str, str]) -> None:

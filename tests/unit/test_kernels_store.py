@@ -18,7 +18,9 @@ from hub_gateway.db.models import Kernel, Reservation, utcnow
 from hub_gateway.db.secrets import Vault
 from hub_gateway.errors import BadRequest, Conflict, Forbidden, NotFound
 from hub_gateway.kernels.admissions import Admitted
+from hub_gateway.kernels.controller import exit_of
 from hub_gateway.kernels.leases import LeaseLost, Leases
+from hub_gateway.kernels.reconcile import _recorded as recorded
 from hub_gateway.kernels.registration import proof_of
 from hub_gateway.kernels.store import Activity, KernelStore
 from hub_gateway.kernels.types import (
@@ -235,6 +237,31 @@ async def test_a_registration_is_taken_once(store: KernelStore) -> None:
     assert len(facts.client_secret) == 40
 
 
+async def test_who_cannot_prove_anything_never_waits_for_the_writer(
+    store: KernelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.admit(new())
+    payload = await registration(store)
+
+    async def write(fn: Any) -> Any:
+        raise AssertionError("it went to the writer")
+
+    monkeypatch.setattr(store.db, "write", write)
+    with pytest.raises(Forbidden):
+        await store.register("k1", {**payload, "proof": "0" * 64})
+    with pytest.raises(NotFound):
+        await store.register("k2", {**payload, "kernel_id": "k2"})
+    with pytest.raises(Conflict):
+        await store.register("k1", await registration(store, epoch=7))
+
+
+@pytest.mark.parametrize("host", ["n1", "n-1.example.org", "node_7.", "10.0.0.5", "::1", "fe80::1%eth0"])
+async def test_hosts_that_agents_may_have(store: KernelStore, host: str) -> None:
+    await store.admit(new())
+    found = await store.register("k1", await registration(store, host=host))
+    assert found.registration is not None and found.registration.host == host
+
+
 @pytest.mark.parametrize("change", [{"host": "evil"}, {"port": 1}, {"public_key": "y" * 40}, {"epoch": 2}])
 async def test_a_registration_that_is_tampered_with_is_refused(store: KernelStore, change: dict[str, Any]) -> None:
     await store.admit(new())
@@ -254,6 +281,13 @@ async def test_a_registration_that_is_tampered_with_is_refused(store: KernelStor
         {"proof": None},
         {"kernel_id": "k2"},
         {"pid": "x"},
+        {"pid": 2**40},
+        {"host": "a\0b"},
+        {"host": "a b"},
+        {"host": "-o.example"},
+        {"host": "tcp://10.0.0.5:1;ipc:///x"},
+        {"public_key": "\ud800" * 40},
+        {"proof": "\ud800"},
     ],
 )
 async def test_a_malformed_registration_is_refused(store: KernelStore, change: dict[str, Any]) -> None:
@@ -273,6 +307,28 @@ async def test_a_registration_of_an_earlier_launch_is_refused(store: KernelStore
     with pytest.raises(Conflict):
         await store.register("k1", payload)
     assert await store.register("k1", await registration(store, epoch=2))
+
+
+async def test_whatever_an_agent_or_a_cluster_says_can_be_written(store: KernelStore) -> None:
+    """A value that a database refuses would be tried again for ever, and the kernel would neither run nor end."""
+    leases = Leases(store, replica="one")
+    lease = leases.of((await store.admit(new())).record)
+    assert lease
+    said = "caf\u00e9 \U0001f600 \0 \ud800 end"
+    ended = exit_of({"event": "exited", "code": 2**70, "stderr_tail": said})
+    values = {"message": ended.sentence, "exit_code": ended.exit_code, "stderr_tail": ended.stderr_tail}
+    await leases.update(lease, **values)
+    record = await existing(store, "k1")
+    assert record.stderr_tail == "caf\u00e9 \U0001f600 \ufffd \ufffd end" and record.exit_code is None
+    assert "\ufffd" in record.message
+    agent = {"host": "h", "port": 4711, "public_key": KEY, "pid": 2**40}
+    state: dict[str, Any] = {"said": [said], said: 2**70, "epoch": 2**70, "registration": agent}
+    await leases.update(lease, **recorded(state))
+    record = await existing(store, "k1")
+    assert record.proxy_state["said"] == [record.stderr_tail] and record.proxy_state[record.stderr_tail] == 2**70
+    assert record.registration is not None and record.registration.pid == 0
+    for bad in ({"host": "\0"}, {"port": 2**40}, {"public_key": said}, {"host": "h" * 300}):
+        assert "agent_host" not in recorded({"registration": {**agent, **bad}})
 
 
 # What relays saw

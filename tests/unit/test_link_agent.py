@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import stat
+import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ async def start() -> AsyncIterator[Callable[..., Gateway]]:
     gateways: list[Gateway] = []
 
     def make(argv: list[str] = FLOOD, *, to: RunningAgent | None = None, **settings: Any) -> Gateway:
-        options = {name: settings.pop(name) for name in ("backlog_bytes", "queue_bytes") if name in settings}
+        names = ("backlog_bytes", "queue_bytes", "request_bytes", "ping_seconds", "lost_seconds")
+        options = {name: settings.pop(name) for name in names if name in settings}
         if to is None:
             to = RunningAgent(argv, **settings)
             agents.append(to)
@@ -196,6 +198,27 @@ async def test_what_a_kernel_had_sent_before_it_died_is_read_to_its_end(start: S
     assert sink.text().endswith("second\nback\n")
 
 
+async def test_what_was_sent_before_the_restart_was_told_is_not_run_by_the_new_kernel(start: Start) -> None:
+    """Cells that followed the one that killed the kernel, and were still on their way to the agent."""
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector())
+    kernel = gateway.relay.welcome["pid"]
+    link = gateway.relay._link
+    assert link is not None and link._socket is not None
+    # The gateway's loop is busy: it has not heard yet that the kernel died, and sends a cell.
+    link._loop.remove_reader(link._socket.fileno())
+    os.kill(kernel, signal.SIGKILL)
+    await eventually(lambda: "ended: exit code 137" in gateway.agent.log.read_text(), "the agent to restart it")
+    late = gateway.request(sink, "execute_request", {"code": "print('late')"})
+    info = gateway.request(sink, "kernel_info_request", {})
+    link._loop.add_reader(link._socket.fileno(), link._drain)
+    await eventually(lambda: sink.finished(late) and sink.finished(info), "both to end")
+    assert sink.of(late, "execute_reply")[0]["content"]["status"] == "aborted" and not sink.of(late, "error")
+    assert sink.of(info, "kernel_info_reply")[0]["content"]["status"] == "ok"
+    await gateway.execute(sink, "print('back')")
+    assert sink.text() == "back\n"
+
+
 async def test_a_kernel_whose_child_holds_its_sockets_is_restarted_all_the_same(start: Start) -> None:
     gateway = await start(IPYTHON).connect()
     sink = gateway.attach(Collector())
@@ -218,6 +241,40 @@ async def test_a_kernel_that_dies_again_and_again_is_left_dead(start: Start) -> 
     await gateway.relay.restart()
     await gateway.execute(sink, "flood 1 10")
     assert numbers(sink) == [0]
+
+
+HANGS_ONCE_TOLD = (
+    f"if test -e hang; then echo 'waiting for the file server' >&2; exec sleep 600; fi; exec {' '.join(FLOOD[:-1])} $0"
+)
+
+
+async def test_a_restart_that_hangs_ends_and_may_be_tried_again(start: Start, tmp_path: Path) -> None:
+    argv = ["/bin/sh", "-c", HANGS_ONCE_TOLD, "{connection_file}"]
+    gateway = await start(argv, cwd=str(tmp_path), start_seconds=1.0, shutdown_seconds=0.5).connect()
+    sink = gateway.attach(Collector())
+    (tmp_path / "hang").touch()
+    with pytest.raises(Conflict, match=r"did not answer within 1 s and was killed\. Last .*\nwaiting for the file"):
+        await gateway.relay.restart()
+    await eventually(lambda: "dead" in sink.states(), "the kernel to be given up")
+    exited = gateway.event("exited")
+    assert exited is not None and not exited["will_restart"] and "did not answer within" in exited["stderr_tail"]
+    (tmp_path / "hang").unlink()
+    await gateway.relay.restart()
+    await gateway.execute(sink, "flood 3 20")
+    assert numbers(sink) == [0, 1, 2]
+
+
+async def test_a_restart_that_is_overtaken_by_a_shutdown_has_failed(start: Start, tmp_path: Path) -> None:
+    argv = ["/bin/sh", "-c", HANGS_ONCE_TOLD, "{connection_file}"]
+    gateway = await start(argv, cwd=str(tmp_path), shutdown_seconds=0.5).connect()
+    (tmp_path / "hang").touch()
+    restart = asyncio.ensure_future(gateway.relay.restart())
+    await eventually(lambda: gateway.event("restarting"), "the restart to begin")
+    again = asyncio.ensure_future(gateway.relay.shutdown())
+    with pytest.raises(Conflict, match="being shut down"):
+        await restart
+    await again
+    assert gateway.agent.process.wait(10) == 0
 
 
 async def test_a_kernel_that_dies_at_start_is_reported_and_answered_for(start: Start) -> None:
@@ -417,6 +474,53 @@ async def test_a_client_that_names_its_last_number_gets_everything_exactly_once(
     assert [int(text.split()[0]) for text in stream] == list(range(20000))
 
 
+@pytest.mark.parametrize("dialect", [Dialect.V1, Dialect.NUMBERED])
+async def test_a_websocket_that_stayed_open_is_served_by_a_new_agent(start: Start, dialect: Dialect) -> None:
+    """Which numbers from 1 again: a kernel that failed and was revived."""
+    gateway = await start().connect()
+    sink = gateway.attach(Collector("s", dialect=dialect))
+    await gateway.execute(sink, "flood 1000 20")
+    gateway.relay.disconnect()
+    revived = start()
+    await gateway.relay.connect(revived.agent.registration, SECRET, PUBLIC, 1, timeout=20)
+    await eventually(lambda: gateway.relay.ready, "the new kernel to be ready")
+    await gateway.execute(sink, "flood 10 20", timeout=10)
+    assert numbers(sink) == [*range(1000), *range(10)]
+
+
+async def test_a_pong_for_what_an_earlier_agent_sent_acknowledges_nothing(start: Start) -> None:
+    gateway = await start().connect()
+    sink = gateway.attach(Collector("s", held=True))
+    msg_id = gateway.send(sink, "flood 1000 20")
+    await eventually(lambda: sink.finished(msg_id), "the output")
+    gateway.relay.disconnect()
+    revived = start()
+    await gateway.relay.connect(revived.agent.registration, SECRET, PUBLIC, 1, timeout=20)
+    await eventually(lambda: gateway.relay._clients[b"s"].state is Delivery.LIVE, "the attachment")
+    before = gateway.relay._clients[b"s"].served
+    sink.release()
+    assert gateway.relay._clients[b"s"].served == before
+    await gateway.execute(sink, "flood 10 20", timeout=10)
+
+
+async def test_a_last_number_of_another_ring_is_passed_over(start: Start) -> None:
+    first = await start().connect()
+    sink = first.attach(Collector("s", dialect=Dialect.NUMBERED))
+    await first.execute(sink, "flood 3 20")
+    last = sink.messages[-1]["number"]
+    second = await start().connect()
+    found = second.attach(Collector("s", dialect=Dialect.NUMBERED))
+    await second.execute(found, "flood 100 20")
+    second.relay.detach(found)
+    other = second.attach(Collector())
+    await second.execute(other, "flood 10 20")
+    for after in (last, 10**15):  # of another ring; of a form that names no ring, and higher than this one's numbers
+        back = second.attach(Collector("s", dialect=Dialect.NUMBERED, after=after, held=True))
+        await eventually(lambda sink=back: numbers(sink)[-10:] == list(range(10)), "what was missed")
+        assert len(numbers(back)) < 100
+        second.relay.detach(back)
+
+
 async def test_output_waits_for_a_session_that_is_away(start: Start) -> None:
     gateway = await start().connect()
     sink, other = gateway.attach(Collector("away")), gateway.attach(Collector("here"))
@@ -547,12 +651,90 @@ async def test_what_waits_for_the_link_is_bounded(start: Start) -> None:
     await eventually(lambda: sink.finished(msg_id), "the cell that fitted")
 
 
+async def test_what_an_agent_does_not_take_is_bounded(start: Start) -> None:
+    gateway = await start(request_bytes=2**20).connect()
+    sink = gateway.attach(Collector())
+    gateway.agent.process.send_signal(signal.SIGSTOP)
+    try:
+        cells = [gateway.send(sink, f"pass {'#' * 300_000}") for _ in range(3)]
+        with pytest.raises(PayloadTooLarge, match="1 MB wait for it already"):
+            gateway.send(sink, f"pass {'#' * 300_000}")
+    finally:
+        gateway.agent.process.send_signal(signal.SIGCONT)
+    await eventually(lambda: all(sink.finished(cell) for cell in cells), "the cells that fitted")
+    for _ in range(10):
+        await gateway.execute(sink, f"pass {'#' * 300_000}")
+    await gateway.execute(sink, "pass " + "#" * 3 * 2**20)  # alone it may be larger
+
+
+async def test_what_is_sent_to_a_silent_agent_waits_until_it_is_back(start: Start) -> None:
+    gateway = await start(ping_seconds=0.1, lost_seconds=0.5, queue_bytes=10_000).connect()
+    sink = gateway.attach(Collector())
+    await gateway.execute(sink, "pass")
+    gateway.agent.process.send_signal(signal.SIGSTOP)
+    try:
+        await eventually(lambda: gateway.event("lost"), "the silence to be noticed")
+        assert not gateway.relay.linked
+        with pytest.raises(PayloadTooLarge):
+            gateway.send(sink, "#" * 20_000)
+        with pytest.raises(Unavailable):
+            await gateway.relay.interrupt()
+        msg_id = gateway.send(sink, "flood 3 20")
+    finally:
+        gateway.agent.process.send_signal(signal.SIGCONT)
+    await eventually(lambda: sink.finished(msg_id), "the cell that waited")
+    assert gateway.relay.linked and gateway.event("back") and numbers(sink) == [0, 1, 2]
+
+
+async def test_an_error_at_one_message_does_not_hold_up_the_next(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeroMQ's descriptor signals once for all that has arrived."""
+    gateway = await start().connect()
+    link = gateway.relay._link
+    assert link is not None
+    coming: list[Exception | int] = [KeyError("a defect"), ValueError("a bad frame"), 1, zmq.Again(), 1]
+
+    def receive(sock: zmq.Socket[bytes]) -> int:
+        one = coming.pop(0)
+        if isinstance(one, Exception):
+            raise one
+        return one
+
+    before = dict(gateway.counts)
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "_receive", receive)
+        link._drain()
+        assert coming == [1]
+        coming[:] = [zmq.ZMQError(zmq.ENOTSOCK), 1]
+        link._drain()
+        assert coming == [1], "it is not tried again and again"
+    assert gateway.counts["link_errors"] == 2 and gateway.counts["bad_frames"] == before.get("bad_frames", 0) + 1
+
+
 async def test_the_stock_client_is_told_once_what_it_does_not_get(start: Start) -> None:
     gateway = await start().connect()
     sink = gateway.attach(Collector(dialect=Dialect.JSON_TEXT_ONLY))
     msg_id = await gateway.execute(sink, "data 3 1000")
     assert len(sink.of(msg_id, "display_data")) == 3
     assert sink.text("stderr").count("companion") == 1
+
+
+async def test_buffers_up_to_the_limit_pass_both_ways_and_more_are_told(start: Start) -> None:
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector())
+    code = (
+        "k = get_ipython().kernel\n"
+        "for n in (250, 251, 300):\n"
+        "    content = {'data': {}, 'metadata': {}, 'transient': {}}\n"
+        "    k.session.send(k.iopub_socket, 'display_data', content, parent=k.get_parent(), buffers=[b'x'] * n)"
+    )
+    msg_id = uuid.uuid4().hex
+    header = {"msg_id": msg_id, "msg_type": "execute_request", "session": sink.session, "version": "5.3"}
+    parts = [json.dumps(header).encode(), b"{}", b"{}", json.dumps({"code": code}).encode(), *[b"y"] * 250]
+    gateway.relay.receive(sink, "shell", parts, sink.session)
+    await eventually(lambda: sink.finished(msg_id), "the cell to finish")
+    assert [len(found["buffers"]) for found in sink.of(msg_id, "display_data")] == [250, 0, 0]
+    [notice] = [found["content"]["text"] for found in sink.of(msg_id, "stream")]
+    assert "The 251 binary buffers of a message (display_data) were left out" in notice
 
 
 async def test_loopback_with_curve_where_ipc_is_not_possible(start: Start) -> None:

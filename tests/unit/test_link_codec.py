@@ -55,6 +55,18 @@ def test_a_large_message_arrives_as_its_own_parts(message: tuple[int, list[bytes
     assert (decoded.seq, decoded.channel, list(decoded.parts)) == (seq, channel, parts)
 
 
+def test_both_ends_have_the_same_limits() -> None:
+    assert agent.MAX_PARTS == codec.MAX_PARTS <= 255
+    assert agent.MESSAGE_BYTES == codec.MAX_MESSAGE_BYTES
+    for parts in (codec.MAX_PARTS, codec.MAX_PARTS + 1):
+        frames = codec.encode_request(b"s", 0, b"o", [b"{}"] * parts)
+        if parts == codec.MAX_PARTS:
+            assert agent.parse_command(frames)[0] == "kernel"
+        else:
+            with pytest.raises(ValueError):
+                agent.parse_command(frames)
+
+
 anything = st.lists(st.binary(max_size=60), max_size=8)
 nearly = st.tuples(
     st.binary(max_size=4),

@@ -150,6 +150,40 @@ def test_what_a_client_sends_is_read(message: tuple[int, list[bytes]]) -> None:
     assert [json.loads(part) for part in read.parts[:4]] == [json.loads(part) for part in parts[:4]]
 
 
+@pytest.mark.parametrize("dialect", [Dialect.V1, Dialect.JSON])
+@pytest.mark.parametrize("buffers", [250, 251, 5000])
+def test_too_many_buffers_are_refused_with_a_sentence(dialect: Dialect, buffers: int) -> None:
+    parts = [b'{"msg_id": "1", "msg_type": "comm_msg"}', b"{}", b"{}", b"{}", *[b"x"] * buffers]
+    [(_, frame)] = websocket_frames(wire.encode(dialect, 0, parts))
+    if buffers <= codec.MAX_BUFFERS:
+        assert wire.decode(frame, dialect).parts == parts
+        return
+    with pytest.raises(wire.OverLimit, match=f"it has {buffers} binary buffers, and may have 250") as refused:
+        wire.decode(frame, dialect)
+    assert refused.value.head is not None and refused.value.head.msg_type == "comm_msg"
+
+
+def test_what_must_be_parsed_is_limited() -> None:
+    """While one client's message is parsed, everybody waits."""
+    header = {"msg_id": "1", "msg_type": "execute_request"}
+    large = json.dumps({"header": header, "channel": "shell", "content": {"code": "x" * 11 * 2**20}})
+    binary = struct.pack("!II", 1, 8) + large.encode()
+    for data in (large, binary):
+        with pytest.raises(wire.OverLimit, match=r"11\.5 MB was refused: .* it may have 10 MiB\. Use v1\."):
+            wire.decode(data, Dialect.JSON)
+    [(_, frame)] = websocket_frames(
+        wire.encode(Dialect.V1, 0, [json.dumps(header).encode(), b"{}", b"{}", b"x" * 2**24])
+    )
+    assert len(wire.decode(frame, Dialect.V1).parts[3]) == 2**24, "content is not parsed in this form"
+    for name in ("header", "parent_header"):
+        message = {"header": header, "parent_header": {}, name: {**header, "x": "y" * 2**16}}
+        parts = [json.dumps(part).encode() for part in message.values()]
+        [(_, frame)] = websocket_frames(wire.encode(Dialect.V1, 0, [*parts, b"{}", b"{}"]))
+        for dialect, sent in ((Dialect.V1, frame), (Dialect.JSON, json.dumps(message))):
+            with pytest.raises(wire.OverLimit, match="64 KiB"):
+                wire.decode(sent, dialect)
+
+
 def test_a_client_may_not_publish() -> None:
     [(_, frame)] = websocket_frames(wire.encode(Dialect.V1, 3, [b'{"msg_id":"1","msg_type":"x"}', b"{}", b"{}", b"{}"]))
     with pytest.raises(ValueError, match="shell, control and stdin only"):

@@ -289,7 +289,25 @@ async def test_too_much_for_a_kernel_that_is_not_ready(server: WebServer, relay:
     relay.full = True
     ws = await opened(server, relay)
     await ws.write_message(json.dumps(message()))
+    error, reply, idle = [await read_json(ws) for _ in range(3)]
+    assert "Too much waits" in error["content"]["traceback"][0]
+    assert (reply["msg_type"], reply["content"]["status"]) == ("execute_reply", "error")
+    assert idle["content"]["execution_state"] == "idle" and idle["parent_header"]["msg_id"] == "m1"
+    await ws.write_message(json.dumps(message("comm_msg")))
     assert "Too much waits" in (await read_json(ws))["content"]["text"]
+    ws.close()
+
+
+async def test_too_many_buffers_end_the_request_with_a_sentence(server: WebServer, relay: StubRelay) -> None:
+    before = METRICS.frames_refused._value.get()
+    ws = await opened(server, relay, subprotocols=[V1_SUBPROTOCOL])
+    header = json.dumps(message()["header"]).encode()
+    await ws.write_message(v1("shell", header, b"{}", b"{}", b"{}", *[b"x"] * 300), binary=True)
+    error, reply, idle = [await ws.read_message() for _ in range(3)]
+    assert isinstance(error, bytes) and b"300 binary buffers, and may have 250" in error and b'"m1"' in error
+    assert isinstance(reply, bytes) and b"execute_reply" in reply and b"300 binary buffers" in reply
+    assert isinstance(idle, bytes) and b"idle" in idle
+    assert not relay.received and METRICS.frames_refused._value.get() == before + 1
     ws.close()
 
 
