@@ -26,7 +26,7 @@ demo: env-demo
 	@$(IN) $(VENV)/bin/python -m hub_gateway demo --directory=.demo $${CHECK:+--check} $(ARGS)
 
 # In this order: what is quick to fail comes first.
-test: env-test engines
+test: engines env-test
 	@rm -rf $(REPORTS)
 	@$(MAKE) lint docs pytest
 
@@ -68,7 +68,7 @@ env-demo:
 	@$(INSTALL) $(VENV) demo project chp
 
 env-test:
-	@$(INSTALL) $(VENV) demo docs test lint project chp
+	@$(INSTALL) $(VENV) demo docs test lint kerberos project chp
 
 env-lint:
 	@$(INSTALL) $(VENV) demo docs test lint project

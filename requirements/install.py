@@ -3,7 +3,8 @@
 
 ENVIRONMENT is a directory for a venv; each GROUP is a lock file beside this script (`demo`, `test`, ...), or
 `project` (this checkout, editable), or `chp` (configurable-http-proxy from npm, with Node.js from the
-lock file `node` where the machine has none that is new enough).
+lock file `node` where the machine has none that is new enough), or `kerberos` (built here, as there are no wheels;
+left out with one line where a compiler or the headers of MIT Kerberos are missing).
 
 It runs on a bare Python 3.10 with its venv module. What is installed already is recorded in the environment
 with the hash of its lock file, so that a second run does nothing.
@@ -17,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +102,7 @@ class Environment:
         quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
         run([str(self.python), "-m", "pip", "install", *quiet, *arguments], env=environment)
 
-    def locks(self, groups: list[str]) -> None:
+    def locks(self, groups: list[str], *options: str) -> None:
         """Install lock files: exactly these files, checked by their hashes, and nothing else."""
         for group in groups:
             lock = LOCKS / f"{group}.txt"
@@ -108,7 +110,7 @@ class Environment:
                 stop(f"there is no group {group!r}: {lock} does not exist")
             stamp = digest(lock)
             if self.once(group, stamp):
-                self.pip("--require-hashes", "--no-deps", "-r", str(lock))
+                self.pip("--require-hashes", "--no-deps", *options, "-r", str(lock))
                 self.finished(group, stamp)
 
     def project(self) -> None:
@@ -118,6 +120,17 @@ class Environment:
             # Without isolation: setuptools is in the lock, nothing is fetched.
             self.pip("--no-deps", "--no-build-isolation", "--no-index", "--editable", str(ROOT))
             self.finished("project", stamp)
+
+    def kerberos(self) -> None:
+        """Build what speaks to MIT's libraries, if this machine can."""
+        lacking = [name for name in ("cc", "krb5-config") if shutil.which(name) is None]
+        if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+            lacking.append("Python.h")
+        if lacking:
+            print(f"install.py: without Kerberos, as this machine has no {', no '.join(lacking)}")
+            return
+        self.locks(["kerberos-build"])
+        self.locks(["kerberos"], "--no-build-isolation")
 
     def chp(self) -> None:
         """Install configurable-http-proxy into node_modules/, by its lock file."""
@@ -155,9 +168,11 @@ def main() -> None:
     environment = Environment(Path(sys.argv[1]).absolute())
     environment.create()
     groups = sys.argv[2:]
-    environment.locks([group for group in groups if group not in ("project", "chp")])
+    environment.locks([group for group in groups if group not in ("project", "chp", "kerberos")])
     if "project" in groups:
         environment.project()
+    if "kerberos" in groups:
+        environment.kerberos()
     if "chp" in groups:
         environment.chp()
 

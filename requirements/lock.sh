@@ -23,6 +23,9 @@ compile demo $project --extra demo --extra postgresql --constraint runtime.txt "
 compile docs --group "$here:docs" --constraint demo.txt "$@"
 compile test --group "$here:test" --constraint demo.txt --constraint docs.txt "$@"
 compile lint --group "$here:lint" --constraint demo.txt --constraint docs.txt --constraint test.txt "$@"
+# What is built on the machine, and what builds it:
+compile kerberos-build --group "$here:kerberos-build" --constraint demo.txt "$@"
+compile kerberos --group "$here:kerberos" --constraint demo.txt --constraint test.txt --constraint lint.txt "$@"
 # Environments of their own:
 compile node --group "$here:node" "$@"
 compile bench-eg --group "$here:bench-eg" "$@"

@@ -52,6 +52,11 @@ ENGINES = {
     "postgresql": Engine(postgresql, ("postgresql",), "every suite on PostgreSQL"),
     "chromium": Engine(chromium, ("chromium",), "what a person sees in JupyterLab"),
     "kerberos": Engine(kerberos, ("krb5-kdc", "krb5-admin-server", "krb5-user"), "tickets of a real Kerberos realm"),
+    "kerberos-headers": Engine(
+        lambda: shutil.which("krb5-config") and shutil.which("cc"),
+        ("gcc", "libc6-dev", "libkrb5-dev", "python3-dev"),
+        "the gateway's own part of Kerberos, which is built",
+    ),
     "sudo": Engine(lambda: shutil.which("sudo"), ("sudo",), "kernels as another unix user by a sudo rule"),
 }
 
