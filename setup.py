@@ -14,7 +14,7 @@ setup(
     ],
     package_dir={f"hub_gateway._{name}": name for name in CARRIED},
     package_data={
-        "hub_gateway": ["py.typed"],
+        "hub_gateway": ["py.typed", "event_schemas/*"],
         "hub_gateway.web": ["openapi.yaml", "templates/**/*", "static/**/*"],
         **{f"hub_gateway._{name}": ["**/*"] for name in CARRIED},
     },

@@ -1980,9 +1980,22 @@ class Agent:
         queue, self.queue, self.queued = self.queue, [], 0
         for session, channel, parts in queue:
             self.request(session, channel, parts)
-        self.publish("status", {"execution_state": "dead"})
+        self.tell_dead({one[0] for one in queue if text_of(load_dict(one[2][0]), "msg_type") == "execute_request"})
         self.tell_state()
         self.after("linger", self.settings.linger_seconds, self.finish)
+
+    def tell_dead(self, told: Set[bytes]) -> None:
+        """Tell that the kernel is dead: everybody, or those who were told why, if it never ran.
+
+        JupyterLab sends nothing to a kernel that it knows to be dead: a cell that is run later would stay empty.
+        """
+        if self.ready_at:
+            self.publish("status", {"execution_state": "dead"})
+            return
+        message = make_message(self.session, "status", {"execution_state": "dead"}, b"{}")
+        for session in told:
+            if session in self.outlet.sessions:
+                self.outlet.message(IOPUB, message, session)
 
     def spawn(self) -> None:
         """Start the next generation."""

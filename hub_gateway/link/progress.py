@@ -6,6 +6,7 @@ import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from hub_gateway.link import messages
 
@@ -15,9 +16,13 @@ Say = Callable[[str, str, list[bytes]], None]
 """(session, channel, message): to the websocket of that session."""
 
 
+MAX_WAITING = 10_000
+"""Requests that may wait at a time; of more, the oldest are forgotten."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """A client's request that waits for a kernel."""
+    """A client's request that has no reply yet."""
 
     session: str
     channel: str
@@ -26,81 +31,109 @@ class Request:
 
 
 class Progress:
-    """Answers in place of a kernel that is still to come, or that never will."""
+    """Answers in place of a kernel that is still to come, that never will, or that is no more."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
         self._text = ""
-        self._failure: tuple[str, list[str]] | None = None
-        self._pending: list[Request] = []
-        self._shown: dict[int, str] = {}
+        self._failure: tuple[str, str, list[str]] | None = None
+        self._waiting: dict[str, Request] = {}
+        self._shown: dict[str, str] = {}
 
     @property
     def failed(self) -> bool:
         """Whether there will be no kernel."""
         return self._failure is not None
 
+    @property
+    def waiting(self) -> bool:
+        """Whether any request has no reply yet."""
+        return bool(self._waiting)
+
     def add(self, session: str, channel: str, header: bytes) -> None:
-        """A request came, and there is no kernel to take it."""
-        try:
-            parsed = json.loads(header)
-            msg_type = str(parsed["msg_type"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        """A request came. It waits until its reply is `answered`, or is refused where there will be no kernel."""
+        if b"_request" not in header:
+            return
+        parsed = _loaded(header)
+        msg_type, msg_id = parsed.get("msg_type"), parsed.get("msg_id")
+        if not isinstance(msg_type, str) or not isinstance(msg_id, str) or not msg_type.endswith("_request"):
             return
         request = Request(session, channel, header, msg_type)
         if self._failure is not None:
             self._refuse(request)
             return
-        if len(self._pending) < 10_000:
-            self._pending.append(request)
-            if self._text:
-                self._show(request)
+        self._waiting[msg_id] = request
+        if len(self._waiting) > MAX_WAITING:
+            self._forget(next(iter(self._waiting)))
+        if self._text:
+            self._show(msg_id, request)
+
+    def answered(self, parent: bytes) -> None:
+        """A reply came from the kernel, or from its agent in its place, with this parent header."""
+        msg_id = _loaded(parent).get("msg_id")
+        if isinstance(msg_id, str):
+            self._forget(msg_id)
+
+    def left(self, session: str) -> None:
+        """A client will not come back, or is served by another gateway: its replies do not come by here."""
+        for msg_id in [one for one, request in self._waiting.items() if request.session == session]:
+            self._forget(msg_id)
+
+    def _forget(self, msg_id: str) -> None:
+        self._waiting.pop(msg_id, None)
+        self._shown.pop(msg_id, None)
 
     def announce(self, text: str) -> None:
         """Show how far the start is, under every cell that waits; the text before it is replaced."""
         self._text = text
-        for request in self._pending:
-            self._show(request)
+        for msg_id, request in self._waiting.items():
+            self._show(msg_id, request)
 
-    def _show(self, request: Request) -> None:
+    def _show(self, msg_id: str, request: Request) -> None:
         if request.msg_type != "execute_request":
             return
-        update = id(request) in self._shown
-        display_id = self._shown.setdefault(id(request), uuid.uuid4().hex)
+        update = msg_id in self._shown
+        display_id = self._shown.setdefault(msg_id, uuid.uuid4().hex)
         self._say(request.session, "iopub", messages.display(self._text, display_id, request.header, update=update))
 
     def done(self) -> None:
         """The kernel is there and answers by itself from now on."""
-        for request in self._pending:
-            if id(request) in self._shown:
-                self._say(request.session, "iopub", messages.clear_output(request.header))
-        self._pending.clear()
+        for msg_id in self._shown:
+            request = self._waiting[msg_id]
+            self._say(request.session, "iopub", messages.clear_output(request.header))
         self._shown.clear()
         self._text = ""
         self._failure = None
 
-    def fail(self, text: str, stderr: list[str]) -> set[str]:
+    def fail(self, name: str, text: str, stderr: list[str]) -> set[str]:
         """There is no kernel and will be none: every request, now and later, is answered with the reason.
 
-        `stderr` are the last lines that the kernel wrote, if any. JupyterLab shows nothing but the traceback.
-        Returns the sessions that a cell of theirs has told the reason.
+        `name` is the error's; `stderr` are the last lines that the kernel wrote, if any. JupyterLab shows nothing but
+        the traceback. Returns the sessions that a cell of theirs has told the reason.
         """
-        pending = list(self._pending)
         self.done()
+        waiting, self._waiting = list(self._waiting.values()), {}
         # The sentence may quote them already, on one line.
         sentence = text.split(" Last lines of stderr:", 1)[0]
-        self._failure = (text, [sentence, "Last lines of stderr:", *stderr] if stderr else [text])
-        for request in pending:
+        self._failure = (name, text, [sentence, "Last lines of stderr:", *stderr] if stderr else [text])
+        for request in waiting:
             self._refuse(request)
-        return {request.session for request in pending if request.msg_type == "execute_request"}
+        return {request.session for request in waiting if request.msg_type == "execute_request"}
 
     def _refuse(self, request: Request) -> None:
         assert self._failure is not None
-        if not request.msg_type.endswith("_request"):
-            return
-        text, traceback = self._failure
+        name, text, traceback = self._failure
         if request.msg_type == "execute_request":
-            self._say(request.session, "iopub", messages.error("KernelStartError", text, traceback, request.header))
-        answer = messages.reply(request.msg_type, "KernelStartError", text, traceback, request.header)
+            self._say(request.session, "iopub", messages.error(name, text, traceback, request.header))
+        answer = messages.reply(request.msg_type, name, text, traceback, request.header)
         self._say(request.session, request.channel, answer)
         self._say(request.session, "iopub", messages.status("idle", request.header))
+
+
+def _loaded(header: bytes) -> dict[str, Any]:
+    """A header, empty where it is none."""
+    try:
+        found = json.loads(header)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

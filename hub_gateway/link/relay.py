@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = ["KernelRelay"]
 
 _CHANNEL = {name.decode(): number for number, name in enumerate(codec.CHANNELS)}
 _IOPUB = _CHANNEL["iopub"]
+_REPLIES = (_CHANNEL["shell"], _CHANNEL["control"])
 ACK_MESSAGES = 32
 ACK_BYTES = 64 * 2**10
 ACK_SECONDS = 0.01
@@ -88,6 +89,7 @@ class KernelRelay:
         self._queue: list[list[bytes]] = []
         self._queued = 0
         self._progress = Progress(self._say)
+        self._ran = False
         self._attachments = 0
         self._notices: list[str] = []
         """What is still to be told to the first notebook that comes."""
@@ -130,6 +132,8 @@ class KernelRelay:
         sink.on_flushed = None
         self._acknowledge()
         del self._clients[client.key]
+        if not sink.keep:
+            self._progress.left(sink.session)
         if self._link is not None and self._link.greeted and client.state is not Delivery.MOVED:
             self._link.tell("detach", session=sink.session, forget=not sink.keep)
 
@@ -146,8 +150,7 @@ class KernelRelay:
                 self._tell_dead(sink.session)
             return
         self._send(sink.session, _CHANNEL[channel], session_of_header, parts)
-        if not self.ready:
-            self._progress.add(sink.session, channel, parts[0])
+        self._progress.add(sink.session, channel, parts[0])
 
     def _send(self, session: str, channel: int, origin: str, parts: list[bytes]) -> None:
         """Pass a message on to the agent, or keep it for then."""
@@ -285,16 +288,17 @@ class KernelRelay:
         client.notices.clear()
 
     def fail(self, text: str, stderr_lines: list[str]) -> None:
-        """There is no kernel: requests, now and later, are answered with the reason. A later `ready` lifts it.
+        """There is no kernel: what has no reply yet, and what comes, gets the reason. A later `ready` lifts it.
 
         A client hears `dead` only after a cell of it has got the reason: JupyterLab sends nothing to a kernel that it
         knows to be dead, and the cell would stay empty for ever.
         """
-        self.ready = False
+        name = "DeadKernelError" if self._ran else "KernelStartError"
+        self.ready = self._ran = False
         self.execution_state = ExecutionState.DEAD
         self._queue.clear()
         self._queued = 0
-        for session in self._progress.fail(text, stderr_lines):
+        for session in self._progress.fail(name, text, stderr_lines):
             self._tell_dead(session)
 
     def _tell_dead(self, session: str) -> None:
@@ -325,6 +329,9 @@ class KernelRelay:
         """Hand a batch to every client that it is for, encoded once per dialect."""
         encoded: dict[Dialect, bytes] = {}
         try:
+            if batch.to and self._progress.waiting:
+                for _, channel, parts in batch.messages():
+                    self._replied(channel, parts)
             for client in self._targets(batch.to):
                 delivered = client.delivered or 0
                 if delivered >= batch.last:
@@ -345,6 +352,8 @@ class KernelRelay:
         """Hand a large message to every client that it is for, encoded once per dialect."""
         encoded: dict[Dialect, bytes] = {}
         try:
+            if message.to and self._progress.waiting:
+                self._replied(message.channel, message.parts)
             for client in self._targets(message.to):
                 if (client.delivered or 0) >= message.seq:
                     continue
@@ -357,6 +366,10 @@ class KernelRelay:
                 self._write(client, data, message.seq)
         finally:
             self._worked_off(message.to, message.seq, 1, message.size)
+
+    def _replied(self, channel: int, parts: Sequence[codec.Buffer]) -> None:
+        if channel in _REPLIES:
+            self._progress.answered(bytes(parts[1]))
 
     def _write(self, client: Client, data: bytes, seq: int) -> None:
         client.delivered = seq
@@ -468,6 +481,7 @@ class KernelRelay:
             client = self._clients.get(event.to)
             if client is not None:
                 client.state = Delivery.MOVED
+                self._progress.left(client.sink.session)
         elif name == "ready":
             self._on_state(data)
             self._on_ready()
@@ -507,7 +521,7 @@ class KernelRelay:
             self._tell(client, _IOPUB, messages.stream(text))
 
     def _on_ready(self) -> None:
-        self.ready = True
+        self.ready = self._ran = True
         self._progress.done()
 
     def _on_state(self, data: Mapping[str, Any]) -> None:

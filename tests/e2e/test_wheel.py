@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from hub_gateway.db.revision import HEAD
 from hub_gateway.demo.processes import find_proxy
 from tests.harness.gateway import ROOT
 from tests.harness.notebook import Notebook
@@ -84,7 +85,7 @@ def test_a_gateway_from_the_wheel_runs_a_cell(clean: Path, tmp_path: Path) -> No
     common = (f"--state-dir={state}", f"--token-file={tmp_path / 'tokens.yaml'}")
     assert str(ROOT) not in run(clean / "python", "-c", "import hub_gateway; print(hub_gateway.__file__)", cwd=tmp_path)
     token = run(command, "token", "alice", f"--file={tmp_path / 'tokens.yaml'}", cwd=tmp_path).strip()
-    assert "0001" in run(command, "db", "upgrade", *common, cwd=tmp_path)
+    assert HEAD in run(command, "db", "upgrade", *common, cwd=tmp_path)
     checked = run(command, "check", *common, cwd=tmp_path)
     assert "error" not in {line.split()[0] for line in checked.splitlines()}, checked
     with (tmp_path / "log").open("wb") as log:

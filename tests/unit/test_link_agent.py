@@ -279,14 +279,33 @@ async def test_a_restart_that_is_overtaken_by_a_shutdown_has_failed(start: Start
 
 async def test_a_kernel_that_dies_at_start_is_reported_and_answered_for(start: Start) -> None:
     dying = ["/bin/sh", "-c", "echo 'libcudart.so.12: cannot open shared object file' >&2; exit 3", "{connection_file}"]
-    gateway = await start(dying).connect(ready=False)
-    sink = gateway.attach(Collector())
+    gateway = start(dying)
+    sink, idle = gateway.attach(Collector()), gateway.attach(Collector())
     msg_id = gateway.send(sink, "1 + 1")
-    await eventually(lambda: sink.finished(msg_id), "the cell to end")
+    info = gateway.request(idle, "kernel_info_request", {})
+    await gateway.connect(ready=False)
+    await eventually(lambda: sink.finished(msg_id) and idle.finished(info), "the requests to end")
     assert "libcudart.so.12" in "\n".join(sink.of(msg_id, "error")[0]["content"]["traceback"])
     exited = gateway.event("exited") or gateway.relay.welcome["exited"]
     assert (exited["code"], exited["while"], exited["will_restart"]) == (3, "starting", False)
     assert "libcudart.so.12" in exited["stderr_tail"]
+    await eventually(lambda: "dead" in sink.states(), "the one who knows why to hear that it is dead")
+    gateway.relay.fail("It has ended.", [])
+    assert len(sink.of(msg_id, "error")) == 1 and "dead" not in idle.states()
+
+
+async def test_cells_end_with_the_reason_when_the_agent_is_killed(start: Start) -> None:
+    gateway = await start().connect()
+    sink, other = gateway.attach(Collector()), gateway.attach(Collector())
+    done = await gateway.execute(sink, "flood 1 10")
+    running, waiting = gateway.send(sink, "sleep 60"), gateway.send(sink, "flood 1 10")
+    await eventually(lambda: "busy" in sink.states()[-1:], "the cell to run")
+    gateway.agent.process.kill()
+    gateway.relay.fail("The kernel ended with its agent.", [])
+    for msg_id in (running, waiting):
+        assert sink.finished(msg_id)
+        assert sink.of(msg_id, "error")[0]["content"]["ename"] == "DeadKernelError"
+    assert not sink.of(done, "error") and sink.states()[-1] == "dead" and "dead" not in other.states()
 
 
 @pytest.mark.parametrize(
