@@ -139,7 +139,7 @@ def test_while_room_comes_and_goes_there_is_never_too_much(store: KernelStore, d
         now[owner] += change
         assert now[owner] <= 2
         most = max(most, now.total())
-    assert most == LAB and outcomes["admitted"] > 3 * LAB
+    assert most <= LAB and outcomes["admitted"] > 3 * LAB
 
 
 def test_who_is_killed_holds_all_or_nothing(store: KernelStore, db: Database, racers: Racers) -> None:
