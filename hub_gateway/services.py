@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hub_gateway.auth.hub import HubService
     from hub_gateway.db.engine import Database
     from hub_gateway.kernels.service import KernelService
+    from hub_gateway.quotas.types import Verdict
     from hub_gateway.web.parts import AuditPart, IdentityPart, QuotaPart, ReportsPart
 
 __all__ = ["Services", "WebSettings"]
@@ -48,7 +49,9 @@ class Services:
     audit: AuditPart | None = None
     reports: ReportsPart | None = None
     delegation: Delegation = field(default_factory=Delegation)
-    rooms: LookupCache[Mapping[str, str]] = field(default_factory=lambda: LookupCache(10_000, lambda _: ROOM_SECONDS))
+    rooms: LookupCache[Mapping[str, Verdict]] = field(
+        default_factory=lambda: LookupCache(10_000, lambda _: ROOM_SECONDS)
+    )
     """Which kernelspecs a user has no room for: kernelspecs are polled by every open page."""
     ready: bool = field(default=False)
     """Whether this process has taken over its kernels and serves requests."""

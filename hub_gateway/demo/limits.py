@@ -26,7 +26,7 @@ async def refused(browser: Browser, name: str) -> str:
     try:
         await open_notebook(browser, name)
     except StepFailed as error:
-        found = re.search(r"There is no room [^\]\"]*", error.message)
+        found = re.search(r"There is no room [^\]\"]*", " ".join(error.message.replace(r"\n", "\n").split()))
         if found is None or POLICY not in found[0] or "first.ipynb" not in found[0]:
             raise StepFailed(f"The refusal does not say what the limit is and who holds it: {error.message}") from None
         return found[0].split(";")[0]

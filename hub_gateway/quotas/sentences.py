@@ -109,7 +109,7 @@ def _ago(since: datetime, now: datetime) -> str:
     return f"for {span(max(0.0, (now - since).total_seconds()))}"
 
 
-def _holders(found: Sequence[Holding], demand: Demand, now: datetime, total: int) -> str:
+def _holders(found: Sequence[Holding], demand: Demand, now: datetime) -> str:
     """Who holds it: own kernels by name, others by their owner and how many they have."""
     mine = [one for one in found if one.owner == demand.owner]
     parts = [f"{one.title} ({_ago(one.since, now)})" for one in mine[:NAMED]]
@@ -120,10 +120,26 @@ def _holders(found: Sequence[Holding], demand: Demand, now: datetime, total: int
         if one.owner != demand.owner:
             others[one.owner] = others.get(one.owner, 0) + 1
     ranked = sorted(others.items(), key=lambda item: (-item[1], item[0]))
-    parts += [f"{name_of(owner)} ({count})" for owner, count in ranked[:NAMED]]
+    if len(ranked) == 1 and not mine:
+        return name_of(ranked[0][0])
+    parts += [f"{name_of(owner)} ({count} kernel{'' if count == 1 else 's'})" for owner, count in ranked[:NAMED]]
     if len(ranked) > NAMED:
         parts.append(f"{len(ranked) - NAMED} more people")
     return _joined(parts)
+
+
+def _hold(found: Sequence[Holding], demand: Demand) -> str:
+    """The verb: one kernel of one's own holds something, or one person."""
+    mine = sum(one.owner == demand.owner for one in found)
+    holders = mine + len({one.owner for one in found if one.owner != demand.owner})
+    return "holds" if holders == 1 else "hold"
+
+
+def _without_unit(used: str, limit: str) -> str:
+    """`4` of `4 GPUs` used of `4 GPUs`."""
+    number, _, unit = used.partition(" ")
+    of = limit.partition(" ")[2]
+    return number if unit and of.startswith((unit, unit.rstrip("s"))) else used
 
 
 def _joined(parts: Iterable[str]) -> str:
@@ -151,8 +167,8 @@ def refusal(tx: Transaction, demand: Demand, fit: Fit, now: datetime, where: str
         )
         return f"You have used {used} of {_whose(policy)} of {_limit(fit)} {named}: {frees}{look}."
     found = holdings(tx, policy, demand)
-    held = _holders(found, demand, now, len(found))
-    taken = f"{held} hold{'s' if len(found) == 1 else ''} {used}" if held else f"{used} are in use"
+    held = _holders(found, demand, now)
+    taken = f"{held} {_hold(found, demand)} {used}" if held else f"{used} are in use"
     shut = "shut one down" if any(one.owner == demand.owner for one in found) else "wait until one is shut down"
     need = shown(policy.resource, fit.need, policy.gpu_model)
     return f"There is no room for {need} more: {_whose(policy)} is {_limit(fit)} {named}, and {taken}; {shut}{look}."
@@ -169,8 +185,9 @@ def waiting(tx: Transaction, demand: Demand, fit: Fit, now: datetime, found: Seq
         frees = f", and it begins anew in {span((end - now).total_seconds())}" if anew else ""
         return f"{used} of {limit} are used up (policy {policy.name}){frees}"
     found = holdings(tx, policy, demand) if found is None else found
-    held = _holders(found, demand, now, len(found)) or "others"
-    return f"{held} hold{'s' if len(found) == 1 else ''} {used} of {limit} (policy {policy.name})"
+    held = _holders(found, demand, now)
+    verb = _hold(found, demand) if held else "hold"
+    return f"{held or 'others'} {verb} {_without_unit(used, limit)} of {limit} (policy {policy.name})"
 
 
 def soft(fits: Iterable[Fit]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from hub_gateway.quotas.document import Diff, difference, document, policies_of
 from hub_gateway.quotas.explain import Explanation, LimitView
 from hub_gateway.quotas.requests import Request
 from hub_gateway.quotas.simulate import Simulation
-from hub_gateway.quotas.types import Demand, Origin, Policy, SubjectKind
+from hub_gateway.quotas.types import Demand, Origin, Policy, SubjectKind, Verdict
 from hub_gateway.quotas.use import lock
 from hub_gateway.quotas.validate import Problem, check, check_all
 
@@ -198,17 +198,13 @@ class QuotaService(LoggingConfigurable):
 
     async def room(
         self, owner: str, owner_kind: SubjectKind, groups: Collection[str], kernelspecs: Sequence[str]
-    ) -> dict[str, str]:
-        """For each kernelspec: "" where a launch would be admitted now, else why not."""
+    ) -> dict[str, Verdict]:
+        """For each kernelspec: what would become of a launch now."""
         demands = {name: await self._demand(owner, owner_kind, groups, name) for name in kernelspecs}
         now = utcnow()
 
-        def read(tx: Transaction) -> dict[str, str]:
-            found = {}
-            for name, demand in demands.items():
-                verdict = self.admission.decide(tx, demand, now, looking=True)
-                found[name] = "" if verdict.outcome == "admitted" else verdict.sentence
-            return found
+        def read(tx: Transaction) -> dict[str, Verdict]:
+            return {name: self.admission.decide(tx, one, now, looking=True) for name, one in demands.items()}
 
         return await self.db.read(read)
 

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import secrets
+import textwrap
 from collections.abc import Awaitable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, NoReturn
@@ -27,12 +28,15 @@ __all__ = [
     "TooLargeHandler",
     "json_body",
     "log_request",
+    "of_notebook_server",
     "string_field",
     "token_of",
     "too_large",
+    "wants_page",
 ]
 
 LOG = logging.getLogger("hub_gateway.web")
+DIALOG_COLUMNS = 100
 MAX_STRING = 4096
 DRAIN_BYTES = 32 * 2**20
 """How much of a body that is too large is read and thrown away, so that its sender gets to read the answer."""
@@ -146,6 +150,9 @@ class BaseHandler(RequestHandler):
         """Every error is JSON."""
         error = kwargs.get("exc_info", (None, None, None))[1]
         status, body = self.describe(status_code, error)
+        if of_notebook_server(self.request):
+            # JupyterLab shows it in a dialog that breaks no lines, in the middle of words of the server's own.
+            body["message"] = f"\n\n{textwrap.fill(body['message'], DIALOG_COLUMNS)}\n\n"
         self.set_status(status)
         self.set_error_headers(status, error)
         self.set_header("Content-Type", "application/json; charset=UTF-8")
@@ -227,6 +234,16 @@ def token_of(request: HTTPServerRequest) -> str | None:
     found = _TOKEN.match(request.headers.get("Authorization", ""))
     # jupyter_server without a token sends "token " with nothing behind it: nobody.
     return None if found is None else found[1]
+
+
+def of_notebook_server(request: HTTPServerRequest) -> bool:
+    """Whether jupyter_server's own gateway client asks, which takes tornado's name."""
+    return request.headers.get("User-Agent", "").startswith("Tornado/")
+
+
+def wants_page(request: HTTPServerRequest) -> bool:
+    """Whether a person with a browser asks, who would rather read a page than JSON."""
+    return request.method in ("GET", "HEAD") and "text/html" in request.headers.get("Accept", "")
 
 
 def too_large(limit: int) -> PayloadTooLarge:

@@ -14,7 +14,7 @@ from hub_gateway.link import messages as notices
 from hub_gateway.link.codec import CHANNELS
 from hub_gateway.link.wire import V1_SUBPROTOCOL, ClientMessage, OverLimit, encode
 from hub_gateway.metrics import METRICS
-from hub_gateway.web.base import APIHandler
+from hub_gateway.web.base import APIHandler, of_notebook_server
 from hub_gateway.web.framewriter import ONE_BATCH, FrameWriter, Window
 
 __all__ = ["NUMBERED_SUBPROTOCOL", "ChannelsHandler"]
@@ -97,8 +97,7 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
         if self.selected_subprotocol is not None:
             return _DIALECTS[self.selected_subprotocol]
         # jupyter_server's own gateway client: its reader dies of the first binary frame.
-        stock = self.request.headers.get("User-Agent", "").startswith("Tornado/")
-        return Dialect.JSON_TEXT_ONLY if stock else Dialect.JSON
+        return Dialect.JSON_TEXT_ONLY if of_notebook_server(self.request) else Dialect.JSON
 
     def on_message(self, message: str | bytes) -> None:
         """Hand a message to the kernel; say so if it is none."""

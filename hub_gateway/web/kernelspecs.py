@@ -10,13 +10,15 @@ from typing import Any
 from hub_gateway.errors import NotFound, Unavailable
 from hub_gateway.kernels.service import owner_of
 from hub_gateway.metrics import METRICS
+from hub_gateway.quotas.types import Verdict
 from hub_gateway.web.authority import kind_of
 from hub_gateway.web.base import APIHandler
 
 __all__ = ["KernelSpecHandler", "KernelSpecsHandler", "ResourceHandler"]
 
 MAX_RESOURCE_BYTES = 10 * 2**20
-NO_ROOM = " (no room)"
+SIGNS = {"refused": " (no room)", "queued": " (queue)"}
+"""What stands after the name of a kernelspec that cannot be had at once."""
 ROOM_TIMEOUT = 1.0
 
 
@@ -31,18 +33,18 @@ class _CatalogueHandler(APIHandler):
         found = await self.services.kernels.kernelspecs(self.caller)
         specs: Any = found["kernelspecs"]
         rooms = await self._rooms(list(specs))
-        if not any(rooms.values()):
+        if all(room.outcome == "admitted" for room in rooms.values()):
             return found
-        return {**found, "kernelspecs": {name: marked(model, rooms.get(name, "")) for name, model in specs.items()}}
+        return {**found, "kernelspecs": {name: marked(model, rooms.get(name)) for name, model in specs.items()}}
 
-    async def _rooms(self, names: list[str]) -> Mapping[str, str]:
+    async def _rooms(self, names: list[str]) -> Mapping[str, Verdict]:
         services, caller = self.services, self.caller
         quotas = services.quotas
         if quotas is None or not names:
             return {}
         owner = owner_of(caller)
 
-        async def ask() -> Mapping[str, str]:
+        async def ask() -> Mapping[str, Verdict]:
             return await quotas.room(owner, kind_of(owner), caller.groups, names)
 
         key = "\0".join((owner, *sorted(caller.groups), "", *names))
@@ -56,15 +58,15 @@ class _CatalogueHandler(APIHandler):
             return {}
 
 
-def marked(model: Mapping[str, Any], sentence: str) -> Mapping[str, Any]:
-    """A kernelspec, with a sign in its display name where there is no room, and the reason in its metadata."""
-    if not sentence:
+def marked(model: Mapping[str, Any], room: Verdict | None) -> Mapping[str, Any]:
+    """A kernelspec, with a sign in its display name where it cannot be had at once, and the reason in its metadata."""
+    if room is None or room.outcome not in SIGNS:
         return model
     spec = model["spec"]
     metadata = spec.get("metadata") or {}
-    hints = {**(metadata.get("hub_gateway") or {}), "no_room": sentence}
+    hints = {**(metadata.get("hub_gateway") or {}), "no_room": room.sentence}
     shown = {
-        "display_name": f"{spec.get('display_name') or model['name']}{NO_ROOM}",
+        "display_name": f"{spec.get('display_name') or model['name']}{SIGNS[room.outcome]}",
         "metadata": {**metadata, "hub_gateway": hints},
     }
     return {**model, "spec": {**spec, **shown}}

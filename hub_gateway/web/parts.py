@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from sqlalchemy.orm import Session as Transaction
 
-from hub_gateway.quotas.types import Policy, SubjectKind
+from hub_gateway.quotas.types import Policy, SubjectKind, Verdict
 
 __all__ = ["AuditPart", "IdentityPart", "QuotaPart", "ReportsPart"]
 
@@ -69,7 +69,7 @@ class QuotaPart(Protocol):
 
     async def room(
         self, owner: str, owner_kind: SubjectKind, groups: Collection[str], kernelspecs: Sequence[str]
-    ) -> Mapping[str, str]: ...
+    ) -> Mapping[str, Verdict]: ...
 
 
 class IdentityPart(Protocol):

@@ -51,12 +51,17 @@ class Lab:
         expect(self.page.locator("#jupyterlab-splash")).to_be_hidden(timeout=120_000)
         expect(self.page.locator(".jp-Launcher").first).to_be_visible(timeout=60_000)
 
-    def new_notebook(self, kernel: str) -> None:
-        """Pick the kernel in the launcher."""
+    def launcher(self) -> Locator:
+        """The launcher, opened if it is not."""
+        expect(self.page.locator("#jupyterlab-splash")).to_be_hidden(timeout=60_000)
         launcher = self.page.locator(".jp-Launcher:visible")
         if not launcher.count():
-            self.page.keyboard.press("Control+Shift+L")
-        self.page.locator(f".jp-LauncherCard[data-category='Notebook'][title='{kernel}']").first.click()
+            self.page.get_by_role("button", name=re.compile("^New Launcher")).first.click()
+        return launcher.first
+
+    def new_notebook(self, kernel: str) -> None:
+        """Pick the kernel in the launcher."""
+        self.launcher().locator(f".jp-LauncherCard[data-category='Notebook'][title='{kernel}']").first.click()
         expect(self.notebook).to_be_visible(timeout=30_000)
         expect(self.cells.last).to_be_visible()
         # Lab passes over cells that are run before the notebook has its kernel.
@@ -91,6 +96,13 @@ class Lab:
     @staticmethod
     def output(cell: Locator) -> Locator:
         return cell.locator(".jp-OutputArea")
+
+    def console_beside(self) -> None:
+        """Open a console on the kernel of the notebook, beside it; the notebook stays the one to type in."""
+        self.cells.last.click(button="right")
+        self.page.get_by_role("menuitem", name="New Console for Notebook").click()
+        expect(self.page.locator(".jp-ConsolePanel .jp-CodeConsole-promptCell")).to_be_visible()
+        until(lambda: [one["connections"] for one in self.kernels()] == [2], "the console to have its kernel")
 
     def command(self, menu: str, entry: str) -> None:
         """Choose an entry of Lab's menu."""
@@ -158,6 +170,54 @@ def test_a_kernel_that_dies_at_start_says_why(lab: Lab) -> None:
     expect(lab.output(cell)).to_contain_text("libcudart.so.12", timeout=60_000)
     expect(lab.output(cell)).to_contain_text("exit code 3")
     lab.shot("dies-at-start")
+
+
+@pytest.mark.parametrize("connection", ["lab_hub", "hub"], ids=["companion", "stock"])
+def test_a_kernel_that_dies_is_told_once(page: Page, connection: str, request: pytest.FixtureRequest) -> None:
+    """Notebook and console each open their websocket again, once; the notebook says it, once; and all goes on."""
+    hub = request.getfixturevalue(connection)
+    lab = Lab(page, hub, f"user{zlib.crc32(request.node.name.encode())}")
+    lab.log_in()
+    lab.new_notebook("Python")
+    expect(lab.output(lab.run("print('first')"))).to_contain_text("first", timeout=60_000)
+    lab.console_beside()
+    opened: list[str] = []
+    page.on("websocket", lambda websocket: opened.append(websocket.url))
+    fatal = lab.run("import os; print('last words', flush=True); os.kill(os.getpid(), 9)")
+    dialogs = page.locator(".jp-Dialog", has_text="Kernel Restarting")
+    expect(dialogs).to_be_visible(timeout=60_000)
+    until(lambda: [one["execution_state"] for one in lab.kernels()] == ["idle"], "the kernel to be back")
+    lab.shot(f"died-{request.node.callspec.id}")
+    told = 0
+    while dialogs.count():
+        # Lab shows the next one when the one before is gone.
+        dialogs.first.get_by_role("button").last.click()
+        told += 1
+    expect(lab.output(lab.run("print('back', 'fatal' in globals())"))).to_contain_text("back False", timeout=60_000)
+    while dialogs.count():
+        dialogs.first.get_by_role("button").last.click()
+        told += 1
+    channels = [url for url in opened if "/channels" in url]
+    assert (told, len(channels)) == (1, 2), channels
+    text = lab.output(fatal).inner_text()
+    assert text.count("last words") == 1 and text.count("exit code 137") == 1, text
+    lab.shot(f"died-{request.node.callspec.id}-back")
+
+
+def test_a_cell_ends_when_the_agent_is_killed(lab: Lab) -> None:
+    """The cells that run and wait say why; nothing is left at [*]."""
+    lab.new_notebook("Python")
+    running = lab.run("import time\nprint('go', flush=True)\ntime.sleep(600)")
+    waiting = lab.run("print('never')")
+    expect(lab.output(running)).to_contain_text("go", timeout=60_000)
+    (kernel,) = lab.kernels()
+    (agent,) = [one for one in lab.hub.agents() if kernel["id"] in one.cmdline()]
+    agent.kill()
+    for cell in (running, waiting):
+        expect(lab.output(cell)).to_contain_text("The kernel ended with its agent", timeout=60_000)
+        expect(cell.locator(".jp-InputPrompt")).not_to_contain_text("*")
+    assert lab.output(running).inner_text().count("ended with its agent") == 1
+    lab.shot("agent-killed")
 
 
 def test_the_output_completes_when_the_gateway_is_killed(lab: Lab) -> None:

@@ -74,6 +74,7 @@ c.Spawner.environment = {{
     "JUPYTER_GATEWAY_URL": "http://127.0.0.1:{public}{base_url}services/{service}",
     "JUPYTER_GATEWAY_WS_URL": "ws://127.0.0.1:{public}{base_url}services/{service}",
     "JUPYTER_GATEWAY_AUTH_TOKEN": lambda spawner: spawner.api_token,
+    "JUPYTER_GATEWAY_ALLOWED_ENVS": "JPY_SESSION_NAME",
     "PYTHONPATH": {pythonpath!r},
 }}
 c.JupyterHub.extra_user_scopes = {{"access:services!service={service}"}}
@@ -112,6 +113,7 @@ class RealHub:
         assert proxy, "configurable-http-proxy is not installed: run `make test`"
         self.root = Path(tempfile.mkdtemp(prefix="hgh-"))
         self.state = self.root / "g"
+        self.db_url = db_url or f"sqlite:///{self.state / 'hub-gateway.sqlite'}"
         self.base_url = base_url
         self.admin_token, self.proxy_token = secrets.token_hex(16), secrets.token_hex(16)
         self.public, self.hub_port, self.api, self.gateway_port = free_ports(4)
@@ -198,6 +200,10 @@ class RealHub:
         """The process id of the gateway that holds the state directory."""
         return int((self.state / "gateway.lock").read_text())
 
+    def agents(self) -> list[psutil.Process]:
+        """The agents of this gateway's kernels."""
+        return kernels_of(json.loads((self.state / "gateway.json").read_text())["gateway_id"])
+
     def stop_hub(self) -> None:
         """SIGTERM: the Hub stops its managed service too; single-user servers stay (cleanup_servers is off)."""
         assert self.hub is not None
@@ -217,9 +223,7 @@ class RealHub:
                 self.hub.kill()
         self.proxy.terminate()
         self.proxy.wait(10)
-        agents = []
-        if (self.state / "gateway.json").exists():
-            agents = kernels_of(json.loads((self.state / "gateway.json").read_text())["gateway_id"])
+        agents = self.agents() if (self.state / "gateway.json").exists() else []
         for process in (*servers, *agents):
             try:
                 process.terminate()

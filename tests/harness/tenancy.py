@@ -12,7 +12,7 @@ from hub_gateway.auth.base import Authenticator, Caller
 from hub_gateway.auth.people import FilePeople, Person
 from hub_gateway.auth.scopes import ADMIN
 from hub_gateway.errors import Conflict, GatewayError, NotFound
-from hub_gateway.quotas.types import Policy, Resource, SubjectKind
+from hub_gateway.quotas.types import Policy, Resource, SubjectKind, Verdict
 
 __all__ = ["CALLERS", "Audit", "Identity", "People", "Quotas", "Reports", "Tokens"]
 
@@ -109,7 +109,7 @@ class Quotas:
     asked: dict[int, Request] = field(default_factory=dict)
     waiting: list[Any] = field(default_factory=list)
     sentence: str | None = None
-    rooms: dict[str, str] = field(default_factory=dict)
+    rooms: dict[str, Verdict] = field(default_factory=dict)
     error: GatewayError | None = None
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     gate: asyncio.Event | None = None
@@ -197,13 +197,13 @@ class Quotas:
 
     async def room(
         self, owner: str, owner_kind: SubjectKind, groups: Collection[str], kernelspecs: Sequence[str]
-    ) -> Mapping[str, str]:
+    ) -> Mapping[str, Verdict]:
         self.calls.append(("room", owner))
         if self.gate is not None:
             await self.gate.wait()
         if self.error is not None:
             raise self.error
-        return {name: self.rooms.get(name, "") for name in kernelspecs}
+        return {name: self.rooms.get(name, Verdict("admitted")) for name in kernelspecs}
 
 
 class Identity:

@@ -53,7 +53,7 @@ async def test_a_group_holds_together(quota_store: KernelStore) -> None:
     )
     gpus = {"groups": ("lab",), "resources": Resources(gpu=3)}
     await quota_store.admit(new(1, owner="alice", path="train.ipynb", **gpus))
-    with pytest.raises(LaunchRefused, match=r"group lab is 4 GPUs .*alice \(1\)"):
+    with pytest.raises(LaunchRefused, match=r"group lab is 4 GPUs .*alice holds 3 GPUs"):
         await quota_store.admit(new(2, **gpus))
     await quota_store.admit(new(3, groups=("lab",), resources=Resources(gpu=1)))
     await quota_store.admit(new(4, groups=("lab",)))
@@ -101,7 +101,7 @@ async def test_a_launch_may_wait(quota_store: KernelStore, tenancy_db: Database)
     )
     await quota_store.admit(new(1, owner="alice", resources=Resources(gpu=1)))
     waits = await quota_store.admit(new(2, resources=Resources(gpu=2)))
-    assert waits.record.status is KernelStatus.QUEUED and "alice (1)" in waits.record.queue_reason
+    assert waits.record.status is KernelStatus.QUEUED and "alice holds 1 of 2 GPUs" in waits.record.queue_reason
     behind = await quota_store.admit(new(3, owner="carol", resources=Resources(gpu=1)))
     assert behind.record.status is KernelStatus.QUEUED
     assert (await quota_store.admit(new(4, owner="carol"))).record.status is KernelStatus.STARTING

@@ -48,7 +48,7 @@ async def test_room_goes_to_who_used_less(quota_store: KernelStore) -> None:
     assert (await move(quota_store)).admitted == ()
     waiting = await line(quota_store)
     assert [entry.kernel_id for entry in waiting] == ["k3", "k4", "k2"]
-    assert waiting[1].sentence.startswith("2nd in the queue of pool: alice (1) holds 2 GPUs of 2 GPUs")
+    assert waiting[1].sentence.startswith("2nd in the queue of pool: alice holds 2 of 2 GPUs")
     await release(quota_store, "k1")
     # bob needs both; carol's one would fit beside nobody, and must not slip in before.
     assert (await move(quota_store)).admitted == ("k3",)
@@ -231,8 +231,8 @@ async def test_those_behind_hear_who_holds_it_now(quota_store: KernelStore) -> N
     await release(quota_store, "k1")
     await move(quota_store)
     first, second = await line(quota_store)
-    assert first.sentence.startswith("1st in the queue of pool: bob (1) holds 2 GPUs of 2 GPUs")
-    assert second.sentence.startswith("2nd in the queue of pool: bob (1) holds")
+    assert first.sentence.startswith("1st in the queue of pool: bob holds 2 of 2 GPUs")
+    assert second.sentence.startswith("2nd in the queue of pool: bob holds")
 
 
 async def test_waiting_for_time_says_when_it_begins_anew(quota_store: KernelStore) -> None:

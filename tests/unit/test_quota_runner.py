@@ -109,7 +109,7 @@ async def test_a_notebook_shows_its_place_until_the_kernel_starts(life: Life) ->
         await runner.move()
         await runner.move()
         [said] = shown(sink)
-        assert "2nd in the queue of one: alice (1) holds 1 kernel of 1 kernel" in said
+        assert "2nd in the queue of one: alice holds 1 of 1 kernel" in said
         await gateway.service.shutdown(BOB, second.id)  # DELETE
         assert [record.id for record in await gateway.service.list(BOB)] == []
         await runner.move()

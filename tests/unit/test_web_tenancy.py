@@ -26,7 +26,7 @@ from hub_gateway.errors import Unavailable
 from hub_gateway.kernels.service import CreateKernel
 from hub_gateway.quotas.policies import PolicyStore
 from hub_gateway.quotas.reports import Reports as LedgerReports
-from hub_gateway.quotas.types import Origin, Policy, SubjectKind
+from hub_gateway.quotas.types import Origin, Policy, SubjectKind, Verdict
 from hub_gateway.web.application import ROUTES
 from hub_gateway.web.tenancy import TenancyHandler
 from tests.contract.mini import MiniGateway, Setup
@@ -679,10 +679,10 @@ async def test_people(server: WebServer, mini: MiniGateway, ask: Ask) -> None:
 
 
 async def test_the_launcher_says_where_there_is_no_room(server: WebServer, quotas: Quotas, ask: Ask) -> None:
-    quotas.rooms = {"sleep": "You have reached your limit of 1 kernel."}
+    quotas.rooms = {"sleep": Verdict("refused", sentence="You have reached your limit of 1 kernel.")}
     found = (await ask("bob", "GET", "/api/kernelspecs")).json()["kernelspecs"]
     assert found["sleep"]["spec"]["display_name"] == "Sleep (no room)"
-    assert found["sleep"]["spec"]["metadata"]["hub_gateway"]["no_room"] == quotas.rooms["sleep"]
+    assert found["sleep"]["spec"]["metadata"]["hub_gateway"]["no_room"] == quotas.rooms["sleep"].sentence
     assert found["other"]["spec"]["display_name"] == "Sleep" and "no_room" not in json.dumps(found["other"])
     assert (await ask("bob", "GET", "/api/kernelspecs/sleep")).json() == found["sleep"]
     for _ in range(5):
