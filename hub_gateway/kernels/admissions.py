@@ -18,7 +18,7 @@ from hub_gateway.db.models import Kernel, utcnow
 from hub_gateway.db.secrets import Vault
 from hub_gateway.errors import Conflict, LaunchRefused
 from hub_gateway.kernels import failpoints
-from hub_gateway.kernels.rows import BY_ID, KERNELS, one, record_of
+from hub_gateway.kernels.rows import BY_ID, COLUMNS, KERNELS, one, record_of
 from hub_gateway.kernels.types import (
     ExecutionState,
     KernelRecord,
@@ -33,8 +33,8 @@ from hub_gateway.quotas.use import lock
 
 __all__ = ["Admitted", "Admitter", "Claim", "demand_of"]
 
-_WAITS = KERNELS.insert()
-_STARTS = KERNELS.insert().values(lease_until=db_now() + bindparam("lease_seconds"))
+_WAITS = KERNELS.insert().returning(*COLUMNS)
+_STARTS = _WAITS.values(lease_until=db_now() + bindparam("lease_seconds"))
 
 Claim = Callable[[Transaction], None]
 """Makes the owner's principal and unix user theirs, in the transaction of the admission. Raises `Forbidden`."""
@@ -133,12 +133,16 @@ class Admitter:
         }
         if verdict.outcome == "admitted":
             del values["lease_until"]  # an expression: it stands in the statement, which is made once
-            tx.connection().execute(_STARTS, {**values, "lease_seconds": self.lease_seconds})
+            made = self._made(tx, _STARTS, {**values, "lease_seconds": self.lease_seconds})
             self._reserve(tx, demand, new, now)
         else:
-            tx.connection().execute(_WAITS, values)
+            made = self._made(tx, _WAITS, values)
         failpoints.hit("admit.before_commit")
-        return Admitted(one(tx, new.id), verdict, (*cut, *verdict.notices))
+        return Admitted(made, verdict, (*cut, *verdict.notices))
+
+    @staticmethod
+    def _made(tx: Transaction, insert: Any, values: Mapping[str, Any]) -> KernelRecord:
+        return record_of(tx.connection().execute(insert, values).mappings().one())
 
     def revive(self, tx: Transaction, kernel_id: str, launch: Mapping[str, Any]) -> Admitted | LaunchRefused:
         """Admit a failed kernel once more, under the same id. Raises `Conflict` where it is not failed."""

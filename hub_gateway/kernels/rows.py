@@ -23,6 +23,7 @@ __all__ = [
     "ALL_LIVE",
     "BY_ID",
     "BY_OWNER",
+    "COLUMNS",
     "KERNELS",
     "LINK",
     "LIVE",
@@ -38,10 +39,11 @@ LISTED = (*LIVE, KernelStatus.QUEUED.value, KernelStatus.FAILED.value)
 
 KERNELS = cast(Table, Kernel.__table__)
 _SECRET = {"launch", "launch_token", "link_secret", "link_public"}
-_COLUMNS = [column for column in KERNELS.columns if column.name not in _SECRET]
+COLUMNS = [column for column in KERNELS.columns if column.name not in _SECRET]
+"""What a record is made of."""
 
 # Made once: building a statement of this width takes longer than running it.
-_SELECT: Select[Any] = select(*_COLUMNS).order_by(KERNELS.c.created_at, KERNELS.c.id)
+_SELECT: Select[Any] = select(*COLUMNS).order_by(KERNELS.c.created_at, KERNELS.c.id)
 BY_ID = _SELECT.where(KERNELS.c.id == bindparam("kernel"))
 BY_OWNER = _SELECT.where(KERNELS.c.owner == bindparam("owner"), KERNELS.c.status.in_(LISTED))
 ALL_LIVE = _SELECT.where(KERNELS.c.status.in_(LIVE))

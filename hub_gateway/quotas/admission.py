@@ -9,32 +9,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any, cast
+from typing import cast
 
-from sqlalchemy import Table, insert, select, update
+from sqlalchemy import Table, delete, insert, select, update
 from sqlalchemy.orm import Session as Transaction
 
-from hub_gateway.db.models import Kernel, Reservation, Setting
+from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.db.tenancy import PolicyState
 from hub_gateway.errors import LaunchRefused
 from hub_gateway.kernels.types import KernelStatus, Resources
 from hub_gateway.quotas import ledger, prices, sentences
 from hub_gateway.quotas.amounts import shown
-from hub_gateway.quotas.policies import PolicyIndex, PolicyStore
+from hub_gateway.quotas.policies import MAINTENANCE, PolicyIndex, PolicyStore
 from hub_gateway.quotas.resolve import applicable, covers, window_bounds
 from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind, Verdict
 from hub_gateway.quotas.use import EVERYONE, Held, Holder, change, held_by, holders_of, lock
 
-__all__ = ["BURST", "MAINTENANCE", "QUEUED", "Admission", "Fit", "need_of", "scope_of"]
+__all__ = ["BURST", "QUEUED", "Admission", "Fit", "need_of", "scope_of"]
 
-MAINTENANCE = "maintenance"
-"""The setting that holds the sentence while nothing is launched."""
 BURST = "burst"
 EPSILON = 1e-6
 QUEUED = KernelStatus.QUEUED.value
 _RESERVATIONS = cast(Table, Reservation.__table__)
-_RESERVE = insert(_RESERVATIONS)
-_MAINTENANCE = select(Setting.value).where(Setting.key == MAINTENANCE)
+_RESERVE = insert(_RESERVATIONS).values(price_version=prices.CURRENT)
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ class Admission:
         """
         if not looking:
             lock(tx)
-        closed = tx.connection().execute(_MAINTENANCE).scalar_one_or_none()
+        closed = self.policies.standing(tx).maintenance
         if closed and kernel_id is not None:
             return Verdict("queued", sentence=sentences.maintenance(closed).rstrip("."))
         if closed:
@@ -254,6 +251,7 @@ class Admission:
         """Reserve what an admitted launch takes; `again` where it may have been admitted before, and has a row."""
         taken = demand.resources
         values = {
+            "kernel_id": kernel_id,
             "owner": demand.owner,
             "owner_kind": demand.owner_kind.value,
             "groups": sorted(demand.groups),
@@ -272,13 +270,11 @@ class Admission:
             "principal": principal,
             "unix_user": unix_user,
             "cost_center": cost_center,
-            "price_version": prices.current(tx, now),
+            "priced_at": now,
         }
         if again:
-            changed = update(_RESERVATIONS).where(_RESERVATIONS.c.kernel_id == kernel_id).values(**values)
-            again = bool(cast(Any, tx.connection().execute(changed)).rowcount)
-        if not again:  # a kernel that waited until now has none either
-            tx.connection().execute(_RESERVE, {"kernel_id": kernel_id, **values})
+            tx.connection().execute(delete(_RESERVATIONS).where(_RESERVATIONS.c.kernel_id == kernel_id))
+        tx.connection().execute(_RESERVE, values)
         change(
             tx,
             holders_of(demand.owner, demand.owner_kind, demand.groups),

@@ -33,9 +33,11 @@ from hub_gateway.quotas.types import (
 )
 from hub_gateway.quotas.use import lock
 
-__all__ = ["PolicyIndex", "PolicyStore", "written"]
+__all__ = ["MAINTENANCE", "PolicyIndex", "PolicyStore", "Standing", "written"]
 
 VERSION = "policies_version"
+MAINTENANCE = "maintenance"
+"""The setting that holds the sentence while nothing is launched."""
 _ENUMS: dict[str, type[enum.Enum]] = {
     "subject_kind": SubjectKind,
     "object_kind": ObjectKind,
@@ -46,7 +48,7 @@ _ENUMS: dict[str, type[enum.Enum]] = {
     "action": Action,
     "origin": Origin,
 }
-_VERSION = select(Setting.value).where(Setting.key == VERSION)
+_STANDING = select(Setting.key, Setting.value).where(Setting.key.in_((VERSION, MAINTENANCE)))
 _KEPT = ("id", "version", "created_at", "created_by", "updated_at", "updated_by")
 
 
@@ -91,22 +93,36 @@ class PolicyIndex:
         return self.about(demand.owner, demand.owner_kind, demand.groups)
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What has to be looked up in every transaction, in one statement."""
+
+    version: str
+    """Of all policies together: never the same again, also where a change was rolled back."""
+    maintenance: str
+    """The sentence while nothing is launched, or nothing."""
+
+
 class PolicyStore:
     """Policies, read anew only when their version has changed: of any process, on the same database."""
 
     def __init__(self) -> None:
         self._index = PolicyIndex("none yet", {}, {})
 
-    def version(self, tx: Transaction) -> str:
-        """The version of all policies together: never the same again, also where a change was rolled back."""
-        return tx.connection().execute(_VERSION).scalar_one_or_none() or ""
+    def standing(self, tx: Transaction) -> Standing:
+        """How things stand, as of this transaction."""
+        known: Standing | None = tx.info.get(Standing)
+        if known is None:
+            found = {row.key: row.value for row in tx.connection().execute(_STANDING)}
+            known = tx.info[Standing] = Standing(found.get(VERSION, ""), found.get(MAINTENANCE, ""))
+        return known
 
     def index(self, tx: Transaction) -> PolicyIndex:
         """All policies, as of this transaction."""
         known: PolicyIndex | None = tx.info.get(self)
         if known is not None:
             return known
-        version = self.version(tx)
+        version = self.standing(tx).version
         kept = self._index
         if kept.version == version:
             tx.info[self] = kept
@@ -168,6 +184,7 @@ class PolicyStore:
 
     def _changed(self, tx: Transaction) -> None:
         tx.info.pop(self, None)
+        tx.info.pop(Standing, None)
         found = tx.get(Setting, VERSION)
         value = uuid.uuid4().hex
         if found is None:

@@ -16,15 +16,18 @@ from hub_gateway.errors import BadRequest
 from hub_gateway.quotas.amounts import cores
 from hub_gateway.quotas.use import lock
 
-__all__ = ["FREE", "Prices", "all_prices", "current", "set_prices"]
+__all__ = ["CURRENT", "FREE", "Prices", "all_prices", "set_prices"]
 
 GIB = 2**30
-_CURRENT = (
+CURRENT = func.coalesce(
     select(PriceList.version)
-    .where(PriceList.valid_from <= bindparam("at"))
+    .where(PriceList.valid_from <= bindparam("priced_at"))
     .order_by(PriceList.valid_from.desc(), PriceList.version.desc())
     .limit(1)
+    .scalar_subquery(),
+    0,
 )
+"""An expression: the version that holds at the moment `priced_at`, the newest of those that are valid."""
 RATES = ("kernel_hour", "core_hour", "gib_hour", "gpu_hour")
 
 
@@ -68,11 +71,6 @@ def _prices(row: PriceList) -> Prices:
 def all_prices(tx: Transaction) -> dict[int, Prices]:
     """Every list, by version, and `FREE`."""
     return {0: FREE} | {row.version: _prices(row) for row in tx.scalars(select(PriceList).order_by(PriceList.version))}
-
-
-def current(tx: Transaction, at: datetime) -> int:
-    """The version that holds at a moment: the newest of those that are valid."""
-    return tx.connection().execute(_CURRENT, {"at": at}).scalar_one_or_none() or 0
 
 
 def set_prices(tx: Transaction, actor: str, *, valid_from: datetime | None = None, **rates: Any) -> Prices:

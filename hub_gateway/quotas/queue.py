@@ -14,14 +14,14 @@ from sqlalchemy import cast as sql_cast
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway import audit
-from hub_gateway.db.models import Kernel, Reservation, Setting
+from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.db.tenancy import LedgerEntry
 from hub_gateway.kernels.admissions import Admitter
 from hub_gateway.kernels.rows import KERNELS, record_of
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
 from hub_gateway.metrics import METRICS
 from hub_gateway.quotas import sentences
-from hub_gateway.quotas.admission import MAINTENANCE, Fit, need_of, scope_of
+from hub_gateway.quotas.admission import Fit, need_of, scope_of
 from hub_gateway.quotas.policies import PolicyIndex
 from hub_gateway.quotas.resolve import applicable
 from hub_gateway.quotas.types import Counts, Demand
@@ -238,8 +238,8 @@ def entries(
 ) -> Sequence[QueueEntry]:
     """What waits, in order; of `only` these kernels, where that is given. Only reads."""
     index = admitter.admission.policies.index(tx)
-    closed = tx.get(Setting, MAINTENANCE)
-    shut = sentences.maintenance(closed.value).rstrip(".") if closed is not None and closed.value else ""
+    closed = admitter.admission.policies.standing(tx).maintenance
+    shut = sentences.maintenance(closed).rstrip(".") if closed else ""
     positions: dict[Line | None, int] = defaultdict(int)
     rooms: dict[Line, _Room] = {}
     found = []

@@ -16,13 +16,12 @@ from traitlets import Float
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway import audit
-from hub_gateway.db.models import Kernel, Setting, utcnow
+from hub_gateway.db.models import Kernel, utcnow
 from hub_gateway.errors import GatewayError
 from hub_gateway.kernels.service import KernelService
 from hub_gateway.kernels.types import KernelStatus
 from hub_gateway.metrics import METRICS
 from hub_gateway.quotas import use
-from hub_gateway.quotas.admission import MAINTENANCE
 from hub_gateway.quotas.enforce import enforce
 from hub_gateway.quotas.notices import Notifier
 from hub_gateway.quotas.queue import Dispatched, dispatch, due, entries
@@ -217,8 +216,7 @@ class QuotaRunner(LoggingConfigurable):
         now = utcnow()
         holding = [policy for policy in index.by_name.values() if active(policy, now)]
         METRICS.policies.set(len(holding))
-        setting = tx.get(Setting, MAINTENANCE)
-        METRICS.maintenance.set(1 if setting is not None and setting.value else 0)
+        METRICS.maintenance.set(bool(self.store.admission.policies.standing(tx).maintenance))
         everyone = (SubjectKind.EVERYONE.value, use.EVERYONE)
         rows = use.held_by(tx, [everyone])[everyone]
         for name in ("kernels", "cpu", "memory", "gpu"):

@@ -20,9 +20,10 @@ from hub_gateway.kernels.admissions import Admitter
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.quotas import explain, queue, requests, simulate
-from hub_gateway.quotas.admission import MAINTENANCE, Admission
+from hub_gateway.quotas.admission import Admission
 from hub_gateway.quotas.document import Diff, difference, document, policies_of
 from hub_gateway.quotas.explain import Explanation, LimitView
+from hub_gateway.quotas.policies import MAINTENANCE, Standing
 from hub_gateway.quotas.requests import Request
 from hub_gateway.quotas.simulate import Simulation
 from hub_gateway.quotas.types import Demand, Origin, Policy, SubjectKind, Verdict
@@ -285,11 +286,7 @@ class QuotaService(LoggingConfigurable):
     async def maintenance(self) -> str | None:
         """The sentence that is shown while nothing is launched, or None."""
 
-        def read(tx: Transaction) -> str | None:
-            found = tx.get(Setting, MAINTENANCE)
-            return (found.value or None) if found is not None else None
-
-        return await self.db.read(read)
+        return await self.db.read(lambda tx: self.admission.policies.standing(tx).maintenance or None)
 
     async def set_maintenance(self, sentence: str | None, actor: str) -> None:
         """Begin maintenance (nothing is launched, what runs goes on), or end it with None."""
@@ -301,6 +298,7 @@ class QuotaService(LoggingConfigurable):
                 tx.add(Setting(key=MAINTENANCE, value=sentence or ""))
             else:
                 found.value = sentence or ""
+            tx.info.pop(Standing, None)
             detail = {"sentence": sentence}
             audit.append(tx, actor=actor, action="maintenance.set", subject="gateway", detail=detail)
 

@@ -20,7 +20,7 @@ from hub_gateway.errors import Conflict, LaunchRefused, Unavailable
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import KernelStatus, Resources
 from hub_gateway.quotas import use
-from hub_gateway.quotas.admission import MAINTENANCE
+from hub_gateway.quotas.policies import MAINTENANCE
 from hub_gateway.quotas.queue import Dispatched, dispatch
 from hub_gateway.quotas.types import Action, Counts, Policy, Resource, SubjectKind
 from tests.harness.quotas import drift, new, put, release

@@ -12,7 +12,7 @@ from hub_gateway import audit
 from hub_gateway.db.models import Setting, utcnow
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import KernelStatus, Resources
-from hub_gateway.quotas.admission import MAINTENANCE
+from hub_gateway.quotas.policies import MAINTENANCE
 from hub_gateway.quotas.queue import Dispatched, QueueEntry, dispatch, due, entries, ordinal
 from hub_gateway.quotas.types import Action, Counts, Period, Policy, Resource, SubjectKind, WindowKind
 from tests.harness.quotas import begin, drift, new, put, release
@@ -132,7 +132,7 @@ from hub_gateway import audit
 from hub_gateway.db.models import Setting, utcnow
 from hub_gateway.db.secrets import Vault
 from hub_gateway.kernels.store import KernelStore
-from hub_gateway.quotas.admission import MAINTENANCE
+from hub_gateway.quotas.policies import MAINTENANCE
 from hub_gateway.quotas.queue import dispatch
 
 async def main():
