@@ -3,7 +3,7 @@
 #   make demo           a JupyterHub with the gateway on this machine (CHECK=1: drive it once, without a terminal)
 #   make test           lint, documentation, and every suite, on SQLite and on PostgreSQL
 #   make bench          the table of measurements
-#   make lint | docs | lock | clean
+#   make lint | docs | lock | vendor | clean
 #
 # PYTHON chooses the interpreter, VENV where its environment lies, ARGS go to demo, pytest or the benchmarks.
 
@@ -17,7 +17,7 @@ INSTALL = $(PYTHON) requirements/install.py
 REPORTS = .test-reports
 
 .POSIX:
-.PHONY: help demo test lint docs pytest pytest-sqlite pytest-postgresql engines bench lock clean env-demo env-test env-lint env-docs
+.PHONY: help demo test lint docs pytest pytest-sqlite pytest-postgresql engines bench lock vendor clean env-demo env-test env-lint env-docs
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -63,6 +63,10 @@ bench: env-test
 lock: env-lint
 	@$(IN) requirements/lock.sh $(ARGS)
 	@npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund
+
+# The scripts and styles that the console's pages carry, in the versions of package-lock.json.
+vendor:
+	@$(PYTHON) requirements/vendor.py
 
 env-demo:
 	@$(INSTALL) $(VENV) demo project chp

@@ -147,7 +147,7 @@ class Environment:
                 path = f"{self.bin}{os.pathsep}{path}"
                 npm = str(self.bin / "npm")
             quiet = ["--no-audit", "--no-fund", "--no-update-notifier"]
-            run([npm, "ci", "--ignore-scripts", *quiet], env={**os.environ, "PATH": path})
+            run([npm, "ci", "--omit=dev", "--ignore-scripts", *quiet], env={**os.environ, "PATH": path})
             self.finished("chp", stamp)
 
 

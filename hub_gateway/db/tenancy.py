@@ -23,6 +23,7 @@ __all__ = [
     "PolicyState",
     "PriceList",
     "QuotaRequest",
+    "SentForm",
     "Use",
 ]
 
@@ -220,6 +221,16 @@ class IdentityClaim(Base):
     hub_user: Mapped[str] = mapped_column(String(255), primary_key=True)
     rule: Mapped[str] = mapped_column(String(255))
     claimed_at: Mapped[datetime]
+
+
+class SentForm(Base):
+    """A form of the console that was carried out, and is not again; `until` is when its page is too old anyway."""
+
+    __tablename__ = "sent_forms"
+    __table_args__ = (Index(None, "until"),)
+
+    number: Mapped[str] = mapped_column(String(64), primary_key=True)
+    until: Mapped[datetime]
 
 
 def _append_only(table: Table) -> None:

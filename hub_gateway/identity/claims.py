@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
-from sqlalchemy import Table, and_, delete, func, insert, or_, select
+from sqlalchemy import Table, and_, delete, func, insert, literal, or_, select, tuple_
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.audit import append
@@ -22,7 +22,7 @@ from hub_gateway.identity.types import Identity
 from hub_gateway.kernels.types import KernelStatus
 from hub_gateway.quotas.use import lock
 
-__all__ = ["Claim", "Taken", "claim", "claims_of", "holders", "release"]
+__all__ = ["Claim", "Taken", "claim", "claims_of", "find", "holders", "release"]
 
 _TABLE = cast(Table, IdentityClaim.__table__)
 _ENDED = (KernelStatus.STOPPED.value, KernelStatus.FAILED.value)
@@ -56,6 +56,30 @@ def claims_of(tx: Transaction, hub_user: str) -> Sequence[Claim]:
     """What a Hub user holds."""
     statement = select(_TABLE).where(_TABLE.c.hub_user == hub_user).order_by(_TABLE.c.kind, _TABLE.c.name)
     return [Claim(*row) for row in tx.connection().execute(statement)]
+
+
+def find(
+    tx: Transaction, query: str, *, owners: frozenset[str] | None, after: tuple[str, str, str], limit: int
+) -> Sequence[Claim]:
+    """What Hub users hold whose own name, or what they hold, has `query` in it; by user, from `after` on.
+
+    `owners` None is everybody.
+    """
+    key = (_TABLE.c.hub_user, _TABLE.c.kind, _TABLE.c.name)
+    statement = select(_TABLE).where(tuple_(*key) > tuple_(*(literal(one) for one in after)))
+    if query:
+        like = {"autoescape": True}
+        statement = statement.where(
+            or_(_TABLE.c.hub_user.icontains(query, **like), _TABLE.c.name.icontains(query, **like))
+        )
+    found = []
+    # Who may see some only, sees few: these are picked here, not by a list in SQL, which has its limit.
+    for row in tx.connection().execute(statement.order_by(*key)):
+        if owners is None or row.hub_user in owners:
+            found.append(Claim(*row))
+            if len(found) == limit:
+                break
+    return found
 
 
 def claim(tx: Transaction, identity: Identity) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "cluster_findings",
     "find_kernels",
     "find_people",
+    "held_by",
     "stop_kernels",
 ]
 
@@ -100,8 +101,8 @@ async def stop_kernels(services: Services, authority: Authority, ids: list[str],
     return {"stopping": [k for k in ids if k in owners], "unknown": [k for k in ids if k not in owners]}
 
 
-async def cluster_findings(services: Services) -> dict[str, list[Finding]]:
-    """What every proxy's `check` finds, by proxy; one that does not answer in time is an error of its own."""
+async def cluster_findings(services: Services, only: str | None = None) -> dict[str, list[Finding]]:
+    """What every proxy's (or one's) `check` finds, by proxy; no answer in time is an error of its own."""
 
     async def check(name: str, proxy: Any) -> tuple[str, list[Finding]]:
         try:
@@ -112,7 +113,8 @@ async def cluster_findings(services: Services) -> dict[str, list[Finding]]:
             said = error.message
         return name, [Finding("error", name, said)]
 
-    found = await asyncio.gather(*(check(*item) for item in services.kernels.controller.proxies.all()))
+    proxies = services.kernels.controller.proxies.all()
+    found = await asyncio.gather(*(check(name, proxy) for name, proxy in proxies if only in (None, name)))
     return dict(sorted(found))
 
 

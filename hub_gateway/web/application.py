@@ -123,9 +123,14 @@ class GatewayApplication(Application):
 def pages() -> tuple[tuple[str, type[BaseHandler]], ...]:
     """The same for pages, which need a Hub; without one, jupyterhub's client (13 MB) is not even imported."""
     from hub_gateway.web import pages_admin as admin
+    from hub_gateway.web import pages_identity as identity
+    from hub_gateway.web import pages_ledger as ledger
+    from hub_gateway.web import pages_people as people
     from hub_gateway.web import pages_policies as policies
     from hub_gateway.web import pages_user as user
     from hub_gateway.web.pages import CallbackHandler
+    from hub_gateway.web.pages_clusters import ClustersHandler as ClustersPage
+    from hub_gateway.web.pages_policyfile import PolicyFileHandler
     from hub_gateway.web.static import StaticHandler
 
     return (
@@ -137,7 +142,18 @@ def pages() -> tuple[tuple[str, type[BaseHandler]], ...]:
         ("/admin/kernels", admin.KernelsHandler),
         ("/admin/kernels/stop", admin.StopKernelsHandler),
         ("/admin/policies", policies.PoliciesHandler),
+        (r"/admin/policies/(?:\+|%2B)file", PolicyFileHandler),
         ("/admin/policies/([^/]+)", policies.PolicyHandler),
+        ("/admin/people", people.PeopleHandler),
+        ("/admin/people/([^/]+)", people.PersonHandler),
+        ("/admin/groups", people.GroupsHandler),
+        ("/admin/identity", identity.IdentityPage),
+        ("/admin/identity/([^/]+)/release", identity.ReleasePage),
+        ("/admin/clusters", ClustersPage),
+        ("/admin/ledger", ledger.LedgerHandler),
+        ("/admin/ledger/prices", ledger.PricesPage),
+        ("/admin/ledger/close", ledger.ClosePage),
+        ("/admin/ledger/correct", ledger.CorrectPage),
         ("/admin/requests", admin.RequestsHandler),
         (r"/admin/requests/(\d{1,9})", admin.AnswerHandler),
         ("/admin/queue", admin.QueueHandler),
@@ -145,8 +161,15 @@ def pages() -> tuple[tuple[str, type[BaseHandler]], ...]:
         ("/admin/audit", admin.AuditHandler),
         ("/admin/maintenance", admin.MaintenanceHandler),
         ("/oauth_callback", CallbackHandler),
-        ("/static/([^/]+)", StaticHandler),
+        ("/static/(.+)", StaticHandler),
     )
+
+
+def missing() -> type[BaseHandler]:
+    """What answers at any other address where there are pages."""
+    from hub_gateway.web.pages import MissingHandler
+
+    return MissingHandler
 
 
 def make_application(services: Services, *, base_url: str = "/") -> GatewayApplication:
@@ -157,7 +180,7 @@ def make_application(services: Services, *, base_url: str = "/") -> GatewayAppli
     return GatewayApplication(
         [url(f"{prefix}{path}/?" if path else f"{prefix}/?", handler, arguments) for path, handler in routes],
         services,
-        default_handler_class=NotFoundHandler,
+        default_handler_class=missing() if services.hub is not None else NotFoundHandler,
         default_handler_args=arguments,
         log_function=log_request,
         cookie_secret=services.web.cookie_secret,

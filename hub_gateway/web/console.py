@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from tornado.web import HTTPError
 
 from hub_gateway.auth.base import Caller
 from hub_gateway.auth.hub import caller_of
-from hub_gateway.auth.scopes import AUDIT_READ, KERNELS_READ, MAINTENANCE_WRITE, QUOTAS_READ, USAGE_READ, powers
+from hub_gateway.auth.scopes import (
+    AUDIT_READ,
+    IDENTITY_READ,
+    KERNELS_READ,
+    LEDGER_WRITE,
+    MAINTENANCE_WRITE,
+    QUOTAS_READ,
+    USAGE_READ,
+    powers,
+)
+from hub_gateway.db.models import utcnow
 from hub_gateway.errors import Forbidden, GatewayError, NotFound, Unauthenticated
 from hub_gateway.kernels.service import owner_of
 from hub_gateway.quotas.amounts import shown
 from hub_gateway.web.authority import Authority
+from hub_gateway.web.forms import FIELD, once, signed_number
 from hub_gateway.web.pages import PageHandler
 
 if TYPE_CHECKING:
+    from hub_gateway.quotas.reports import Report
+    from hub_gateway.quotas.requests import Request
     from hub_gateway.web.parts import AuditPart, QuotaPart, ReportsPart
 
 __all__ = ["ConsoleHandler"]
 
 FLASH = "hub-gateway-said"
 MAX_FIELD = 4000
+REFRESH_SECONDS = 5
+"""How often a page asks for its live part."""
 ADMIN: tuple[tuple[str, str, str], ...] = (
     ("admin/kernels", "Kernels", KERNELS_READ),
+    ("admin/people", "People", QUOTAS_READ),
     ("admin/policies", "Policies", QUOTAS_READ),
     ("admin/requests", "Requests", QUOTAS_READ),
     ("admin/queue", "Queue", QUOTAS_READ),
     ("admin/usage", "Usage", USAGE_READ),
+    ("admin/ledger", "Ledger", LEDGER_WRITE),
+    ("admin/identity", "Identity", IDENTITY_READ),
+    ("admin/clusters", "Clusters", KERNELS_READ),
     ("admin/audit", "Audit", AUDIT_READ),
     ("admin/maintenance", "Maintenance", MAINTENANCE_WRITE),
 )
@@ -38,6 +58,27 @@ ADMIN: tuple[tuple[str, str, str], ...] = (
 
 class ConsoleHandler(PageHandler):
     """A page for a person. Whatever it changes it changes by a POST, and answers with a redirect."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "post" in cls.__dict__:
+            cls.post = once(cls.post)
+
+    def xsrf_form_html(self) -> str:
+        """What every form holds, so that nobody else can have made it, and it is carried out once."""
+        html: str = super().xsrf_form_html()
+        return f'{html}<input type="hidden" name="{FIELD}" value="{signed_number(self)}">'
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether a page that is open already asks for its live part alone."""
+        return self.request.headers.get("HX-Request") == "true"
+
+    async def prepare(self) -> None:
+        await super().prepare()
+        if self.refreshes and self.current_user is None:
+            # The login page has no place in the middle of another.
+            raise Unauthenticated("Your login has ended; open the page again to log in.")
 
     @property
     def caller(self) -> Caller:
@@ -125,9 +166,13 @@ class ConsoleHandler(PageHandler):
         sentence, good = json.loads(found)
         return str(sentence), bool(good)
 
-    def page(self, template: str, title: str, path: str, **more: Any) -> None:
-        """Answer with a page."""
+    def page(self, template: str, title: str, path: str, *, live: str | None = None, **more: Any) -> None:
+        """Answer with a page; with `live`, the template of the part that refreshes itself, where that is asked for."""
         caller = self.caller
+        self.set_header("Vary", "HX-Request")
+        if live is not None and self.refreshes:
+            self.render(live, caller=caller, shown=shown, **more)
+            return
         admin = [(address, name) for address, name, scope in ADMIN if powers(caller, scope)]
         self.render(
             template,
@@ -139,12 +184,21 @@ class ConsoleHandler(PageHandler):
             admin_pages=admin,
             hub=self.hub_auth.hub_prefix,
             shown=shown,
+            every=REFRESH_SECONDS,
+            now=utcnow(),
             **more,
         )
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """A page with one sentence, with the way around where somebody is logged in."""
         error = kwargs.get("exc_info", (None, None, None))[1]
+        if self.refreshes:
+            status, body = self.describe(status_code, error)
+            self.set_status(status)
+            self.set_error_headers(status, error)
+            self.set_header("Content-Type", "text/plain; charset=UTF-8")
+            self.finish(body["message"])
+            return
         if self.current_user is None or not isinstance(error, GatewayError | HTTPError):
             super().write_error(status_code, **kwargs)
             return
@@ -152,6 +206,25 @@ class ConsoleHandler(PageHandler):
         self.set_status(status)
         self.set_error_headers(status, error)
         self.page("sorry.html", body["reason"], "", sentence=body["message"])
+
+    async def asked(self, requests: Sequence[Request]) -> Callable[[Request], str]:
+        """How much each of some requests is for, with the unit of its policy."""
+        known = {policy.name: policy for policy in await self.quotas.policies()} if requests else {}
+
+        def written(request: Request) -> str:
+            policy = known.get(request.policy)
+            return f"{request.amount:g}" if policy is None else shown(policy.resource, request.amount, policy.gpu_model)
+
+        return written
+
+    def csv(self, report: Report, name: str) -> None:
+        """Answer with a report as a file for a spreadsheet."""
+        last = report.end - timedelta(microseconds=1)
+        self.set_header("Content-Type", "text/csv; charset=UTF-8")
+        self.set_header(
+            "Content-Disposition", f'attachment; filename="{name}-{report.start:%Y-%m-%d}-{last:%Y-%m-%d}.csv"'
+        )
+        self.finish(report.to_csv())
 
     def chosen(self, names: Mapping[str, str]) -> dict[str, str]:
         """Arguments of the address, each with its default."""

@@ -15,7 +15,7 @@ from hub_gateway import __version__
 from hub_gateway.errors import Unavailable
 from hub_gateway.kernels.types import ExecutionState
 from hub_gateway.metrics import CONTENT_TYPE_LATEST, METRICS
-from hub_gateway.web.base import APIHandler, BaseHandler
+from hub_gateway.web.base import APIHandler, BaseHandler, wants_page
 
 __all__ = [
     "APIRootHandler",
@@ -31,14 +31,21 @@ READY_SECONDS = 3.0
 
 
 class RootHandler(BaseHandler):
-    """The service's root: the Hub waits for it at start, without a token."""
+    """The service's root: the Hub waits for it at start, without a token. Browsers are sent to the pages."""
 
     def get(self) -> None:
+        self.set_header("Vary", "Accept")
+        if self.services.hub is not None and wants_page(self.request):
+            self.redirect(f"{self.services.hub.oauth.base_url}home")
+            return
         self.finish({"service": "hub-gateway", "version": __version__})
 
 
-class HealthHandler(RootHandler):
+class HealthHandler(BaseHandler):
     """The process lives and its event loop turns."""
+
+    def get(self) -> None:
+        self.finish({"service": "hub-gateway", "version": __version__})
 
 
 class ReadyHandler(BaseHandler):

@@ -11,14 +11,15 @@ from tornado.web import HTTPError
 from hub_gateway.auth.oauth import GatewayOAuth
 from hub_gateway.errors import Forbidden, Unavailable
 from hub_gateway.services import Services
-from hub_gateway.web.base import BaseHandler
+from hub_gateway.web.base import BaseHandler, NotFoundHandler, wants_page
+from hub_gateway.web.static import versioned
 
-__all__ = ["TEMPLATES", "CallbackHandler", "PageHandler"]
+__all__ = ["TEMPLATES", "CallbackHandler", "MissingHandler", "PageHandler"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 POLICY = (
-    "default-src 'none'; style-src 'self'; img-src 'self' data:; font-src 'self'; frame-ancestors 'none'; "
-    "form-action 'self'; base-uri 'none'"
+    "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "font-src 'self'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'"
 )
 AGAIN = "hub-gateway-again"
 
@@ -65,7 +66,7 @@ class PageHandler(HubOAuthenticated, BaseHandler):
         status, body = self.describe(status_code, error)
         self.set_status(status)
         self.set_error_headers(status, error)
-        self.render("error.html", sentence=body["message"], home=self.home, status=status)
+        self.render("error.html", sentence=body["message"], home=self.home, reason=body["reason"], again=True)
 
     @property
     def home(self) -> str:
@@ -76,7 +77,38 @@ class PageHandler(HubOAuthenticated, BaseHandler):
         return str(TEMPLATES)
 
     def get_template_namespace(self) -> dict[str, Any]:
-        return {**super().get_template_namespace(), "base": self.hub_auth.base_url}
+        return {**super().get_template_namespace(), **page_names(self.hub_auth.base_url)}
+
+
+def page_names(base_url: str) -> dict[str, Any]:
+    """What every template knows: the address below which pages are, and that of a static file."""
+    return {"base": base_url, "static": lambda name: f"{base_url}static/{versioned(name)}"}
+
+
+class MissingHandler(NotFoundHandler):
+    """Any other address: a page for a browser, whoever it is, and JSON for a program."""
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        self.set_header("Vary", "Accept")
+        if not wants_page(self.request):
+            super().write_error(status_code, **kwargs)
+            return
+        assert self.services.hub is not None
+        status, body = self.describe(status_code, kwargs.get("exc_info", (None, None, None))[1])
+        base_url = self.services.hub.oauth.base_url
+        self.set_status(status)
+        self.set_header("Content-Security-Policy", POLICY)
+        self.render(
+            "error.html",
+            sentence=body["message"],
+            home=f"{base_url}home",
+            reason=body["reason"],
+            again=False,
+            **page_names(base_url),
+        )
+
+    def get_template_path(self) -> str:
+        return str(TEMPLATES)
 
 
 class CallbackHandler(PageHandler, HubOAuthCallbackHandler):

@@ -6,7 +6,16 @@ from datetime import datetime, timedelta, timezone
 
 from tornado.web import authenticated
 
-from hub_gateway.auth.scopes import AUDIT_READ, KERNELS_READ, MAINTENANCE_WRITE, QUOTAS_READ, QUOTAS_WRITE, USAGE_READ
+from hub_gateway.auth.scopes import (
+    AUDIT_READ,
+    KERNELS_READ,
+    KERNELS_STOP,
+    MAINTENANCE_WRITE,
+    QUOTAS_READ,
+    QUOTAS_WRITE,
+    USAGE_READ,
+    powers,
+)
 from hub_gateway.auth.scopes import require as require_scope
 from hub_gateway.db.models import utcnow
 from hub_gateway.errors import BadRequest, NotFound
@@ -14,7 +23,7 @@ from hub_gateway.web.admin import find_kernels, stop_kernels
 from hub_gateway.web.console import ConsoleHandler
 from hub_gateway.web.kerneltable import SORTS
 from hub_gateway.web.tenancy import cursor, read_cursor
-from hub_gateway.web.usage import BY, usage_of
+from hub_gateway.web.usage import BY, span, usage_of, within
 
 __all__ = [
     "AnswerHandler",
@@ -28,6 +37,20 @@ __all__ = [
 ]
 
 MAX_STOPPED = 500
+ORDERS = (
+    ("-created", "newest"),
+    ("created", "oldest"),
+    ("-activity", "last used"),
+    ("activity", "longest unused"),
+    ("owner", "owner"),
+    ("kernelspec", "kernel"),
+    ("proxy", "cluster"),
+    ("status", "status"),
+    ("-cpu", "most CPU"),
+    ("-memory", "most memory"),
+    ("-gpu", "most GPUs"),
+)
+"""How the table of kernels may be sorted, and what that is called. The REST API knows more."""
 
 
 class KernelsHandler(ConsoleHandler):
@@ -53,12 +76,13 @@ class KernelsHandler(ConsoleHandler):
             "admin_kernels.html",
             "Kernels",
             "admin/kernels",
+            live="live_kernels.html",
             found=found,
             wanted=wanted,
             sort=sort,
             following=following,
-            sorts=SORTS,
-            now=utcnow(),
+            sorts=ORDERS,
+            stops=bool(powers(self.caller, KERNELS_STOP)),
         )
 
 
@@ -85,15 +109,16 @@ class UsageHandler(ConsoleHandler):
         today = utcnow()
         wanted = self.chosen({"by": "user", "from": f"{today:%Y-%m}-01", "to": f"{today:%Y-%m-%d}", "group": ""})
         by = wanted["by"] if wanted["by"] in BY else "user"
-        start, end = _date(wanted["from"]), _date(wanted["to"]) + timedelta(days=1)
+        start, end = span(_date(wanted["from"]), _date(wanted["to"]) + timedelta(days=1))
         scoped, reports = usage_of(self.caller, user=None, group=wanted["group"] or None), self.reports
         report = await self.services.db.read(
             lambda tx: reports.report(tx, by, start, end, owner=scoped.owner, groups=scoped.groups)
         )
-        most = max((row.kernel_hours for row in report.rows), default=0.0)
-        self.page(
-            "admin_usage.html", "Usage", "admin/usage", report=report, wanted=wanted, by=by, choices=BY, most=most
-        )
+        report = within(report, scoped)
+        if self.get_query_argument("format", "") == "csv":
+            self.csv(report, f"usage-by-{by}")
+            return
+        self.page("admin_usage.html", "Usage", "admin/usage", report=report, wanted=wanted, by=by, choices=BY)
 
 
 def _date(text: str) -> datetime:
@@ -111,7 +136,7 @@ class QueueHandler(ConsoleHandler):
         self.require(QUOTAS_READ)
         reach = await self.authority().reach(QUOTAS_READ)
         entries = [entry for entry in await self.quotas.queue() if reach.over(entry.owner)]
-        self.page("admin_queue.html", "Queue", "admin/queue", entries=entries, now=utcnow())
+        self.page("admin_queue.html", "Queue", "admin/queue", live="live_queue.html", entries=entries)
 
 
 class RequestsHandler(ConsoleHandler):
@@ -122,7 +147,16 @@ class RequestsHandler(ConsoleHandler):
         self.require(QUOTAS_READ)
         reach = await self.authority().reach(QUOTAS_READ)
         found = [one for one in await self.quotas.requests() if reach.over(one.owner)]
-        self.page("admin_requests.html", "Requests", "admin/requests", requests=found)
+        writes = bool(powers(self.caller, QUOTAS_WRITE))
+        self.page(
+            "admin_requests.html",
+            "Requests",
+            "admin/requests",
+            live="live_requests.html",
+            requests=found,
+            writes=writes,
+            asked=await self.asked(found),
+        )
 
 
 class AnswerHandler(ConsoleHandler):

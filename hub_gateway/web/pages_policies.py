@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tornado.web import authenticated
 
 from hub_gateway.auth.scopes import QUOTAS_READ, QUOTAS_WRITE, powers
 from hub_gateway.auth.scopes import require as require_scope
-from hub_gateway.errors import BadRequest, Conflict, NotFound
-from hub_gateway.quotas.document import NAME, policy_json, policy_of
-from hub_gateway.quotas.fields import Body
-from hub_gateway.quotas.types import Action, Counts, Period, Policy, Resource, SubjectKind, WindowKind
-from hub_gateway.web.authority import Authority
+from hub_gateway.db.models import utcnow
+from hub_gateway.errors import BadRequest, Conflict, Forbidden, GatewayError, NotFound
+from hub_gateway.quotas import sentences
+from hub_gateway.quotas.document import NAME, policy_json
+from hub_gateway.quotas.resolve import active, applicable, concerns, losers, name_of
+from hub_gateway.quotas.types import Demand, ObjectKind, Policy, SubjectKind
+from hub_gateway.web.authority import Authority, kind_of
 from hub_gateway.web.console import ConsoleHandler
+from hub_gateway.web.plain import plain
+from hub_gateway.web.policyform import CHOICES, DAYS, LABELS, Typed, Week, changes, field_of, read, typed, wanted
+from hub_gateway.web.quota import within_reach
 
 __all__ = ["PoliciesHandler", "PolicyHandler"]
 
-DAYS = 30
+SIMULATED_DAYS = 30
+MAX_DAYS = 366
 NEW = "+new"
-NUMBERS = ("window_seconds", "burst_seconds", "queue_seconds", "grace_seconds", "priority")
-TEXTS = ("subject", "object", "resource", "gpu_model", "counts", "window", "period", "timezone", "action", "note")
-MOMENTS = ("valid_from", "valid_until")
-AMOUNTS = ("hard", "soft", "burst")
-FIELDS = (*TEXTS, *AMOUNTS, *NUMBERS, *MOMENTS)
-CHOICES: dict[str, tuple[str, ...]] = {
-    "resource": tuple(one.value for one in Resource),
-    "counts": tuple(one.value for one in Counts),
-    "window": tuple(one.value for one in WindowKind),
-    "period": ("", *(one.value for one in Period)),
-    "action": tuple(one.value for one in Action),
-}
+PAGE = 100
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a policy would do, before it is set."""
+
+    changes: list[tuple[str, str, str]]
+    problems: Any
+    simulated: dict[str, Any]
+    user: str = ""
+    applies: list[tuple[Policy, bool, str]] | None = None
+    """For that user: each policy about the same, whether it would count, and why not."""
 
 
 class PoliciesHandler(ConsoleHandler):
@@ -40,11 +48,29 @@ class PoliciesHandler(ConsoleHandler):
     async def get(self) -> None:
         self.require(QUOTAS_READ)
         readable = await self.authority().may_read()
-        found = [policy for policy in await self.quotas.policies() if readable(policy)]
-        writes = bool(powers(self.caller, QUOTAS_WRITE))
-        documents = {policy.name: policy_json(policy) for policy in found}
+        asked = self.chosen({"q": "", "after": ""})
+        text = asked["q"].lower()
+        documents = {policy.name: policy_json(policy) for policy in await self.quotas.policies() if readable(policy)}
+        found = [
+            policy
+            for policy in sorted(await self.quotas.policies(), key=lambda one: one.name)
+            if policy.name in documents and text in f"{policy.name}\0{documents[policy.name]['subject']}".lower()
+        ]
+        rest = [policy for policy in found if policy.name > asked["after"]]
+        whole = powers(self.caller, QUOTAS_READ).everything
         self.page(
-            "admin_policies.html", "Policies", "admin/policies", policies=found, documents=documents, writes=writes
+            "admin_policies.html",
+            "Policies",
+            "admin/policies",
+            policies=rest[:PAGE],
+            total=len(found),
+            following=rest[PAGE - 1].name if len(rest) > PAGE else "",
+            asked=asked,
+            documents=documents,
+            active=active,
+            window=sentences.window,
+            whole=whole,
+            writes=bool(powers(self.caller, QUOTAS_WRITE)),
         )
 
 
@@ -54,109 +80,156 @@ class PolicyHandler(ConsoleHandler):
     @authenticated
     async def get(self, name: str) -> None:
         self.require(QUOTAS_READ)
-        policy = await self._known(self.authority(), name)
+        policy = await self._seen(self.authority(), name)
         if policy is None and name != NEW:
-            raise NotFound(f"There is no policy {name[:100]!r} that you may see.")
-        shown = policy or Policy("", SubjectKind.EVERYONE)
-        values = {field: _written(policy_json(shown)[field]) for field in FIELDS}
-        self._editor(name, values, enabled=shown.enabled, version=shown.version)
+            raise no_policy(name)
+        form = typed(policy or Policy("", SubjectKind.EVERYONE))
+        if policy is None:
+            subject = self.get_query_argument("subject", "")[:300]
+            form = replace(form, values={**form.values, "subject": subject or form.values["subject"]})
+        self._editor(name, form, before=policy)
 
     async def post(self, name: str) -> None:
         self.check_form()
         authority = await self.privileged()
         require_scope(self.caller, QUOTAS_WRITE)
         target = self.field("name") if name == NEW else name
-        if not NAME.fullmatch(target):
-            raise BadRequest(
-                "The name of a policy has letters, digits and the signs `.`, `_`, `@`, `-`, and begins with a letter "
-                "or a digit."
-            )
-        before = await self._known(authority, target)
-        if before is not None:
-            await authority.check_policy(before)
-        if self.field("do") == "delete":
-            await self.quotas.delete(target, self.caller.name)
-            self.done("admin/policies", f"The policy {target} is deleted.")
-            return
-        values = {field: self.field(field) for field in FIELDS}
-        enabled, version = self.field("enabled") == "on", int(self.field("version") or 0)
+        doing, form = self.field("do"), read(self.field)
+        before: Policy | None = None
         try:
-            wanted = policy_of(target, Body(_document(values, enabled), (*FIELDS, "enabled")), version=version)
-            await authority.check_policy(wanted)
-            result = await self.quotas.put(wanted, self.caller.name, dry_run=self.field("do") == "preview")
-        except (BadRequest, Conflict) as error:
+            before = await self._changeable(authority, name, target)
+            if doing == "delete":
+                await self._delete(before, target)
+                return
+            if doing == "more":
+                self._editor(name, replace(form, weeks=(*form.weeks, Week())), target=target, before=before)
+                return
+            policy = wanted(target, form, before, self.caller.name)
+            await authority.check_policy(policy)
+            if doing == "preview":
+                preview = await self._preview(authority, policy, before)
+                self._editor(name, form, target=target, before=before, preview=preview)
+                return
+            await self.quotas.put(policy, self.caller.name)
+        except (BadRequest, Conflict, Forbidden) as error:
             # What was typed stays, beside the reason.
             self.set_status(error.status)
-            self._editor(name, values, enabled=enabled, version=version, sentence=error.message, target=target)
-            return
-        if self.field("do") == "preview":
-            others = [policy for policy in await self.quotas.policies() if policy.name != target]
-            simulated = await self.quotas.simulate([*others, wanted], DAYS)
-            self._editor(
-                name,
-                values,
-                enabled=enabled,
-                version=version,
-                problems=result.problems,
-                simulated=simulated,
-                target=target,
-            )
+            self._editor(name, form, target=target, before=before, error=error)
             return
         self.done("admin/policies", f"The policy {target} is set.")
 
-    async def _known(self, authority: Authority, name: str) -> Policy | None:
-        policy = await self.quotas.policy(name) if NAME.fullmatch(name) else None
+    async def _changeable(self, authority: Authority, name: str, target: str) -> Policy | None:
+        """The policy of that name as it is, where who asks may change it. Raises what is to be told."""
+        if not NAME.fullmatch(target):
+            raise BadRequest(
+                "The name of a policy has at most 100 letters, digits and the signs `.`, `_`, `@`, `-`, and begins "
+                "with a letter or a digit."
+            )
+        policy = await self.quotas.policy(target)
         if policy is None:
             return None
         if not (await authority.may_read())(policy):
-            raise NotFound(f"There is no policy {name[:100]!r} that you may see.")
+            if name != NEW:
+                raise no_policy(name)
+            raise Conflict(f"The name {target} is taken; choose another one.")
+        await authority.check_policy(policy)
+        return policy
+
+    async def _delete(self, before: Policy | None, target: str) -> None:
+        if before is None:
+            raise no_policy(target)
+        if self.field("confirm") != "yes":
+            raise BadRequest(f"The policy {target} is deleted when you tick that you are sure; nothing was changed.")
+        if self.field("version") != str(before.version):
+            raise Conflict(
+                f"The policy {target} was changed by {before.updated_by} meanwhile, and is not deleted; open the page "
+                "again."
+            )
+        await self.quotas.delete(target, self.caller.name)
+        self.done("admin/policies", f"The policy {target} is deleted.")
+
+    async def _preview(self, authority: Authority, policy: Policy, before: Policy | None) -> Preview:
+        result = await self.quotas.put(policy, self.caller.name, dry_run=True)
+        text = self.field("days") or str(SIMULATED_DAYS)
+        if not text.isdecimal() or not 1 <= int(text[:6]) <= MAX_DAYS:
+            raise BadRequest(f"Launches are simulated for 1 to {MAX_DAYS} days; {text[:40]!r} is no such number.")
+        others = [one for one in await self.quotas.policies() if one.name != policy.name]
+        simulated: Any = plain(await self.quotas.simulate([*others, policy], int(text)))
+        if not authority.unlimited(QUOTAS_WRITE):
+            simulated = await within_reach(authority, simulated)
+        user, applies = self.field("explain"), None
+        if user:
+            person = await authority.person(QUOTAS_READ, user)
+            readable = await authority.may_read()
+            applies = beside(policy, [one for one in others if readable(one)], person.name, person.groups)
+        return Preview(changes(before, policy), result.problems, simulated, user, applies)
+
+    async def _seen(self, authority: Authority, name: str) -> Policy | None:
+        policy = await self.quotas.policy(name) if NAME.fullmatch(name) else None
+        if policy is not None and not (await authority.may_read())(policy):
+            raise no_policy(name)
         return policy
 
     def _editor(
         self,
         name: str,
-        values: dict[str, str],
+        form: Typed,
         *,
-        enabled: bool,
-        version: int,
-        sentence: str = "",
-        problems: Any = (),
-        simulated: Any = None,
         target: str = "",
+        before: Policy | None = None,
+        error: GatewayError | None = None,
+        preview: Preview | None = None,
     ) -> None:
+        where, sentence = ("", "") if error is None else field_of(error.message)
         self.page(
             "admin_policy.html",
             "New policy" if name == NEW else f"Policy {name}",
             "admin/policies",
             name=name,
             target=target,
-            values=values,
-            enabled=enabled,
-            version=version,
+            form=form,
+            weeks=form.weeks if form.weeks and not form.weeks[-1] else (*form.weeks, Week()),
+            before=before,
+            where=where,
             sentence=sentence,
-            problems=problems,
-            simulated=simulated,
+            preview=preview,
             choices=CHOICES,
+            labels=LABELS,
+            days=DAYS,
+            asked={"days": self.field("days") or str(SIMULATED_DAYS), "explain": self.field("explain")},
             new=name == NEW,
             writes=bool(powers(self.caller, QUOTAS_WRITE)),
         )
 
 
-def _written(value: Any) -> str:
-    """A value of a policy as its field shows it."""
-    if value is None:
-        return ""
-    # Whole numbers of any size without an exponent: they are read again.
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def no_policy(name: str) -> NotFound:
+    """The answer for a policy that does not exist, or that the visitor may not see."""
+    return NotFound(f"There is no policy {name[:100]!r} that you may see.")
 
 
-def _document(values: dict[str, str], enabled: bool) -> dict[str, Any]:
-    """The fields of a form as a policy's document. Raises `BadRequest`."""
-    found: dict[str, Any] = {name: value for name, value in values.items() if value}
-    for name in NUMBERS:
-        if name in found:
-            try:
-                found[name] = int(found[name])
-            except ValueError as error:
-                raise BadRequest(f"{name} must be a whole number.") from error
-    return {**found, "enabled": enabled}
+def beside(
+    policy: Policy, others: list[Policy], user: str, groups: frozenset[str]
+) -> list[tuple[Policy, bool, str]] | None:
+    """Which policies would count for a user's launch that the policy is about, and why not the others.
+
+    None where the policy is not about that user.
+    """
+    kind, now = policy.object_kind, utcnow()
+    objects = {one: policy.object if one is kind else "" for one in ObjectKind}
+    demand = Demand(
+        user,
+        kind_of(user),
+        groups,
+        objects[ObjectKind.KERNELSPEC],
+        objects[ObjectKind.PROXY],
+        objects[ObjectKind.QUEUE],
+    )
+    if not concerns(policy, demand):
+        return None
+    about = [one for one in (policy, *others) if concerns(one, demand) and one.resource is policy.resource]
+    why_not = losers(about, demand, now)
+    counting = {one.name for one in applicable(about, demand, now)}
+    return [
+        (one, one.name in counting, "" if one.name in counting else why_not.get(one.name, ""))
+        for one in sorted(about, key=lambda one: (one.name not in counting, name_of(one.name)))
+    ]

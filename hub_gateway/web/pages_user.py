@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING
 
 from tornado.web import authenticated
 
 from hub_gateway.db.models import utcnow
 from hub_gateway.errors import BadRequest, NotFound
+from hub_gateway.kernels.types import KernelStatus
 from hub_gateway.quotas.amounts import amount
 from hub_gateway.web.authority import kind_of
 from hub_gateway.web.console import ConsoleHandler
+from hub_gateway.web.held import Held, held_by_day
+
+if TYPE_CHECKING:
+    from hub_gateway.quotas.explain import LimitView
+    from hub_gateway.quotas.reports import Report
 
 __all__ = ["HistoryHandler", "HomeHandler", "LimitsHandler", "StopHandler", "WithdrawHandler"]
 
@@ -24,9 +32,9 @@ class HomeHandler(ConsoleHandler):
     async def get(self) -> None:
         kernels = await self.services.kernels.list(self.caller)
         waiting = {}
-        if self.services.quotas is not None:
+        if any(kernel.status is KernelStatus.QUEUED for kernel in kernels):
             waiting = {entry.kernel_id: entry for entry in await self.quotas.queue() if entry.owner == self.owner}
-        self.page("home.html", "My kernels", "home", kernels=kernels, waiting=waiting, now=utcnow())
+        self.page("home.html", "My kernels", "home", live="live_home.html", kernels=kernels, waiting=waiting)
 
 
 class StopHandler(ConsoleHandler):
@@ -46,17 +54,26 @@ class LimitsHandler(ConsoleHandler):
         caller = self.caller
         limits = await self.quotas.limits(self.owner, kind_of(self.owner), caller.groups)
         requests = await self.quotas.requests(owner=self.owner)
-        tomorrow = (utcnow() + timedelta(days=7)).strftime("%Y-%m-%d")
+        soon = (utcnow() + timedelta(days=7)).strftime("%Y-%m-%d")
         maintenance = await self.quotas.maintenance()
+        held = None if self.refreshes else await self._held(limits)
         self.page(
             "limits.html",
             "My limits",
             "limits",
+            live="live_limits.html",
             limits=limits,
             requests=requests,
-            until=tomorrow,
+            until=soon,
             maintenance=maintenance,
+            held=held,
+            asked=await self.asked(requests),
         )
+
+    async def _held(self, limits: Sequence[LimitView]) -> Held:
+        """What I held in the last days, of that which is limited."""
+        (by_day,) = await own_reports(self, "day")
+        return held_by_day(by_day, limits, utcnow())
 
     async def post(self) -> None:
         self.check_form()
@@ -98,11 +115,20 @@ class HistoryHandler(ConsoleHandler):
 
     @authenticated
     async def get(self) -> None:
-        end = utcnow()
-        start = (end - timedelta(days=DAYS)).replace(hour=0, minute=0, second=0, microsecond=0)
-        owner, reports = self.owner, self.reports
-        by_day, by_spec = await self.services.db.read(
-            lambda tx: [reports.report(tx, by, start, end, owner=owner) for by in ("day", "kernelspec")]
-        )
-        most = max((row.kernel_hours for row in by_day.rows), default=0.0)
-        self.page("history.html", "My usage", "history", by_day=by_day, by_spec=by_spec, most=most, days=DAYS)
+        if self.get_query_argument("format", "") == "csv":
+            by = self.get_query_argument("by", "day")
+            if by not in ("day", "kernelspec"):
+                raise BadRequest("Your usage is by `day` or by `kernelspec`; choose one of them with `by`.")
+            (report,) = await own_reports(self, by)
+            self.csv(report, f"my-usage-by-{by}")
+            return
+        by_day, by_spec = await own_reports(self, "day", "kernelspec")
+        self.page("history.html", "My usage", "history", by_day=by_day, by_spec=by_spec, days=DAYS)
+
+
+async def own_reports(page: ConsoleHandler, *kinds: str) -> list[Report]:
+    """What who looks used in the last days, by each of `kinds`."""
+    end = utcnow()
+    start = (end - timedelta(days=DAYS)).replace(hour=0, minute=0, second=0, microsecond=0)
+    owner, reports = page.owner, page.reports
+    return await page.services.db.read(lambda tx: [reports.report(tx, by, start, end, owner=owner) for by in kinds])

@@ -187,13 +187,13 @@ class PreviewHandler(_PolicyHandler):
         others = [policy for policy in await self.quotas.policies() if policy.name != name]
         simulation = plain(await self.quotas.simulate([*others, wanted], days))
         if not authority.unlimited(QUOTAS_WRITE) and isinstance(simulation, dict):
-            simulation = await _within(authority, simulation)
+            simulation = await within_reach(authority, simulation)
         self.write_json(
             {"policy": policy_json(result.policy), "problems": plain(result.problems), "simulation": simulation}
         )
 
 
-async def _within(authority: Authority, simulation: dict[str, Any]) -> dict[str, Any]:
+async def within_reach(authority: Authority, simulation: dict[str, Any]) -> dict[str, Any]:
     """As much of a simulation as a lead may see: their own people, and no sums over others."""
     reach = await authority.reach(QUOTAS_READ)
     mine = [one for one in simulation.get("by_user") or [] if reach.over(str(one.get("owner") or one.get("user")))]

@@ -17,8 +17,19 @@ from hub_gateway.web.tenancy import TenancyHandler
 
 if TYPE_CHECKING:
     from hub_gateway.auth.base import Caller
+    from hub_gateway.quotas.reports import Report
 
-__all__ = ["BY", "CloseHandler", "CorrectionsHandler", "PricesHandler", "Scoped", "UsageHandler", "usage_of"]
+__all__ = [
+    "BY",
+    "CloseHandler",
+    "CorrectionsHandler",
+    "PricesHandler",
+    "Scoped",
+    "UsageHandler",
+    "span",
+    "usage_of",
+    "within",
+]
 
 BY = ("user", "group", "cost_center", "kernelspec", "proxy", "day")
 FORMATS = ("json", "csv", "table")
@@ -62,6 +73,13 @@ def usage_of(caller: Caller, *, user: str | None, group: str | None) -> Scoped:
     raise BadRequest("Your permission is for some users; say which with `?user=`.")
 
 
+def within(report: Report, scoped: Scoped) -> Report:
+    """A report without the other groups of a group's members, whose names are not its lead's business."""
+    if report.by != "group" or scoped.groups is None:
+        return report
+    return replace(report, rows=tuple(row for row in report.rows if row.key in scoped.groups))
+
+
 class UsageHandler(TenancyHandler):
     """Usage in a time, added up by user, group, ..."""
 
@@ -74,9 +92,7 @@ class UsageHandler(TenancyHandler):
         report = await self.services.db.read(
             lambda tx: reports.report(tx, by, start, end, owner=scoped.owner, groups=scoped.groups)
         )
-        if by == "group" and scoped.groups is not None:
-            # Members may be in other groups, too, whose names are not the lead's business.
-            report = replace(report, rows=tuple(row for row in report.rows if row.key in scoped.groups))
+        report = within(report, scoped)
         if form == "csv":
             self.set_header("Content-Type", "text/csv; charset=UTF-8")
             self.set_header("Content-Disposition", f'attachment; filename="usage-{start:%Y-%m-%d}-{end:%Y-%m-%d}.csv"')

@@ -179,6 +179,13 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("policy_id", "subject", "state", name="pk_policy_states"),
     )
+    op.create_table(
+        "sent_forms",
+        sa.Column("number", sa.String(length=64), nullable=False),
+        sa.Column("until", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("number", name="pk_sent_forms"),
+    )
+    op.create_index("ix_sent_forms_until", "sent_forms", ["until"])
     op.add_column("kernels", sa.Column("gpu_model", sa.String(length=64), server_default="", nullable=False))
     op.add_column("kernels", sa.Column("queue", sa.String(length=255), server_default="", nullable=False))
     op.add_column("kernels", sa.Column("principal", sa.String(length=255), nullable=True))

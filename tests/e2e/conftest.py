@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from hub_gateway._paths import jupyterhub_config_dir
 from tests import engines
 from tests.conftest import KERNELSPECS
 from tests.harness.gateway import ROOT
@@ -14,6 +15,23 @@ from tests.harness.hub import RealHub
 ARTEFACTS = ROOT / ".artefacts"
 """Where screenshots are kept."""
 COMPANION = "--ServerApp.kernel_websocket_connection_class=hub_gateway.companion.NumberedGatewayConnection"
+
+TENANCY = """
+from hub_gateway.auth.scopes import client_scopes, custom_scopes
+c.JupyterHub.load_groups = {
+    "gateway-admins": {"users": ["admin"]},
+    "analysts": {"users": ["alice", "bob"]},
+    "leads": {"users": ["lea"]},
+}
+c.JupyterHub.custom_scopes = custom_scopes()
+c.JupyterHub.load_roles += [
+    {"name": "admins", "groups": ["gateway-admins"], "scopes": ["custom:hub-gateway:admin"]},
+    {"name": "leads", "groups": ["leads"], "scopes": [
+        "custom:hub-gateway:quotas:write!group=analysts", "custom:hub-gateway:kernels:stop!group=analysts"]},
+]
+c.JupyterHub.services[0]["oauth_client_allowed_scopes"] = client_scopes()
+"""
+POLICIES = f"c.QuotaService.initial_policies = {str(jupyterhub_config_dir() / 'demo_policies.yaml')!r}\n"
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +46,14 @@ def hub(new_database: Callable[[], str | None]) -> Iterator[RealHub]:
 def lab_hub(new_database: Callable[[], str | None]) -> Iterator[RealHub]:
     """A Hub whose single-user servers have our connection class, as the shipped configuration says."""
     made = RealHub(kernelspecs=KERNELSPECS, spawner_args=(COMPANION,), db_url=new_database())
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def console_hub(new_database: Callable[[], str | None]) -> Iterator[RealHub]:
+    """A Hub with administrators, leads and limits. Tests keep to users of their own, or leave things as they were."""
+    made = RealHub(kernelspecs=KERNELSPECS, extra=TENANCY, gateway_config=POLICIES, db_url=new_database())
     yield made
     made.close()
 

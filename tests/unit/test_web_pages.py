@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator
 from datetime import datetime, timezone
 from typing import Any
@@ -119,6 +120,70 @@ async def test_a_login(hub: FakeHub, server: WebServer, browser: httpx.AsyncClie
     assert style.status_code == 200 and style.headers["Content-Type"].startswith("text/css")
     assert f"{BASE_URL}static/gateway.css" in page.text
     assert (await browser.get("static/openapi.yaml")).status_code == 404
+
+
+async def test_static_files_last_as_long_as_their_address_names_their_content(
+    hub: FakeHub, server: WebServer, browser: httpx.AsyncClient
+) -> None:
+    page = await log_in(hub, server, browser)
+    for address in re.findall(r'(?:src|href)="([^"]+/static/[^"]+)"', page.text):
+        found = await browser.get(f"http://127.0.0.1:{server.port}{address}")
+        assert found.status_code == 200 and "immutable" in found.headers["Cache-Control"], address
+        kind = "javascript" if ".js?" in address else "text/css"
+        assert kind in found.headers["Content-Type"], address
+        other = await browser.get(found.request.url.copy_with(query=b"v=of+another+version"))
+        assert "immutable" not in other.headers["Cache-Control"], address
+    for name in ("vendor", "vendor/../../console.py", "vendor/%2e%2e/%2e%2e/console.py", "%2fetc%2fpasswd"):
+        assert (await browser.get(f"static/{name}")).status_code == 404, name
+
+
+async def refresh(browser: httpx.AsyncClient, xsrf: str | None) -> httpx.Response:
+    """What htmx asks for, every few seconds."""
+    found = {**FETCH, "HX-Request": "true", "Accept": "text/html"}
+    return await browser.get("home", headers={**found, **({"X-XSRFToken": xsrf} if xsrf else {})})
+
+
+async def test_a_page_is_refreshed_in_part(hub: FakeHub, server: WebServer, browser: httpx.AsyncClient) -> None:
+    page = await log_in(hub, server, browser)
+    token = re.search(r"\"X-XSRFToken\": \"([^\"]+)\"", page.text)
+    assert token is not None
+    part = await refresh(browser, token[1])
+    assert part.status_code == 200 and "kernel-of-alice" in part.text
+    assert "<html" not in part.text and "<nav" not in part.text
+    assert part.headers["Vary"] == "HX-Request"
+
+
+async def test_a_login_that_ends_puts_no_login_page_into_a_page(
+    hub: FakeHub, server: WebServer, browser: httpx.AsyncClient
+) -> None:
+    await log_in(hub, server, browser)
+    xsrf = next(c.value for c in browser.cookies.jar if c.name == "_xsrf")
+    without = await refresh(browser, None)
+    assert without.status_code == 401 and "alice" not in without.text
+    hub.tokens.clear()
+
+    async def told() -> bool:
+        answer = await refresh(browser, xsrf)
+        return answer.status_code == 401 and answer.text.startswith("Your login has ended")
+
+    await eventually(told, "the poll to be told", timeout=5)
+    assert "<" not in (await refresh(browser, xsrf)).text
+
+
+async def test_browsers_find_the_pages_and_programs_find_json(hub: FakeHub, browser: httpx.AsyncClient) -> None:
+    person = {**NAVIGATE, "Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    root = await browser.get("", headers=person)
+    assert root.status_code == 302 and root.headers["Location"] == f"{BASE_URL}home"
+    assert (await browser.get("")).json()["service"] == "hub-gateway"
+    for path in ("nothing", "admin/nothing", "api/nothing"):
+        page = await browser.get(path, headers=person)
+        assert page.status_code == 404, "nobody has to log in to read that there is nothing"
+        assert "There is nothing at this address" in page.text and f"{BASE_URL}home" in page.text
+        assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+        answer = await browser.get(path)
+        assert answer.status_code == 404 and answer.json()["message"].startswith("There is nothing at this address")
+    refused = await browser.post("nothing", headers=person)
+    assert refused.json()["code"] == "not_found"
 
 
 async def test_a_login_begun_at_one_replica_ends_at_another(hub: FakeHub, browser: httpx.AsyncClient) -> None:
