@@ -45,7 +45,11 @@ class AuditVerify(Client):
     def run(self) -> int:
         """The gateway's sentence."""
         found = self.ask("api/audit/verify")
-        print(json.dumps(found, indent=2) if self.as_json else found["sentence"])
+        if self.as_json:
+            print(json.dumps(found, indent=2))
+        else:
+            print(found["sentence"])
+            print(f"Hash of the last line: {found['head'] or '-'}")
         return 0 if found["ok"] else 1
 
 

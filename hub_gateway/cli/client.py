@@ -85,6 +85,7 @@ class Client(Command):
             headers={"Authorization": f"token {self.token()}", "Content-Type": "application/json"},
             body=None if body is None else json.dumps(body),
             request_timeout=60,
+            user_agent="jupyter-hubgateway",
         )
 
         async def ask() -> bytes:

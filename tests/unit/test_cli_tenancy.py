@@ -180,10 +180,10 @@ async def test_audit_identity_and_maintenance(run: Run, server: WebServer, monke
     audit.append(None, actor="\x1b[31mbob", action="login", subject="bob", outcome="ok", detail={"a": 1})
     code, out, _ = await run("audit", "list", "--limit=5")
     assert code == 0 and "login" in out and "\x1b" not in out, "names cannot steer a terminal"
-    assert (await run("audit", "verify"))[:2] == (0, "The audit trail is whole.\n")
-    broken = {"ok": False, "entries": 1, "first_bad": 1, "sentence": "Line 1 was changed."}
+    assert (await run("audit", "verify"))[:2] == (0, f"The audit trail is whole.\nHash of the last line: {'0' * 64}\n")
+    broken = {"ok": False, "entries": 1, "first_bad": 1, "sentence": "Line 1 was changed.", "head": "0" * 64}
     monkeypatch.setattr(audit, "verify", lambda tx: broken)
-    assert (await run("audit", "verify"))[:2] == (1, "Line 1 was changed.\n")
+    assert (await run("audit", "verify"))[:2] == (1, f"Line 1 was changed.\nHash of the last line: {'0' * 64}\n")
     assert "runs as bob" in (await run("identity", "explain", "bob"))[1]
     assert (await run("identity", "release", "bob"))[:2] == (0, "bob: released\n")
     assert (await run("identity", "release", "zoe"))[0] == 1
