@@ -70,14 +70,14 @@ class Metrics:
         self.swallowed = counter("errors_swallowed", "Errors that a background loop survived.", "where")
         self.launch_seconds = histogram(
             "kernel_launch_duration_seconds",
-            "From admission until a kernel answers, or has failed.",
+            "From the begin of a launch until the kernel answers, or has failed, in this process.",
             LAUNCH_BUCKETS,
             "proxy",
             "status",
         )
         self.admission_seconds = histogram(
             "admission_duration_seconds",
-            "Duration of the transaction that admits, queues or refuses a launch.",
+            "How long a launch takes to be admitted, queued or refused, with its turn at the database.",
             ADMISSION_BUCKETS,
         )
         self.queue_wait_seconds = histogram(

@@ -27,6 +27,7 @@ from hub_gateway.kernels.types import (
     LaunchPlan,
     NewKernel,
 )
+from hub_gateway.metrics import METRICS
 from hub_gateway.quotas.admission import Admission
 from hub_gateway.quotas.types import Demand, SubjectKind, Verdict
 from hub_gateway.quotas.use import lock
@@ -262,8 +263,7 @@ class Admitter:
             "agent_pid": None,
         }
 
-    @staticmethod
-    def _refused(tx: Transaction, demand: Demand, error: LaunchRefused, policy: str) -> LaunchRefused:
+    def _refused(self, tx: Transaction, demand: Demand, error: LaunchRefused, policy: str) -> LaunchRefused:
         detail = {
             "kernelspec": demand.kernelspec,
             "proxy": demand.proxy,
@@ -276,4 +276,7 @@ class Admitter:
             tx, actor=demand.owner, action="kernel.refused", subject=demand.owner, outcome="refused", detail=detail
         )
         error.policy = policy
+        broken = self.admission.policies.index(tx).by_name.get(policy)
+        if broken is not None:
+            METRICS.refusals.labels(broken.resource.value).inc()
         return error

@@ -29,6 +29,7 @@ from hub_gateway.kernels.leases import Lease, LeaseLost, Leases
 from hub_gateway.kernels.links import Links
 from hub_gateway.kernels.store import KernelStore, addressable, number, storable
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, KernelTarget
+from hub_gateway.metrics import METRICS
 from hub_gateway.proxies.base import AgentSettings, LaunchRequest, Phase, PhaseReport, ProcessProxy, State
 from hub_gateway.proxies.registry import Proxies
 
@@ -63,6 +64,7 @@ class _Memory:
     """What this process knows of a kernel that it is starting; worth nothing after a crash."""
 
     epoch: int
+    began: float
     deadline: float
     launched: bool = False
     launching: asyncio.Task[None] | None = None
@@ -101,14 +103,14 @@ class Reconciler:
         """The agent says that the kernel has ended for good."""
         memory = self._memory.get(kernel_id)
         if memory is None:
-            memory = self._memory[kernel_id] = _Memory(0, 0.0)
+            memory = self._memory[kernel_id] = _Memory(0, asyncio.get_running_loop().time(), 0.0)
         memory.exit = how
 
     def reported(self, kernel_id: str, report: PhaseReport) -> None:
         """The resource manager said something about the kernel."""
         memory = self._memory.get(kernel_id)
         if memory is None:
-            memory = self._memory[kernel_id] = _Memory(0, 0.0)
+            memory = self._memory[kernel_id] = _Memory(0, asyncio.get_running_loop().time(), 0.0)
         memory.report = report
 
     def waiting(self, kernel_id: str) -> bool:
@@ -177,7 +179,7 @@ class Reconciler:
         now = asyncio.get_running_loop().time()
         memory = self._memory.get(record.id)
         if memory is None or memory.epoch != lease.epoch:
-            memory = self._memory[record.id] = _Memory(lease.epoch, now + self.timing.start)
+            memory = self._memory[record.id] = _Memory(lease.epoch, now, now + self.timing.start)
         left = memory.deadline - now
         if record.registration is None and not memory.launched and left > 0:
             return await self._launch(record, lease, memory)
@@ -216,6 +218,7 @@ class Reconciler:
             message="",
         )
         failpoints.hit("ready.after")
+        self._count_launch(record, "success")
         self.forget(record.id)
         return None
 
@@ -319,6 +322,8 @@ class Reconciler:
             stderr_tail=how.stderr_tail,
         )
         failpoints.hit("fail.recorded")
+        if record.status is KernelStatus.STARTING:
+            self._count_launch(record, "failure")
         relay = self.links.relay(record.id)
         if relay.linked:
             await _answers(relay)  # what the agent sent before has arrived when its answer has
@@ -354,6 +359,12 @@ class Reconciler:
         failpoints.hit("stop.released")
         self.settle(record.id, await self.store.get(record.id))
         return None
+
+    def _count_launch(self, record: KernelRecord, status: str) -> None:
+        memory = self._memory.get(record.id)
+        if memory is not None:
+            took = asyncio.get_running_loop().time() - memory.began
+            METRICS.launch_seconds.labels(record.proxy, status).observe(took)
 
     async def _ask(self, record: KernelRecord) -> PhaseReport:
         asked = self.proxies.get(record.proxy).poll({record.id: state_of(record, self.gateway_id)})

@@ -14,7 +14,16 @@ from traitlets import Float, List, Unicode
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway.auth.base import Caller
-from hub_gateway.errors import BadRequest, Conflict, Forbidden, LaunchFailed, LaunchRefused, NotFound, Unavailable
+from hub_gateway.errors import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    GatewayError,
+    LaunchFailed,
+    LaunchRefused,
+    NotFound,
+    Unavailable,
+)
 from hub_gateway.identity.mapper import Identity, IdentityMapper
 from hub_gateway.kernels.admissions import Admitted
 from hub_gateway.kernels.controller import SAME_MOMENT, Controller
@@ -34,6 +43,7 @@ from hub_gateway.kernels.types import (
     NewKernel,
     isoformat,
 )
+from hub_gateway.metrics import METRICS
 
 if TYPE_CHECKING:
     from hub_gateway.link.relay import KernelRelay
@@ -91,6 +101,15 @@ class KernelService(LoggingConfigurable):
 
         Raises `BadRequest`, `PayloadTooLarge`, `NotFound` (kernelspec), `Forbidden`, `Conflict` (id taken).
         """
+        try:
+            admitted = await self._admit(caller, wanted, kernel_id)
+        except GatewayError as error:
+            METRICS.launches.labels("refused" if isinstance(error, LaunchRefused) else "failed").inc()
+            raise
+        METRICS.launches.labels(admitted.verdict.outcome).inc()
+        return self._begun(admitted)
+
+    async def _admit(self, caller: Caller, wanted: CreateKernel, kernel_id: str | None) -> Admitted:
         username = caller.name
         client = client_environment(wanted.env, allowed=self.client_envs, username=username)
         key = _kernel_id(kernel_id or client.pop("KERNEL_ID", None))
@@ -119,7 +138,7 @@ class KernelService(LoggingConfigurable):
         )
         admitted = await self.store.admit(new, lambda tx: self.identity.claim(tx, identity))
         self.log.info("Kernel %s (%s) %s for %s", key, spec.name, admitted.verdict.outcome, new.owner)
-        return self._begun(admitted)
+        return admitted
 
     def _begun(self, admitted: Admitted) -> KernelRecord:
         """Have an admitted kernel started, and tell its user what there is to tell."""

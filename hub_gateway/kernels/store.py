@@ -38,6 +38,7 @@ from hub_gateway.kernels.types import (
     NewKernel,
     Registration,
 )
+from hub_gateway.metrics import METRICS
 from hub_gateway.quotas.admission import Admission
 from hub_gateway.quotas.use import lock
 
@@ -237,7 +238,8 @@ class KernelStore:
         """
         launch = await asyncio.to_thread(self.admitter.secrets, new.plan)
         try:
-            found = await self.write(lambda tx: self.admitter.admit(tx, new, launch, claim))
+            with METRICS.admission_seconds.time():
+                found = await self.write(lambda tx: self.admitter.admit(tx, new, launch, claim))
         except IntegrityError as error:
             raise Conflict(
                 f"There is, or was, a kernel with the id {new.id}; leave the id out to get a new one."

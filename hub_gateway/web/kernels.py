@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hub_gateway.errors import BadRequest, GatewayError, LaunchRefused
+from hub_gateway.errors import BadRequest
 from hub_gateway.kernels.types import CreateKernel
-from hub_gateway.metrics import METRICS
 from hub_gateway.web.base import APIHandler, BaseHandler, json_body, string_field
 
 __all__ = ["InterruptHandler", "KernelHandler", "KernelsHandler", "LaunchHandler", "RestartHandler", "kernel_request"]
@@ -29,14 +28,9 @@ class KernelsHandler(APIHandler):
 
     async def post(self) -> None:
         body = json_body(self)
-        try:
-            record = await self.services.kernels.create(
-                self.caller, kernel_request(body), kernel_id=string_field(body, "kernel_id")
-            )
-        except GatewayError as error:
-            METRICS.launches.labels("refused" if isinstance(error, LaunchRefused) else "failed").inc()
-            raise
-        METRICS.launches.labels("admitted").inc()
+        record = await self.services.kernels.create(
+            self.caller, kernel_request(body), kernel_id=string_field(body, "kernel_id")
+        )
         self.set_header("Location", f"{self.request.path.rstrip('/')}/{record.id}")
         self.write_json(self.services.kernels.kernel_model(record), 201)
 

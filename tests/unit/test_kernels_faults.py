@@ -19,16 +19,19 @@ from traitlets import Int, Unicode
 
 from hub_gateway.auth.base import Caller
 from hub_gateway.db.models import Reservation
-from hub_gateway.errors import Conflict, LaunchFailed, LaunchRefused, Unavailable
+from hub_gateway.errors import Conflict, LaunchFailed, LaunchRefused, NotFound, Unavailable
 from hub_gateway.kernels.service import CreateKernel
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, KernelTarget
+from hub_gateway.metrics import METRICS
 from hub_gateway.proxies.base import ClusterObject, LaunchRequest, PhaseReport, State
 from hub_gateway.proxies.local import LocalProxy
+from hub_gateway.quotas.types import Action, Counts, Policy, SubjectKind
 from tests.contract.conftest import SPECS
 from tests.contract.mini import MiniGateway, Setup
+from tests.harness.quotas import put
 from tests.harness.waiting import eventually
 
-ALICE = Caller("alice")
+ALICE, BOB = Caller("alice"), Caller("bob")
 
 
 class FailingProxy(LocalProxy):
@@ -318,3 +321,31 @@ async def test_progress_is_shown_while_it_starts(make_gateway: Callable[..., Min
         assert "step" in str(shown["content"]["data"])
         await gateway.settled(created.id)
         await gateway.service.shutdown(ALICE, created.id)
+
+
+MOVES: tuple[tuple[str, dict[str, str], int], ...] = (
+    *(("kernel_launches_total", {"outcome": outcome}, 1) for outcome in ("admitted", "refused", "queued", "failed")),
+    ("admission_duration_seconds_count", {}, 3),
+    ("quota_refusals_total", {"resource": "kernels"}, 1),
+    ("kernel_launch_duration_seconds_count", {"proxy": "failing", "status": "success"}, 1),
+)
+
+
+def numbers() -> list[float]:
+    return [METRICS.registry.get_sample_value(f"hubgateway_{name}", labels) or 0.0 for name, labels, _ in MOVES]
+
+
+async def test_what_operators_watch_moves(make_gateway: Callable[..., MiniGateway]) -> None:
+    """Launches by outcome, how long they take, and which limits refuse."""
+    async with make_gateway() as gateway:
+        before = numbers()
+        one = Policy("one", SubjectKind.EVERYONE, counts=Counts.TOGETHER, hard=1, action=Action.QUEUE)
+        for policy in (one, Policy("none", SubjectKind.USER, "carol", hard=0)):
+            await put(gateway.service.store, policy)
+        await gateway.start(ALICE)
+        assert (await gateway.service.create(BOB, CreateKernel(name="python"))).status is KernelStatus.QUEUED
+        with pytest.raises(LaunchRefused):
+            await gateway.service.create(Caller("carol"), CreateKernel(name="python"))
+        with pytest.raises(NotFound):
+            await gateway.service.create(BOB, CreateKernel(name="nothing"))
+        assert [after - was for was, after in zip(before, numbers(), strict=True)] == [move for *_, move in MOVES]
