@@ -115,12 +115,14 @@ class KernelRelay:
         client.notices, self._notices = self._notices, []
         if client.key in self._clients:
             self._count("replaced", 1)
+            self._acknowledge()  # what the one before has is not for this one
         self._clients[client.key] = client
         self.attached_once = True
         sink.on_flushed = lambda seq: self._on_flushed(client, seq)
         if not self.ready:
-            # Not `dead`, see `fail`.
-            state = ExecutionState.STARTING if self._progress.failed else self.execution_state
+            # Not `dead`, see `fail`; and not `restarting`, at which JupyterLab opens its websocket once more.
+            gone = self._progress.failed or self.execution_state is ExecutionState.RESTARTING
+            state = ExecutionState.STARTING if gone else self.execution_state
             self._tell(client, _IOPUB, messages.status(state.value))
         self._attach(client)
 
@@ -345,6 +347,9 @@ class KernelRelay:
                     data = known if known is not None else wire.encode_batch(dialect, batch, mark=self._mark)
                     encoded[dialect] = data
                 self._write(client, data, batch.last)
+                if self.execution_state is ExecutionState.RESTARTING and b'"restarting"' in batch.payload:
+                    # JupyterLab comes back at once, and is not to be told again.
+                    client.sink.confirm()
         finally:
             self._worked_off(batch.to, batch.last, batch.count, len(batch.payload))
 

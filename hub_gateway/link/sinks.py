@@ -42,6 +42,9 @@ class Sink(Protocol):
     def write(self, data: bytes, seq: int | None) -> None:
         """Send complete websocket frames; `seq` is the last number in them, None for our own. Never raises."""
 
+    def confirm(self) -> None:
+        """Find out at once whether the client has what was written, to call `on_flushed`."""
+
     @property
     def backlog(self) -> int:
         """Bytes accepted by `write` that still wait in this process."""

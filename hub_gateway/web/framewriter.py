@@ -83,6 +83,7 @@ class FrameWriter:
         self._patience: asyncio.TimerHandle | None = None
         self._answers = False
         self._silent = False
+        self._confirm = False
 
     def write(self, data: bytes, seq: int | None) -> None:
         """Send complete frames; does nothing on a closed websocket (its `on_close` says so to everybody)."""
@@ -97,6 +98,11 @@ class FrameWriter:
             self._ping()
         else:
             self._send(data, seq, count)
+
+    def confirm(self) -> None:
+        """Ask the client at once whether it has what was written so far, and not only when more is together."""
+        self._confirm = bool(self._queue)
+        self._ping()
 
     def _fits(self, size: int, count: int) -> bool:
         if self._messages == 0:
@@ -167,7 +173,8 @@ class FrameWriter:
             data, queued, count = self._queue.popleft()
             self.backlog -= len(data)
             self._send(data, queued, count)
-        if self._queue:
+        if self._queue or self._confirm:
+            self._confirm = self._confirm and bool(self._queue)
             self._ping()
         if seq is not None and self.on_flushed is not None:
             self.on_flushed(seq)

@@ -73,6 +73,9 @@ class KernelClient:
         if seq is not None and self.on_flushed is not None:
             asyncio.get_running_loop().call_soon(self.on_flushed, seq)
 
+    def confirm(self) -> None:
+        """It is at once."""
+
     def close(self) -> None:
         self.relay.detach(self)
 

@@ -197,8 +197,8 @@ class RealHub:
 
     @property
     def gateway_pid(self) -> int:
-        """The process id of the gateway that holds the state directory."""
-        return int((self.state / "gateway.lock").read_text())
+        """The process id of the gateway that holds the state directory; 0 while it writes that down."""
+        return int((self.state / "gateway.lock").read_text() or 0)
 
     def agents(self) -> list[psutil.Process]:
         """The agents of this gateway's kernels."""

@@ -100,6 +100,7 @@ class Collector:
         self.data: list[bytes] = []
         self.parsed: list[dict[str, Any]] = []
         self.most = 0
+        self.confirms = 0
         self._waiting: list[tuple[int, int]] = []
 
     def write(self, data: bytes, seq: int | None) -> None:
@@ -109,6 +110,9 @@ class Collector:
             self.most = max(self.most, self.backlog)
         elif seq is not None and self.on_flushed is not None:
             self.on_flushed(seq)
+
+    def confirm(self) -> None:
+        self.confirms += 1
 
     @property
     def backlog(self) -> int:

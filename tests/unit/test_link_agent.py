@@ -160,6 +160,23 @@ async def test_a_killed_kernel_says_why_and_comes_back(start: Start, tmp_path: P
     assert sink.text() == "back\n" and "restarting" in sink.states()
 
 
+async def test_a_client_that_comes_while_a_dead_kernel_comes_back_is_not_told_that_it_died(
+    start: Start, tmp_path: Path
+) -> None:
+    """JupyterLab opens its websocket again at each `restarting`, and tells the user each time."""
+    argv = ["/bin/sh", "-c", HANGS_ONCE_TOLD, "{connection_file}"]
+    gateway = await start(argv, cwd=str(tmp_path), start_seconds=1.0, restart_limit=1).connect()
+    sink = gateway.attach(Collector())
+    (tmp_path / "hang").touch()
+    os.kill(gateway.relay.welcome["pid"], signal.SIGKILL)
+    await eventually(lambda: "restarting" in sink.states(), "the kernel to be restarted")
+    assert sink.confirms == 1, "whether it has that is asked at once"
+    again, new = gateway.attach(Collector(sink.session)), gateway.attach(Collector())
+    await eventually(lambda: gateway.relay.linked and "dead" in new.states(), "the restart to be given up")
+    for one in (again, new):
+        assert one.states()[0] == "starting" and "restarting" not in one.states()
+
+
 async def test_a_cell_that_kills_its_kernel_at_once_is_told_why(start: Start) -> None:
     """Also where the kernel is gone before it could say that it is busy."""
     gateway = await start(IPYTHON).connect()
@@ -481,6 +498,7 @@ async def test_nothing_is_lost_when_the_gateway_is_thrown_away(start: Start) -> 
 async def test_a_client_that_names_its_last_number_gets_everything_exactly_once(start: Start) -> None:
     first = await start().connect()
     sink = first.attach(Collector("s", dialect=Dialect.NUMBERED))
+    sink.on_flushed = None  # it names what it has when it comes back, and confirms nothing
     msg_id = first.send(sink, "flood 20000 20")
     await eventually(lambda: len(sink.messages) > 1000, "some output")
     first.throw_away()

@@ -26,6 +26,7 @@ from hub_gateway.link.wire import V1_SUBPROTOCOL, encode
 from hub_gateway.metrics import METRICS
 from hub_gateway.web.channels import NUMBERED_SUBPROTOCOL, ClientSink
 from tests.contract.mini import MiniGateway, Setup
+from tests.harness.link import IPYTHON
 from tests.harness.rawsocket import RawWebSocket
 from tests.harness.waiting import eventually
 from tests.harness.web import WebServer, read_json, settings
@@ -398,4 +399,46 @@ async def test_it_opens_for_a_kernel_that_failed_and_says_why(mini: MiniGateway)
         assert "no libcuda.so" in said and "exit code 3" in said
         model = (await alice.get(f"/api/kernels/{kernel}")).json()
         assert model["execution_state"] == "dead" and "exit code 3" in model["reason"]
+        ws.close()
+
+
+@pytest.mark.parametrize("offered", [None, [NUMBERED_SUBPROTOCOL]], ids=["stock", "companion"])
+async def test_a_kernels_death_is_told_once_to_a_client_that_comes_back_at_once(
+    mini: MiniGateway, state_dir: Path, offered: list[str] | None
+) -> None:
+    """As JupyterLab does at each `restarting`, with the same session; and at each it tells the user so."""
+    (state_dir / "kernels" / "python").mkdir()
+    spec = {"argv": IPYTHON, "display_name": "Python", "language": "python"}
+    (state_dir / "kernels" / "python" / "kernel.json").write_text(json.dumps(spec))
+
+    def cell(msg_id: str, code: str) -> str | bytes:
+        given = message(content={"code": code, "silent": False})
+        given["header"]["msg_id"] = msg_id
+        if not offered:
+            return json.dumps(given)
+        return v1("shell", *(json.dumps(given[n]).encode() for n in ("header", "parent_header", "metadata", "content")))
+
+    async with WebServer(mini.service) as server:
+        path = f"/api/kernels/{(await mini.start(Caller('alice'))).id}/channels?session_id=s1"
+
+        async def opened_again(code: bytes | str) -> WebSocketClientConnection:
+            ws = await server.websocket(path, headers=STOCK, subprotocols=offered)
+            await ws.write_message(code, binary=isinstance(code, bytes))
+            return ws
+
+        ws = await opened_again(cell("m1", "import os; print('last' + ' words', flush=True); os.kill(os.getpid(), 9)"))
+        said: list[bytes] = []
+        told = 0
+        while not (told and b"execute_reply" in said[-1] and b'"m2"' in said[-1]):
+            got = await asyncio.wait_for(ws.read_message(), 60)
+            assert got is not None
+            said.append(got if isinstance(got, bytes) else got.encode())
+            if b'"restarting"' in said[-1]:
+                told += 1
+                ws.close()
+                ws = await opened_again(cell("m2", "pass"))
+        assert told == 1
+        assert sum(b"last words" in one for one in said) == 1
+        errors = [one for one in said if b"execute_reply" not in one and b"exit code 137" in one]
+        assert len(errors) == 1, "the cell says it, once"
         ws.close()

@@ -125,6 +125,24 @@ async def test_messages_arrive_in_order_and_count_when_their_ping_is_answered(co
     await eventually(lambda: pair.flushed == [3], "the pong")
 
 
+async def test_a_client_is_asked_at_once_where_that_is_wanted(
+    connect: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it, not before some messages are together; what waits for the window is asked for when it is sent."""
+    monkeypatch.setattr(framewriter, "PING_SECONDS", 3600.0)
+    pair: Pair = await connect()  # type: ignore[misc]
+    pair.write(1)
+    pair.writer.confirm()
+    assert await pair.answer() == 1
+    await eventually(lambda: pair.flushed == [1], "the pong")
+    pair.writer.confirm()  # nothing to be asked for
+    for seq in range(2, 8):
+        pair.write(seq)
+    pair.writer.confirm()
+    assert await pair.answer() == 4 and await pair.answer() == 2
+    await eventually(lambda: pair.flushed == [1, 5, 7], "the rest")
+
+
 async def test_no_more_than_the_window_is_on_its_way(connect: Callable[..., object]) -> None:
     pair: Pair = await connect()  # type: ignore[misc]
     for seq in range(1, 11):
