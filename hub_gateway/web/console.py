@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +60,8 @@ ADMIN: tuple[tuple[str, str, str], ...] = (
 
 class ConsoleHandler(PageHandler):
     """A page for a person. Whatever it changes it changes by a POST, and answers with a redirect."""
+
+    _held_back: list[Any] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -144,6 +148,27 @@ class ConsoleHandler(PageHandler):
     def address(self, path: str) -> str:
         """The address of a page."""
         return f"{self.hub_auth.base_url}{path}"
+
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """The answer is sent at the end, and not at all where there is an error, which has an answer of its own."""
+        self._held_back = []
+        try:
+            yield
+            answers, self._held_back = self._held_back, None
+        finally:
+            self._held_back = None
+        for chunk in answers:
+            self.finish(chunk)
+
+    def finish(self, chunk: str | bytes | dict[str, Any] | None = None) -> asyncio.Future[None]:
+        """Send the answer, unless it is `held_back`."""
+        if self._held_back is None:
+            return super().finish(chunk)
+        self._held_back.append(chunk)
+        kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        kept.set_result(None)
+        return kept
 
     def require(self, scope: str) -> None:
         """Whether the page is for who looks; to anybody else it does not exist."""

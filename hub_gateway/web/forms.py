@@ -87,22 +87,28 @@ def once(post: Callable[..., Awaitable[None] | None]) -> Callable[..., Awaitable
         db, number = handler.services.db, number_of(handler)
         await take(db, number)
         try:
-            answering = post(handler, *args)
-            if answering is not None:
-                await answering
+            # Who has the answer may send the form again at once.
+            with handler.held_back():
+                answering = post(handler, *args)
+                if answering is not None:
+                    await answering
+                if handler.get_status() != _CARRIED_OUT:
+                    await _let_again(db, number)
         except (GatewayError, HTTPError) as error:
             # Where the gateway itself failed nobody knows what was done.
             if getattr(error, "status", getattr(error, "status_code", 500)) < 500:
                 await give_back(db, number)
             raise
-        if handler.get_status() != _CARRIED_OUT:
-            try:
-                await give_back(db, number)
-            except Unavailable as error:
-                # The page is sent, with a number of its own.
-                LOG.warning("A form cannot be sent again: %s", error.message)
 
     return carried_out
+
+
+async def _let_again(db: Database, number: str) -> None:
+    try:
+        await give_back(db, number)
+    except Unavailable as error:
+        # The page that is sent has a number of its own.
+        LOG.warning("A form cannot be sent again: %s", error.message)
 
 
 def _again() -> Conflict:

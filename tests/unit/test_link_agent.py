@@ -167,6 +167,7 @@ async def test_a_client_that_comes_while_a_dead_kernel_comes_back_is_not_told_th
     argv = ["/bin/sh", "-c", HANGS_ONCE_TOLD, "{connection_file}"]
     gateway = await start(argv, cwd=str(tmp_path), start_seconds=1.0, restart_limit=1).connect()
     sink = gateway.attach(Collector())
+    await gateway.execute(sink, "flood 1 10")  # from here on it gets everything
     (tmp_path / "hang").touch()
     os.kill(gateway.relay.welcome["pid"], signal.SIGKILL)
     await eventually(lambda: "restarting" in sink.states(), "the kernel to be restarted")

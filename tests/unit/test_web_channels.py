@@ -426,13 +426,19 @@ async def test_a_kernels_death_is_told_once_to_a_client_that_comes_back_at_once(
             await ws.write_message(code, binary=isinstance(code, bytes))
             return ws
 
-        ws = await opened_again(cell("m1", "import os; print('last' + ' words', flush=True); os.kill(os.getpid(), 9)"))
+        # What ZeroMQ had not handed to the system yet would die with the kernel.
+        now = state_dir / "now"
+        wait = f"while not os.path.exists({str(now)!r}): pass"
+        code = f"import os; print('last' + ' words')\n{wait}\nos.kill(os.getpid(), 9)"
+        ws = await opened_again(cell("m1", code))
         said: list[bytes] = []
         told = 0
         while not (told and b"execute_reply" in said[-1] and b'"m2"' in said[-1]):
             got = await asyncio.wait_for(ws.read_message(), 60)
             assert got is not None
             said.append(got if isinstance(got, bytes) else got.encode())
+            if b"last words" in said[-1]:
+                now.touch()
             if b'"restarting"' in said[-1]:
                 told += 1
                 ws.close()
