@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import schemathesis
@@ -18,11 +20,28 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from hub_gateway import __version__
+from hub_gateway.audit import AuditLog, Line, Verification
+from hub_gateway.db.models import utcnow
+from hub_gateway.identity.mapper import IdentityMapper
+from hub_gateway.identity.types import Step
+from hub_gateway.proxies.base import Finding
+from hub_gateway.quotas.document import Diff
+from hub_gateway.quotas.explain import LimitView, PolicyView, Refusal
+from hub_gateway.quotas.ledger import Closed
+from hub_gateway.quotas.prices import Prices
+from hub_gateway.quotas.queue import QueueEntry
+from hub_gateway.quotas.reports import Reports, Row
+from hub_gateway.quotas.requests import Request
+from hub_gateway.quotas.sentences import Holding
+from hub_gateway.quotas.service import QuotaService
+from hub_gateway.quotas.simulate import Simulation, UserOutcome
+from hub_gateway.quotas.validate import Problem
 from hub_gateway.web.application import ROUTES, pages
 from hub_gateway.web.console import ConsoleHandler
 from hub_gateway.web.health import load_spec
+from hub_gateway.web.kerneltable import KernelRow
 from tests.contract.mini import MiniGateway, Setup
-from tests.harness.tenancy import Audit, Identity, Quotas, Reports, Tokens
+from tests.harness.tenancy import Tokens
 from tests.harness.web import WebServer
 
 SPEC = load_spec()
@@ -83,6 +102,41 @@ async def test_it_is_served_in_both_forms() -> None:
         assert (await nobody.get("/api/swagger.xml")).status_code == 404
 
 
+SHOWN: dict[str, type] = {
+    "AuditLine": Line,
+    "ClosedMonth": Closed,
+    "Difference": Diff,
+    "ExplainedPolicy": PolicyView,
+    "Finding": Finding,
+    "Holding": Holding,
+    "IdentityStep": Step,
+    "KernelRow": KernelRow,
+    "Limit": LimitView,
+    "Prices": Prices,
+    "Problem": Problem,
+    "QueueEntry": QueueEntry,
+    "Refusal": Refusal,
+    "ReportRow": Row,
+    "Request": Request,
+    "Simulation": Simulation,
+    "UserOutcome": UserOutcome,
+    "Verification": Verification,
+}
+"""What is shown field by field, as the gateway has it."""
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_an_answer_is_described_as_the_type_that_it_shows(name: str) -> None:
+    schema = SPEC["components"]["schemas"][name]
+    hints = get_type_hints(SHOWN[name])
+    names = [field.name for field in dataclasses.fields(SHOWN[name])]
+    assert list(schema["properties"]) == names == schema["required"]
+    wrong = {
+        one for one in names if (type(None) in get_args(hints[one])) != schema["properties"][one].get("nullable", False)
+    }
+    assert not wrong, "what may be null"
+
+
 # -- fuzzing
 
 
@@ -101,17 +155,49 @@ async def server(state_dir: Path, db_url: Callable[[], str | None]) -> AsyncIter
     config = {"LocalProxy": {"shutdown_seconds": 1.0}, "Controller": {"shutdown_seconds": 0.5}}
     url = db_url() or f"sqlite:///{state_dir}/g.sqlite"
     setup = Setup(str(state_dir), url, (str(state_dir / "kernels"),), config)
-    parts: dict[str, Any] = {
-        "authenticator": Tokens(),
-        "quotas": Quotas(),
-        "identity": Identity(),
-        "audit": Audit(),
-        "reports": Reports(),
-    }
-    async with MiniGateway(setup) as mini, WebServer(mini.service, **parts, db=mini.db) as made:
-        yield made
+    async with MiniGateway(setup) as mini:
+        authenticator, store = Tokens(), mini.service.store
+        people = authenticator.people
+        quotas = QuotaService(
+            db=mini.db,
+            admitter=store.admitter,
+            specs=mini.service.specs,
+            proxies=mini.proxies,
+            half_life=86400.0,
+            people=people,
+        )
+        identity = IdentityMapper(
+            db=mini.db,
+            people=people,
+            rules=[{"pattern": ".*", "principal": "$0@EXAMPLE.COM"}],
+            default_realm="EXAMPLE.COM",
+        )
+        tenancy: dict[str, Any] = {"quotas": quotas, "identity": identity, "audit": AuditLog(), "reports": Reports()}
+        async with WebServer(mini.service, authenticator=authenticator, db=mini.db, **tenancy) as made:
+            await fill(made)
+            yield made
         local = mini.proxies.get("local")
         await asyncio.gather(*(local.terminate(found.state) for found in await local.owned(mini.gateway_id)))
+
+
+async def fill(server: WebServer) -> None:
+    """Something of everything, so that answers are not empty."""
+    limit = {"subject": "user:admin", "resource": "memory", "hard": "2G", "soft": "1G", "timezone": "Europe/Berlin"}
+    weekly = [{"days": [0, 6], "begin": "22:00", "end": "24:00"}]
+    hours = {"subject": "everyone", "resource": "kernel_hours", "window": "calendar", "period": "week", "hard": 0}
+    queue = {"subject": "group:analysts", "counts": "together", "action": "queue", "hard": 1, "weekly": weekly}
+    more = {"policy": "limit", "amount": "4G", "until": (utcnow() + timedelta(days=2)).isoformat(), "reason": "a model"}
+    async with server.client("admin") as admin, server.client("bob") as bob:
+        sent = [
+            await admin.put("/api/quota/policies/limit", json=limit),
+            await admin.put("/api/quota/policies/hours", json=hours),
+            await admin.put("/api/quota/policies/queue", json=queue),
+            await admin.post("/api/prices", json={"core_hour": 0.5, "gpu_models": {"A100": 2}}),
+            await admin.post("/api/requests", json=more),
+        ]
+        assert [answer.status_code for answer in sent] == [201] * len(sent), [answer.text for answer in sent]
+        refused = await bob.post("/api/kernels", json={"name": "dies"})
+        assert refused.status_code == 403, refused.text
 
 
 OPERATIONS = [
