@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Integer, Table, case, false, func, literal, or_, select
+from sqlalchemy import ColumnElement, Integer, Table, and_, case, false, func, or_, select
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.orm import Session as Transaction
 from traitlets import Unicode
@@ -116,6 +116,15 @@ class _Used:
     memory: float
     gpus: float
 
+    @property
+    def amounts(self) -> tuple[float, float, float, float]:
+        """What cost depends on."""
+        return self.seconds, self.cores, self.memory, self.gpus
+
+    def having(self, amounts: Iterable[float], kernels: int = 0) -> _Used:
+        """Other amounts at the same price."""
+        return _Used(self.gpu_model, self.price_version, kernels, *amounts)
+
 
 class _Sums:
     """Sums by key."""
@@ -216,18 +225,24 @@ def _of_one(row: Any, kernels: int, seconds: float) -> _Used:
     )
 
 
-def _where(tx: Transaction, asked: _Question) -> list[ColumnElement[bool]]:
-    stopped, started = _LEDGER.c.stopped, _LEDGER.c.started
-    within: list[ColumnElement[bool]] = [started < asked.last]
-    if asked.owner is None and _much(tx, asked):
-        within = [stopped + 0.0 >= asked.first, started + 0.0 < asked.last]
-    else:
-        within.append(stopped >= asked.first)
+def _of_them(asked: _Question) -> list[ColumnElement[bool]]:
+    """Whose entries a report is about."""
+    found: list[ColumnElement[bool]] = []
     if asked.owner is not None:
-        within.append(_LEDGER.c.owner == asked.owner)
+        found.append(_LEDGER.c.owner == asked.owner)
     if asked.groups is not None:
-        within.append(or_(false(), *(ledger.in_group(group) for group in asked.groups)))
-    return within
+        found.append(or_(false(), *(ledger.in_group(group) for group in asked.groups)))
+    return found
+
+
+def _inside(tx: Transaction, asked: _Question) -> list[ColumnElement[bool]]:
+    """Entries that need no clipping: nearly all, and summed up by the database."""
+    stopped: ColumnElement[float] = _LEDGER.c.stopped
+    started: ColumnElement[float] = _LEDGER.c.started
+    if asked.owner is None and _much(tx, asked):
+        # Not the bare columns: through an index, each entry would be a jump.
+        stopped, started = stopped + 0.0, started + 0.0
+    return [stopped >= asked.first, stopped <= asked.last, started >= asked.first, started < asked.last]
 
 
 def _much(tx: Transaction, asked: _Question) -> bool:
@@ -237,43 +252,45 @@ def _much(tx: Transaction, asked: _Question) -> bool:
     return low is None or (min(high, asked.last) - max(low, asked.first)) * 4 > high - low
 
 
-def _summed(
-    tx: Transaction, key: ColumnElement[Any], where: list[ColumnElement[bool]], seconds: ColumnElement[Any], count: Any
-) -> Iterator[tuple[Any, _Used]]:
-    """Sums by key, price and GPU model."""
-    names = ("gpu_model", "price_version", "cpu", "memory", "gpu")
-    inner = (
-        select(key.label("key"), *(_LEDGER.c[name] for name in names), seconds.label("x"), count.label("kernels"))
-        .where(*where)
-        .subquery()
+def _crossing(tx: Transaction, asked: _Question) -> Iterator[tuple[Any, float, float]]:
+    """Entries that go over an end of the time, clipped: what ran at those two moments. No correction is among them."""
+    stopped, started = _LEDGER.c.stopped, _LEDGER.c.started
+    crosses = (
+        and_(stopped > asked.first, started < asked.first),
+        and_(stopped > asked.last, started >= asked.first, started < asked.last),
     )
-    of = inner.c
-    grouped = (of.key, of.gpu_model, of.price_version)
-    sums = (func.sum(value) for value in (of.kernels, of.x, of.x * of.cpu, of.x * of.memory, of.x * of.gpu))
-    for value, *rest in tx.connection().execute(select(*grouped, *sums).group_by(*grouped)):
-        yield value, _Used(rest[0], rest[1], int(rest[2]), *(float(amount) for amount in rest[3:]))
+    for cross in crosses:
+        for row in tx.connection().execute(select(_LEDGER).where(cross, *_of_them(asked))):
+            yield row, max(row.started, asked.first), min(row.stopped, asked.last)
+
+
+def _summed(
+    tx: Transaction, keys: Sequence[ColumnElement[Any]], where: Sequence[ColumnElement[bool]], measures: Sequence[Any]
+) -> Iterator[tuple[tuple[Any, ...], _Used, list[float]]]:
+    """Sums by keys, price and GPU model: what was used in the entries' seconds, and further measures.
+
+    A correction counts for no kernel, and has all of its seconds at one moment.
+    """
+    of = _LEDGER.c
+    grouped = [*keys, of.gpu_model, of.price_version]
+    kernels = func.sum(case((of.corrects.is_(None), 1), else_=0))
+    seconds = (of.seconds, of.seconds * of.cpu, of.seconds * of.memory, of.seconds * of.gpu)
+    sums = (func.sum(value) for value in (*seconds, *measures))
+    statement = select(*grouped, kernels, *sums).where(*where).group_by(*grouped)
+    known = len(keys)
+    for row in tx.connection().execute(statement):
+        amounts = [float(amount) for amount in row[known + 3 :]]
+        used = _Used(row[known], row[known + 1], int(row[known + 2]), *amounts[:4])
+        yield tuple(row[:known]), used, amounts[4:]
 
 
 def _entries(tx: Transaction, asked: _Question) -> Iterator[tuple[list[str], _Used]]:
-    # A correction stands at one moment: between its ends lies nothing, and what is left over is all of its seconds.
-    late, early = _within(tx, asked)
-    inside = late - early + (_LEDGER.c.seconds - (_LEDGER.c.stopped - _LEDGER.c.started))
+    name = _KEYS[asked.by]
     # Not the bare column: SQLite would go through its index, a jump for each entry, for the sake of its order.
-    key = _LEDGER.c[_KEYS[asked.by]] + ""
-    for value, used in _summed(tx, key, _where(tx, asked), inside, _counted()):
+    for (value,), used, _ in _summed(tx, [_LEDGER.c[name] + ""], [*_inside(tx, asked), *_of_them(asked)], ()):
         yield _keys(asked.by, value), used
-
-
-def _counted() -> ColumnElement[int]:
-    """1 for an interval, 0 for a correction."""
-    return case((_LEDGER.c.corrects.is_(None), 1), else_=0)
-
-
-def _within(tx: Transaction, asked: _Question) -> tuple[ColumnElement[float], ColumnElement[float]]:
-    """End and beginning of an entry, clipped."""
-    sqlite = tx.get_bind().dialect.name == "sqlite"
-    lower, upper = (func.min, func.max) if sqlite else (func.least, func.greatest)
-    return lower(_LEDGER.c.stopped, asked.last), upper(_LEDGER.c.started, asked.first)
+    for row, begin, end in _crossing(tx, asked):
+        yield _keys(asked.by, getattr(row, name)), _of_one(row, 1, end - begin)
 
 
 def _keys(by: str, value: str | None) -> list[str]:
@@ -283,30 +300,33 @@ def _keys(by: str, value: str | None) -> list[str]:
 
 
 def _days(tx: Transaction, asked: _Question) -> Iterator[tuple[list[str], _Used]]:
-    """By day (UTC): what an entry has of its first day and of its last is summed up by the database; few have more."""
-    where = _where(tx, asked)
-    late, early = _within(tx, asked)
+    """By day (UTC). An entry of one day is in the sums as it is; one of several is summed up by its first and last."""
+    of = _LEDGER.c
     sqlite = tx.get_bind().dialect.name == "sqlite"
-    lower = func.min if sqlite else func.least
 
     def number(moment: ColumnElement[float]) -> ColumnElement[int]:
         # PostgreSQL rounds where it casts, so it is told not to.
         return sql_cast(moment / DAY if sqlite else func.floor(moment / DAY), Integer)
 
-    first, last = number(early), number(late)
-    left_over = _LEDGER.c.seconds - (_LEDGER.c.stopped - _LEDGER.c.started)
-    begins = lower(late, (first + 1) * DAY) - early + left_over
-    for day, used in _summed(tx, first, where, begins, _counted()):
+    first, last = number(of.started), number(of.stopped)
+    where = [*_inside(tx, asked), *_of_them(asked)]
+    for (day,), used, _ in _summed(tx, [first], [*where, first == last], ()):
         yield [_day(day * DAY)], used
-    nothing = literal(0)
-    for day, used in _summed(tx, last, [*where, last > first, late > last * DAY], late - last * DAY, nothing):
-        yield [_day(day * DAY)], used
-    for row in tx.connection().execute(select(_LEDGER).where(*where, last > first + 1)):
-        end = min(row.stopped, asked.last)
-        parts = list(_split(max(row.started, asked.first), end))
-        # One that ends at midnight has its last day whole.
-        for name, seconds in parts[1:] if end % DAY == 0 else parts[1:-1]:
-            yield [name], _of_one(row, 0, seconds)
+    late = of.stopped - last * DAY
+    measures = (late, late * of.cpu, late * of.memory, late * of.gpu, of.cpu, of.memory, of.gpu)
+    for (one, other), used, amounts in _summed(tx, [first, last], [*where, last > first], measures):
+        all_of_it, ends, each = used.amounts, amounts[:4], (used.kernels, *amounts[4:])
+        between = [DAY * amount for amount in each]
+        days = other - one - 1
+        begins = [amount - end - days * day for amount, end, day in zip(all_of_it, ends, between, strict=True)]
+        yield [_day(one * DAY)], used.having(begins, used.kernels)
+        for day in range(one + 1, other):
+            yield [_day(day * DAY)], used.having(between)
+        if ends[0] > 0:  # not at midnight
+            yield [_day(other * DAY)], used.having(ends)
+    for row, begin, end in _crossing(tx, asked):
+        for index, (name, seconds) in enumerate(_split(begin, end)):
+            yield [name], _of_one(row, int(index == 0), seconds)
 
 
 def _day(moment: float) -> str:
