@@ -1,4 +1,4 @@
-"""Writes the reference pages that the code itself knows best: options, command line, REST interface.
+"""Writes the reference pages that the code itself knows best: options, command line, REST interface, metrics.
 
 They are Markdown files in docs/reference/generated/ (not kept in the repository), written before Sphinx
 looks for sources and only where their text has changed.
@@ -23,6 +23,7 @@ from traitlets.config import Application, Configurable
 import hub_gateway
 from hub_gateway.auth.scopes import SERVICE_SCOPES, scope_table
 from hub_gateway.cli import subcommands
+from hub_gateway.metrics import Metrics
 
 PACKAGE = Path(hub_gateway.__file__).parent
 METHODS = ("get", "post", "put", "patch", "delete", "head", "options")
@@ -38,7 +39,13 @@ def generate(app: Sphinx) -> None:
     """Write all pages."""
     target = Path(app.srcdir) / "reference" / "generated"
     target.mkdir(exist_ok=True)
-    pages = {"options.md": options(), "cli.md": command_line(), "rest.md": rest(), "scopes.md": scopes()}
+    pages = {
+        "options.md": options(),
+        "cli.md": command_line(),
+        "rest.md": rest(),
+        "scopes.md": scopes(),
+        "metrics.md": metrics(),
+    }
     for name, text in pages.items():
         path = target / name
         if not path.exists() or path.read_text() != text:
@@ -163,6 +170,31 @@ def scopes() -> str:
     ]
     role = ", ".join(f"`{scope}`" for scope in SERVICE_SCOPES)
     return "\n".join([*lines, scope_table(), f"The gateway's own role at the Hub holds {role}.", ""])
+
+
+# -- metrics
+
+
+def metrics() -> str:
+    """Every metric, with the values that its labels take."""
+    lines = [
+        "# Metrics",
+        "",
+        "At `GET {base_url}/metrics`, in the text format of Prometheus, without a token: no label carries the name of a",
+        "user or a kernel. Every label value is there from the start, at zero. `deploy/grafana/` has dashboards.",
+        "",
+    ]
+    for found in sorted(Metrics().registry.collect(), key=lambda metric: metric.name):
+        suffix = "_total" if found.type == "counter" else ""
+        labels: dict[str, list[str]] = {}
+        for sample in found.samples:
+            for label, value in sample.labels.items():
+                if label != "le" and value not in labels.setdefault(label, []):
+                    labels[label].append(value)
+        lines += [f"`{found.name}{suffix}` ({found.type})", indented(one_line(found.documentation)), ""]
+        for label, values in labels.items():
+            lines += [f"  `{label}`: {', '.join(f'`{value}`' for value in values)}", ""]
+    return "\n".join(lines) + "\n"
 
 
 # -- REST

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jupyterhub.services.auth import HubOAuthCallbackHandler, HubOAuthenticated, UserNotAllowed
+from sqlalchemy.orm import Session as Transaction
 from tornado.web import HTTPError
 
-from hub_gateway.auth.oauth import GatewayOAuth
+from hub_gateway.auth.oauth import GatewayOAuth, Model
 from hub_gateway.errors import Forbidden, Unavailable
 from hub_gateway.services import Services
 from hub_gateway.web.base import BaseHandler, NotFoundHandler, wants_page
@@ -114,6 +115,9 @@ class MissingHandler(NotFoundHandler):
 class CallbackHandler(PageHandler, HubOAuthCallbackHandler):
     """Where the Hub sends a browser back after the login. A login that has gone stale is begun anew, once."""
 
+    _then: str | None = None
+    _token = ""
+
     async def get(self) -> None:
         state = self.get_argument("state", "")
         if self.get_argument("error", None) is None and not self.hub_auth.knows(state):
@@ -121,7 +125,7 @@ class CallbackHandler(PageHandler, HubOAuthCallbackHandler):
                 raise Forbidden("The login took too long or was begun elsewhere; open the page again to log in anew.")
             # A cookie that lives for a minute keeps a browser without cookies from going round in circles.
             self.set_cookie(AGAIN, "1", max_age=60, httponly=True, path=self.hub_auth.base_url)
-            self.redirect(self.home)
+            BaseHandler.redirect(self, self.home)
             return
         try:
             await HubOAuthCallbackHandler.get(self)
@@ -132,3 +136,29 @@ class CallbackHandler(PageHandler, HubOAuthCallbackHandler):
             raise Unavailable(
                 "The JupyterHub could not complete the login; open the page again in a few seconds.", hint=str(error)
             ) from error
+        if self._token:
+            await self._record(await self.hub_auth.user_for_token(self._token, sync=False))
+        assert self._then is not None
+        BaseHandler.redirect(self, self._then)
+
+    def set_secure_cookie(self, name: str, value: str | bytes, *args: Any, **kwargs: Any) -> None:
+        """What jupyterhub gives the browser at the end of a login; only here the login's token is seen."""
+        if name == self.hub_auth.cookie_name and isinstance(value, str):
+            self._token = value
+        self.set_signed_cookie(name, value, *args, **kwargs)
+
+    def redirect(self, url: str, permanent: bool = False, status: int | None = None) -> None:
+        """Once all is done that belongs to the login."""
+        self._then = url
+
+    async def _record(self, user: Model | None) -> None:
+        """Write the login into the audit trail. Who cannot log in is not known here: the Hub's log has that."""
+        audit = self.services.audit
+        if audit is None or user is None:
+            return
+        name, detail = str(user["name"]), {"address": self.request.remote_ip}
+
+        def record(tx: Transaction) -> None:
+            audit.append(tx, actor=name, action="login", subject=name, outcome="ok", detail=detail)
+
+        await self.services.db.write(record)

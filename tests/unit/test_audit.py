@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, text, update
 
+import hub_gateway
 from hub_gateway import audit
 from hub_gateway.db.engine import Database
 from hub_gateway.db.models import Setting, utcnow
@@ -134,3 +136,13 @@ async def test_events_are_sent_when_they_are_true(tenancy_db: Database, tmp_path
     lost.emit(AUDIT, {name: value for name, value in lines[0].items() if not name.startswith("__")})
     lost.emit(AUDIT, {"actor": "none of the rest"})
     assert METRICS.swallowed.labels("events")._value.get() == before + 2
+
+
+def test_every_action_is_in_the_reference() -> None:
+    package = Path(hub_gateway.__file__).parent
+    text = "".join(path.read_text() for path in package.rglob("*.py"))
+    subjects = "policy|grant|kernel|identity|request|maintenance|month|ledger|prices|audit"
+    written = set(re.findall(rf'"((?:{subjects})\.(?!js|css|log)[a-z]+|login)"', text))
+    page = (package.parent / "docs" / "reference" / "audit.md").read_text()
+    assert "policy.set" in written
+    assert written == set(re.findall(rf"`((?:{subjects})\.[a-z]+|login)`", page))

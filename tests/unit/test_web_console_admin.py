@@ -154,6 +154,12 @@ async def send(browser: httpx.AsyncClient, form: Form, **changes: str) -> httpx.
     return await browser.post(address, data={**form.fields, **changes})
 
 
+async def test_a_login_is_in_the_audit_trail(console: Console) -> None:
+    await console.login("lea")
+    (line,) = await console.store.db.read(lambda tx: list(audit.query(tx, action="login")))
+    assert (line.actor, line.subject, line.outcome, line.detail) == ("lea", "lea", "ok", {"address": "127.0.0.1"})
+
+
 FULL = Policy(
     name="full",
     subject_kind=SubjectKind.GROUP,
