@@ -215,6 +215,18 @@ class KernelProcess:
 
     def start(self) -> str:
         """Start it as the leader of its own session. Returns "" or a sentence that says why it could not be started."""
+        try:
+            return self._fork()
+        except OSError as error:
+            # A full disk, no more processes: what is missing now may be there at the next restart.
+            return self._not_started(127 << 8, "The kernel cannot be started on its node: %s." % error.strerror)
+
+    def _not_started(self, status: int, failure: str) -> str:
+        self.status, self.failure = status, failure
+        self.tail += failure.encode("utf-8", "replace")
+        return failure
+
+    def _fork(self) -> str:
         write_private(self.connection_file, json.dumps(self.connection))
         argv = [word.replace("{connection_file}", self.connection_file) for word in self.settings.argv]
         env = dict(self.settings.env)
@@ -256,10 +268,7 @@ class KernelProcess:
         if not failure:
             return ""
         reason = os.strerror(int(failure)) if int(failure) else "it could not be executed"
-        self.status = os.waitpid(pid, 0)[1]
-        self.failure = self._explain(argv[0], reason)
-        self.tail += self.failure.encode("utf-8", "replace")
-        return self.failure
+        return self._not_started(os.waitpid(pid, 0)[1], self._explain(argv[0], reason))
 
     def _explain(self, program: str, reason: str) -> str:
         if self.settings.cwd and not os.path.isdir(self.settings.cwd):
@@ -307,6 +316,8 @@ class KernelProcess:
 
     def kill(self, signum: int) -> bool:
         """Send a signal to the whole process group."""
+        if self.pid <= 0:
+            return False  # 0 would be this process's own
         try:
             os.killpg(self.pid, signum)
         except (ProcessLookupError, PermissionError):
@@ -333,9 +344,13 @@ def write_private(path: str, text: str) -> None:
     """Write a file with mode 0600, all of it or nothing."""
     temporary = "%s.%d" % (path, os.getpid())
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(text)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def describe_exit(code: Optional[int], signum: Optional[int]) -> str:
@@ -1223,8 +1238,19 @@ class Agent:
         self.last_exit: Optional[Event] = None
         self.counters = {"refused_peers": 0, "failed_handshakes": 0, "bad_frames": 0, "unrouted_replies": 0}
         self.sockets: Optional[KernelSockets] = None
+        self.wake = -1
 
     # -- set-up
+
+    def heed_signals(self) -> None:
+        """Have the loop told of signals, also of those that come before it runs."""
+        self.wake, writer = os.pipe()
+        os.set_blocking(self.wake, False)
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def open(self) -> Dict[str, Any]:
         """Bind the link. Returns the registration."""
@@ -1256,10 +1282,6 @@ class Agent:
         port = link.bind_to_random_port("tcp://%s" % host)
         self.outlet = Outlet(self.settings, self.transmit, self.session)
         self.poller = zmq.Poller()
-        self.wake, wake_writer = os.pipe()
-        os.set_blocking(self.wake, False)
-        os.set_blocking(wake_writer, False)
-        signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         self.handlers: Dict[Any, Callable[[], None]] = {}
         self.watch(self.link, self.on_link)
         self.watch(self.zap, self.on_zap)
@@ -2158,10 +2180,8 @@ def main() -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
-        signal.signal(number, lambda *_: None)  # the wake-up descriptor tells the loop
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     agent = Agent(settings, directory)
+    agent.heed_signals()
     # The kernel is slow to start, so it starts before anything that it does not need (pyzmq above all).
     failure = agent.kernel.start()
     try:

@@ -180,8 +180,8 @@ def metrics() -> str:
     lines = [
         "# Metrics",
         "",
-        "At `GET {base_url}/metrics`, in the text format of Prometheus, without a token: no label carries the name of a",
-        "user or a kernel. Every label value is there from the start, at zero. `deploy/grafana/` has dashboards.",
+        "At `GET {base_url}/metrics`, in the text format of Prometheus, without a token: no label carries the name of",
+        "a user or a kernel. Every label value is there from the start, at zero. `deploy/grafana/` has dashboards.",
         "",
     ]
     for found in sorted(Metrics().registry.collect(), key=lambda metric: metric.name):

@@ -195,6 +195,7 @@ def test_what_goes_wrong_leaves_the_page_as_it_is(hub: RealHub, browser: Browser
     page.locator("#password_input").fill(PASSWORD)
     page.locator("#login_submit").click()
     expect(page.locator(f"#k-{kernel}")).to_be_visible()
+    page.wait_for_load_state()  # its scripts come after what it shows
     page.route("**/home", lambda route: route.abort())
     page.evaluate(REFRESH)
     expect(page.locator("#live-said")).to_contain_text("the gateway cannot be reached")

@@ -282,6 +282,23 @@ async def test_a_restart_that_hangs_ends_and_may_be_tried_again(start: Start, tm
     assert numbers(sink) == [0, 1, 2]
 
 
+async def test_a_restart_that_the_node_cannot_do_now_may_be_tried_again(start: Start) -> None:
+    """As where its disk is full: the agent lives on, and says what is wrong."""
+    gateway = await start().connect()
+    sink = gateway.attach(Collector())
+    (connection_file,) = Path(gateway.agent.runtime_dir).glob("kernel-*.json")
+    connection_file.unlink()
+    connection_file.mkdir()
+    with pytest.raises(Conflict, match=r"^The kernel cannot be started on its node: Is a directory\."):
+        await gateway.relay.restart()
+    await eventually(lambda: "dead" in sink.states(), "the kernel to be given up")
+    assert [entry.name for entry in Path(gateway.agent.runtime_dir).glob("kernel-*")] == [connection_file.name]
+    connection_file.rmdir()
+    await gateway.relay.restart()
+    await gateway.execute(sink, "flood 3 20")
+    assert numbers(sink) == [0, 1, 2]
+
+
 async def test_a_restart_that_is_overtaken_by_a_shutdown_has_failed(start: Start, tmp_path: Path) -> None:
     argv = ["/bin/sh", "-c", HANGS_ONCE_TOLD, "{connection_file}"]
     gateway = await start(argv, cwd=str(tmp_path), shutdown_seconds=0.5).connect()
@@ -603,6 +620,7 @@ async def test_a_session_may_move_from_one_gateway_to_another(start: Start) -> N
     sink = first.attach(Collector("s"))
     await first.execute(sink, "flood 10 20")
     await eventually(lambda: first.relay._ack_handle is None, "the agent to be told how far the session is")
+    await first.relay.ping()  # it has heard it, too
     moved = second.attach(Collector("s"))
     await second.execute(moved, "flood 10 20")
     assert numbers(moved) == list(range(10)) == numbers(sink)
