@@ -70,9 +70,8 @@ class ActivityReporter(LoggingConfigurable):
     async def report(self) -> int:
         """Report what is new since the last time; for how many users."""
         store = self.service.store
-        mine = [record for record in await store.live() if record.lease_holder == store.instance]
         by_user: dict[str, dict[str | None, datetime]] = {}
-        for record in map(self.service.overlaid, mine):
+        for record in map(self.service.overlaid, await store.mine()):
             if "/" in record.owner or record.status is not KernelStatus.RUNNING:
                 continue  # services have no servers that could be culled
             servers = by_user.setdefault(record.owner, {})

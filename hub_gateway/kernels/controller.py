@@ -318,7 +318,7 @@ class Controller(LoggingConfigurable):
     async def _relink(self, taken: set[str]) -> None:
         """Link to all running kernels at once, after one look per cluster at which of them are gone."""
         assert self._reconciler is not None
-        running = [r for r in await self.store.live() if r.id in taken and r.status is KernelStatus.RUNNING]
+        running = [r for r in (await self.store.some(taken)).values() if r.status is KernelStatus.RUNNING]
         reports = await self._ask(running)
         alive = [r.id for r in running if reports.get(r.id, PhaseReport(Phase.UNKNOWN)).phase is not Phase.GONE]
         facts = await self.store.link_facts(alive)
@@ -361,7 +361,7 @@ class Controller(LoggingConfigurable):
                 self.links.link_later(kernel_id)
 
     async def _poll(self) -> None:
-        await self._poll_some(await self.store.live())
+        await self._poll_some(await self.store.mine())
 
     async def _poll_some(self, records: Sequence[KernelRecord]) -> None:
         assert self._reconciler is not None
@@ -403,7 +403,7 @@ class Controller(LoggingConfigurable):
         await self.store.age_out(
             now - timedelta(seconds=self.failed_seconds), now - timedelta(seconds=self.history_seconds)
         )
-        listed = {record.id for record in await self.store.listed()}
+        listed = set(await self.store.some(waited.union(kernel_id for kernel_id, _ in relays)))
         for kernel_id, relay in relays:
             if kernel_id not in listed and not relay.connections:
                 self.links.drop(kernel_id)

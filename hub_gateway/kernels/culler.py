@@ -69,8 +69,7 @@ class Culler(LoggingConfigurable):
         """Stop what is idle now; the ids."""
         now = utcnow()
         store = self.service.store
-        mine = [record for record in await store.live() if record.lease_holder == store.instance]
-        idle = [record for record in map(self.service.overlaid, mine) if self.is_idle(record, now)]
+        idle = [record for record in map(self.service.overlaid, await store.mine()) if self.is_idle(record, now)]
         for record in idle:
             self.log.info(
                 "Culling kernel %s of %s: no activity since %s",

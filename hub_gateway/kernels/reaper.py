@@ -37,7 +37,8 @@ class Reaper:
         try:
             objects = await proxy.owned(self.gateway_id)
             # Read after the cluster was: an object without a row now has had one, or never will.
-            rows = {record.id: record for record in await self.store.live() if record.proxy == name}
+            known = await self.store.some({one.kernel_id for one in objects})
+            rows = {key: record for key, record in known.items() if record.live and record.proxy == name}
             leftovers = [one for one in objects if not _belongs(proxy, one, rows.get(one.kernel_id))]
             await self._end(name, proxy, leftovers)
         except (GatewayError, OSError, asyncio.TimeoutError) as error:

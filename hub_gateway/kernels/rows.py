@@ -27,6 +27,7 @@ __all__ = [
     "KERNELS",
     "LINK",
     "LIVE",
+    "MINE",
     "PLAN",
     "one",
     "plan_of",
@@ -47,6 +48,7 @@ _SELECT: Select[Any] = select(*COLUMNS).order_by(KERNELS.c.created_at, KERNELS.c
 BY_ID = _SELECT.where(KERNELS.c.id == bindparam("kernel"))
 BY_OWNER = _SELECT.where(KERNELS.c.owner == bindparam("owner"), KERNELS.c.status.in_(LISTED))
 ALL_LIVE = _SELECT.where(KERNELS.c.status.in_(LIVE))
+MINE = ALL_LIVE.where(KERNELS.c.lease_holder == bindparam("holder"))
 ALL_LISTED = _SELECT.where(KERNELS.c.status.in_(LISTED))
 PLAN = select(Kernel.launch, Kernel.launch_token, Kernel.link_public).where(Kernel.id == bindparam("kernel"))
 LINK = select(

@@ -28,7 +28,19 @@ from hub_gateway.errors import BadRequest, Conflict, Forbidden, LaunchRefused, N
 from hub_gateway.kernels import failpoints
 from hub_gateway.kernels.admissions import Admitted, Admitter, Claim
 from hub_gateway.kernels.registration import proof_of, registration_of
-from hub_gateway.kernels.rows import ALL_LISTED, ALL_LIVE, BY_ID, BY_OWNER, KERNELS, LINK, PLAN, one, plan_of, record_of
+from hub_gateway.kernels.rows import (
+    ALL_LISTED,
+    ALL_LIVE,
+    BY_ID,
+    BY_OWNER,
+    KERNELS,
+    LINK,
+    MINE,
+    PLAN,
+    one,
+    plan_of,
+    record_of,
+)
 from hub_gateway.kernels.types import (
     ExecutionState,
     KernelRecord,
@@ -184,9 +196,9 @@ class KernelStore:
         """All that may hold anything on a cluster, whoever holds the lease."""
         return await self._select(ALL_LIVE)
 
-    async def listed(self) -> Sequence[KernelRecord]:
-        """All kernels of all owners that are not stopped."""
-        return await self._select(ALL_LISTED)
+    async def mine(self) -> Sequence[KernelRecord]:
+        """Those of them that this process drives."""
+        return await self._select(MINE, {"holder": self.instance})
 
     async def some(self, kernel_ids: Iterable[str]) -> dict[str, KernelRecord]:
         """Those of these kernels that are not stopped, in one transaction."""

@@ -7,7 +7,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -158,12 +158,12 @@ async def test_a_relay_that_is_made_while_the_rows_are_read_is_kept(
         links.relay("gone")
         admitted: list[str] = []
 
-        async def listed() -> tuple[KernelRecord, ...]:
+        async def some(_ids: Iterable[str]) -> dict[str, KernelRecord]:
             admitted.append(f"admitted meanwhile {len(admitted)}")
             links.relay(admitted[-1])
-            return ()
+            return {}
 
-        monkeypatch.setattr(store, "listed", listed)
+        monkeypatch.setattr(store, "some", some)
         await one.controller._reap()
         assert links.existing("gone") is None
         assert links.existing(admitted[-1]) is not None

@@ -314,7 +314,7 @@ async def test_a_loop_survives_what_nobody_thought_of(gateway: MiniGateway, wher
         calls += 1
         raise (KeyError("x"), OSError("y"), Unavailable("z."))[calls % 3]
 
-    gateway.service.store.live = broken  # type: ignore[method-assign]
+    gateway.service.store.mine = broken  # type: ignore[method-assign]
     loop: ActivityReporter | Culler
     if where == "activity":
         loop = ActivityReporter(service=gateway.service, report=broken, on_swallowed=swallowed.append)
