@@ -137,7 +137,8 @@ class CallbackHandler(PageHandler, HubOAuthCallbackHandler):
                 "The JupyterHub could not complete the login; open the page again in a few seconds.", hint=str(error)
             ) from error
         if self._token:
-            await self._record(await self.hub_auth.user_for_token(self._token, sync=False))
+            session = self.hub_auth.get_session_id(self)  # type: ignore[no-untyped-call]
+            await self._record(await self.hub_auth.user_for_token(self._token, session_id=session, sync=False))
         assert self._then is not None
         BaseHandler.redirect(self, self._then)
 
