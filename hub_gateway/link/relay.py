@@ -415,9 +415,9 @@ class KernelRelay:
         seq = number_of(marked, self._mark)
         if seq is not None and seq > client.served:
             client.served = seq
+            self._acknowledge()
         if client.state is Delivery.PAUSED and client.sink.backlog <= self._backlog_bytes // 4:
             self._attach(client)
-        self._acknowledge_later()
 
     def _acknowledge_later(self) -> None:
         """At the end of this turn of the loop, or, for a few messages only, a little later."""

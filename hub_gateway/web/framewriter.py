@@ -169,6 +169,9 @@ class FrameWriter:
             self._messages -= group.messages
             self._bytes -= group.bytes
             seq = seq if group.seq is None else group.seq
+        if seq is not None and self.on_flushed is not None:
+            # Before anything else is sent: what is not yet reported comes again after a kill, on top of the window.
+            self.on_flushed(seq)
         while self._queue and self._fits(len(self._queue[0][0]), self._queue[0][2]):
             data, queued, count = self._queue.popleft()
             self.backlog -= len(data)
@@ -176,8 +179,6 @@ class FrameWriter:
         if self._queue or self._confirm:
             self._confirm = self._confirm and bool(self._queue)
             self._ping()
-        if seq is not None and self.on_flushed is not None:
-            self.on_flushed(seq)
 
     def _give_up_pongs(self) -> None:
         """A client that reads and never answers a ping breaks the standard; it is served as well as can be.

@@ -125,6 +125,19 @@ async def test_messages_arrive_in_order_and_count_when_their_ping_is_answered(co
     await eventually(lambda: pair.flushed == [3], "the pong")
 
 
+async def test_what_has_arrived_is_reported_before_more_is_sent(connect: Callable[..., object]) -> None:
+    """Or else a kill in between would let more than the window come twice."""
+    pair: Pair = await connect()  # type: ignore[misc]
+    waiting: list[int] = []
+    pair.writer.on_flushed = lambda seq: waiting.append(pair.writer.backlog)
+    for seq in range(1, 6):
+        pair.write(seq)
+    assert pair.writer.backlog == len(frame(5, 10))
+    assert await pair.answer() == 4
+    await eventually(lambda: waiting == [len(frame(5, 10))], "the pong")
+    assert await pair.answer() == 1
+
+
 async def test_a_client_is_asked_at_once_where_that_is_wanted(
     connect: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
