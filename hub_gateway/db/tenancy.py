@@ -155,6 +155,8 @@ class LedgerEntry(Base):
     gpu_model: Mapped[str] = mapped_column(String(64))
     started: Mapped[float] = mapped_column(Float)
     stopped: Mapped[float] = mapped_column(Float)
+    continues: Mapped[bool] = mapped_column(Boolean, default=False)
+    """Whether an earlier entry is about the same life of the kernel: it was split where a month was closed."""
     seconds: Mapped[float] = mapped_column(Float)
     """`stopped - started`; a correction's may be negative, and stands at one moment."""
     price_version: Mapped[int] = mapped_column(Integer)

@@ -81,6 +81,7 @@ def _add(tx: Transaction, reservation: RowMapping, started: float, stopped: floa
             groups=groups_key(reservation["groups"] or ()),
             started=started,
             stopped=stopped,
+            continues=reservation["billed_from"] is not None and reservation["billed_from"] > reservation["created_at"],
             seconds=stopped - started,
             note="",
             recorded_at=utcnow(),

@@ -205,12 +205,19 @@ def _open(tx: Transaction, asked: _Question, until: float) -> Iterator[tuple[lis
         begin = max((row.billed_from or row.created_at).timestamp(), asked.first)
         if begin >= until:
             continue
+        continues = row.billed_from is not None and row.billed_from > row.created_at
+        new = int(not continues or row.billed_from.timestamp() <= asked.first)
         if asked.by == "day":
             for number, (day, seconds) in enumerate(_split(begin, until)):
-                yield [day], _of_one(row, int(number == 0), seconds)
+                yield [day], _of_one(row, new * int(number == 0), seconds)
         else:
             value = groups_key(mine) if asked.by == "group" else getattr(row, _KEYS[asked.by])
-            yield _keys(asked.by, value), _of_one(row, 1, until - begin)
+            yield _keys(asked.by, value), _of_one(row, new, until - begin)
+
+
+def _new(entry: Any, asked: _Question) -> int:
+    """Whether the report counts a kernel for this entry: not if it has counted it for an earlier one."""
+    return int(not entry.continues or entry.started <= asked.first)
 
 
 def _of_one(row: Any, kernels: int, seconds: float) -> _Used:
@@ -265,15 +272,20 @@ def _crossing(tx: Transaction, asked: _Question) -> Iterator[tuple[Any, float, f
 
 
 def _summed(
-    tx: Transaction, keys: Sequence[ColumnElement[Any]], where: Sequence[ColumnElement[bool]], measures: Sequence[Any]
+    tx: Transaction,
+    asked: _Question,
+    keys: Sequence[ColumnElement[Any]],
+    where: Sequence[ColumnElement[bool]],
+    measures: Sequence[Any],
 ) -> Iterator[tuple[tuple[Any, ...], _Used, list[float]]]:
     """Sums by keys, price and GPU model: what was used in the entries' seconds, and further measures.
 
-    A correction counts for no kernel, and has all of its seconds at one moment.
+    A correction counts for no kernel, and has all of its seconds at one moment. What continues an entry that is
+    counted already, too, counts for none.
     """
     of = _LEDGER.c
     grouped = [*keys, of.gpu_model, of.price_version]
-    kernels = func.sum(case((of.corrects.is_(None), 1), else_=0))
+    kernels = func.sum(case((and_(of.corrects.is_(None), or_(~of.continues, of.started <= asked.first)), 1), else_=0))
     seconds = (of.seconds, of.seconds * of.cpu, of.seconds * of.memory, of.seconds * of.gpu)
     sums = (func.sum(value) for value in (*seconds, *measures))
     statement = select(*grouped, kernels, *sums).where(*where).group_by(*grouped)
@@ -287,10 +299,10 @@ def _summed(
 def _entries(tx: Transaction, asked: _Question) -> Iterator[tuple[list[str], _Used]]:
     name = _KEYS[asked.by]
     # Not the bare column: SQLite would go through its index, a jump for each entry, for the sake of its order.
-    for (value,), used, _ in _summed(tx, [_LEDGER.c[name] + ""], [*_inside(tx, asked), *_of_them(asked)], ()):
+    for (value,), used, _ in _summed(tx, asked, [_LEDGER.c[name] + ""], [*_inside(tx, asked), *_of_them(asked)], ()):
         yield _keys(asked.by, value), used
     for row, begin, end in _crossing(tx, asked):
-        yield _keys(asked.by, getattr(row, name)), _of_one(row, 1, end - begin)
+        yield _keys(asked.by, getattr(row, name)), _of_one(row, _new(row, asked), end - begin)
 
 
 def _keys(by: str, value: str | None) -> list[str]:
@@ -310,11 +322,11 @@ def _days(tx: Transaction, asked: _Question) -> Iterator[tuple[list[str], _Used]
 
     first, last = number(of.started), number(of.stopped)
     where = [*_inside(tx, asked), *_of_them(asked)]
-    for (day,), used, _ in _summed(tx, [first], [*where, first == last], ()):
+    for (day,), used, _ in _summed(tx, asked, [first], [*where, first == last], ()):
         yield [_day(day * DAY)], used
     late = of.stopped - last * DAY
     measures = (late, late * of.cpu, late * of.memory, late * of.gpu, of.cpu, of.memory, of.gpu)
-    for (one, other), used, amounts in _summed(tx, [first, last], [*where, last > first], measures):
+    for (one, other), used, amounts in _summed(tx, asked, [first, last], [*where, last > first], measures):
         all_of_it, ends, each = used.amounts, amounts[:4], (used.kernels, *amounts[4:])
         between = [DAY * amount for amount in each]
         days = other - one - 1
@@ -326,7 +338,7 @@ def _days(tx: Transaction, asked: _Question) -> Iterator[tuple[list[str], _Used]
             yield [_day(other * DAY)], used.having(ends)
     for row, begin, end in _crossing(tx, asked):
         for index, (name, seconds) in enumerate(_split(begin, end)):
-            yield [name], _of_one(row, int(index == 0), seconds)
+            yield [name], _of_one(row, _new(row, asked) * int(index == 0), seconds)
 
 
 def _day(moment: float) -> str:

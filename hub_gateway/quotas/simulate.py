@@ -69,15 +69,25 @@ class _Launch:
 
 def _history(tx: Transaction, first: datetime, since: datetime, now: datetime) -> list[_Launch]:
     """Launches in order: what ran since `first`, of the ledger and open ones, and what was refused after `since`."""
-    found = []
+    found: list[_Launch] = []
+    last: dict[str, _Launch] = {}
+
+    def add(row: Any, groups: frozenset[str], started: float, stopped: float, continues: bool) -> None:
+        if continues and (earlier := last.get(row.kernel_id)) is not None:
+            earlier.stopped, earlier.seconds = stopped, earlier.seconds + stopped - started
+            return
+        last[row.kernel_id] = _launch(row, groups, started, stopped, row.price_version)
+        found.append(last[row.kernel_id])
+
     intervals = select(_LEDGER).where(_LEDGER.c.kind == "interval", _LEDGER.c.stopped > first.timestamp())
-    for row in tx.connection().execute(intervals.limit(MAX_LAUNCHES + 1)):
+    entries = tx.connection().execute(intervals.order_by(_LEDGER.c.id).limit(MAX_LAUNCHES + 1)).all()
+    for row in entries:
         groups = frozenset(name for name in row.groups.split("\n") if name)
-        found.append(_launch(row, groups, row.started, row.stopped, row.price_version))
+        add(row, groups, row.started, row.stopped, row.continues)
     for row in tx.execute(select(Reservation.__table__).where(Reservation.released_at.is_(None))):
         begin = row.billed_from or row.created_at
-        found.append(_launch(row, frozenset(row.groups or ()), begin.timestamp(), now.timestamp(), row.price_version))
-    if len(found) > MAX_LAUNCHES:
+        add(row, frozenset(row.groups or ()), begin.timestamp(), now.timestamp(), begin > row.created_at)
+    if max(len(entries), len(found)) > MAX_LAUNCHES:
         raise BadRequest(
             f"More than {MAX_LAUNCHES} kernels ran in that time, which takes too long to replay; choose fewer days."
         )

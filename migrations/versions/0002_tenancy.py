@@ -59,6 +59,7 @@ def upgrade() -> None:
         sa.Column("gpu_model", sa.String(length=64), nullable=False),
         sa.Column("started", sa.Float(), nullable=False),
         sa.Column("stopped", sa.Float(), nullable=False),
+        sa.Column("continues", sa.Boolean(), nullable=False),
         sa.Column("seconds", sa.Float(), nullable=False),
         sa.Column("price_version", sa.Integer(), nullable=False),
         sa.Column("corrects", BIG_ID, nullable=True),

@@ -21,7 +21,7 @@ from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import Resources
 from hub_gateway.quotas import ledger, prices
 from hub_gateway.quotas.ledger import cost_center_of
-from hub_gateway.quotas.reports import Report, Reports, Row, report
+from hub_gateway.quotas.reports import BY, Report, Reports, Row, report
 from tests.harness.quotas import begin, new, release
 
 GIB = 2**30
@@ -113,6 +113,10 @@ async def test_a_month_is_closed_once_and_for_all(quota_store: KernelStore) -> N
     february = await made(quota_store, "user", at(1), at(1, month=3))
     march = await made(quota_store, "user", at(1, month=3), at(1, month=4))
     assert (february.total.kernel_hours, march.total.kernel_hours) == (60, 6)
+    assert (february.total.kernels, march.total.kernels) == (2, 1)
+    for by in BY:
+        both = await made(quota_store, by, at(1), at(1, month=4))
+        assert (both.total.kernels, both.total.kernel_hours) == (2, 66), "a kernel counts once, in however many entries"
     first = await quota_store.db.read(lambda tx: tx.scalars(select(LedgerEntry.id).order_by(LedgerEntry.id)).first())
     assert first is not None
     await quota_store.write(lambda tx: ledger.correct(tx, first, -3600, "an outage", "admin", now=at(5, month=3)))
@@ -158,6 +162,7 @@ async def test_sums_equal_lifetimes(quota_store: KernelStore) -> None:
     for number in (3, 6):
         await release(quota_store, f"k{number}", at(10, month=3))
     found = await made(quota_store, "user", at(1, month=1), at(1, month=6))
+    assert found.total.kernels == 7
     assert found.total.kernel_hours == lived.total_seconds() / 3600
     billed = await quota_store.db.read(lambda tx: tx.execute(select(func.sum(LedgerEntry.seconds))).scalar_one())
     assert billed == lived.total_seconds()

@@ -20,6 +20,7 @@ from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import Resources
 from hub_gateway.proxies.registry import Proxies
+from hub_gateway.quotas import ledger
 from hub_gateway.quotas.document import document, policies_of
 from hub_gateway.quotas.service import QuotaService
 from hub_gateway.quotas.simulate import _Meter
@@ -382,3 +383,17 @@ async def test_maintenance_stops_launches_and_nothing_else(service: QuotaService
         await quota_store.admit(new(2))
     await service.set_maintenance(None, "admin")
     await quota_store.admit(new(2))
+
+
+async def test_simulate_takes_a_kernel_that_ran_on_over_a_closed_month_for_one_launch(
+    service: QuotaService, quota_store: KernelStore
+) -> None:
+    now = utcnow()
+    month = now.replace(day=1) - timedelta(days=1)
+    for number, owner in ((1, "alice"), (2, "bob")):
+        await quota_store.admit(new(number, owner=owner))
+        await begin(quota_store, f"k{number}", month - timedelta(days=1))
+    await quota_store.write(lambda tx: ledger.close_month(tx, f"{month:%Y-%m}", "admin"))
+    await release(quota_store, "k1", now)
+    found = await service.simulate([Policy("two", SubjectKind.EVERYONE, hard=2)], 60)
+    assert (found.launches, found.refused) == (2, 0)
