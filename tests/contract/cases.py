@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import pwd
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,16 +22,18 @@ import psutil
 import pytest
 
 from hub_gateway._paths import launchers_dir
+from hub_gateway.kernels.types import KernelRecord
+from hub_gateway.proxies import tagged
 from hub_gateway.proxies.local import LocalProxy
 
-__all__ = ["CASES", "SUDO", "ProxyCase"]
+__all__ = ["CASES", "SUDO", "NodeCase", "ProxyCase", "case_params"]
 
 UNIX_USERS = ("hgt-alice", "hgt-bob")
 
 
 @dataclass(frozen=True)
 class ProxyCase:
-    """One proxy on one engine.
+    """One proxy on one engine: subclasses say how to look at the engine from outside.
 
     `yields` is how many states its launch yields; `prepare` makes what the engine needs and gives the
     configuration, or skips.
@@ -42,22 +45,68 @@ class ProxyCase:
     users: tuple[str, str] = ("alice", "bob")
     refusals: Mapping[str, str] = field(default_factory=dict)
     """Kernelspecs (of conftest) that cannot be launched, and words of the engine that must reach the user."""
+    needs: tuple[str, ...] = ()
+    """The engines of tests/engines that it takes."""
+    specs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Kernelspecs beside the ones that every proxy gets."""
+    impersonates: bool = False
+    """Whether kernels run as the unix user that their owner is mapped to."""
 
     def leftovers(self, gateway_id: str, state_dir: Path) -> list[str]:
-        """What there still is of this gateway's kernels: processes and directories."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                argv = process.cmdline()
-                if process.status() == psutil.STATUS_ZOMBIE:
-                    continue
-            except psutil.Error:
-                continue
-            if gateway_id in argv or any(f"{state_dir}/run" in word for word in argv):
-                found.append(f"process {process.pid}: {argv}")
+        """What there still is of this gateway's kernels, in words."""
+        raise NotImplementedError
+
+    def agents(self, gateway_id: str) -> list[str]:
+        """The agents of this gateway that live, by whatever names them."""
+        raise NotImplementedError
+
+    def kill_agent(self, record: KernelRecord) -> None:
+        """End a kernel's agent and all that it started, at once and behind the gateway's back."""
+        raise NotImplementedError
+
+    def clean(self, gateway_ids: set[str], state_dir: Path) -> None:
+        """End what a failed test left on the engine."""
+        raise NotImplementedError
+
+
+class NodeCase(ProxyCase):
+    """Agents are processes of this machine, with the gateway's id and the kernel's in their command lines."""
+
+    def leftovers(self, gateway_id: str, state_dir: Path) -> list[str]:
+        found = [
+            f"process {process.pid}: {argv}"
+            for process, argv in processes()
+            if gateway_id in argv or any(f"{state_dir}/run" in word for word in argv)
+        ]
         roots = [state_dir / "run", *(state_dir / "users" / f"hub-gateway-{user}" for user in self.users)]
-        found += [f"directory {path}" for root in roots if root.is_dir() for path in root.iterdir()]
-        return found
+        return found + [f"directory {path}" for root in roots if root.is_dir() for path in root.iterdir()]
+
+    def agents(self, gateway_id: str) -> list[str]:
+        return [str(agent.process.pid) for agent in tagged.agents(gateway_id)]
+
+    def kill_agent(self, record: KernelRecord) -> None:
+        pid = record.proxy_state["pid"]
+        assert isinstance(pid, int)
+        agent = psutil.Process(pid)
+        for process in (agent, *agent.children(recursive=True)):
+            process.kill()
+
+    def clean(self, gateway_ids: set[str], state_dir: Path) -> None:
+        for process, words in processes():
+            if gateway_ids & set(words) or any(str(state_dir) in word for word in words):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def processes() -> Iterator[tuple[psutil.Process, list[str]]]:
+    """The processes of this machine that run, and their command lines."""
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            if process.status() != psutil.STATUS_ZOMBIE:
+                yield process, words
+        except psutil.Error:
+            continue
 
 
 def own_user(state_dir: Path) -> Mapping[str, Any]:
@@ -159,17 +208,24 @@ class SudoProxy(LocalProxy):
 
 
 def by_sudo(state_dir: Path) -> Mapping[str, Any]:
-    if shutil.which("sudo") is None:
-        pytest.skip("sudo is not installed")
     config = other_user(state_dir)
     traits = {"extra_proxies": {"sudo": SudoProxy}, "default_proxy": "sudo"}
     return {**config, "Proxies": traits, "SudoProxy": config["LocalProxy"]}
 
 
-SUDO = ProxyCase("local-by-sudo", 2, by_sudo, UNIX_USERS, {"nowhere": "nonexistent"})
+SUDO = NodeCase("local-by-sudo", 2, by_sudo, UNIX_USERS, {"nowhere": "nonexistent"}, needs=("sudo",), impersonates=True)
 """Differs from the case before in how the launcher is called, so it is put to a part of the suite only."""
 
 CASES = {
-    "local": ProxyCase("local", 3, own_user, refusals={"nowhere": "nonexistent"}),
-    "local-as-other-user": ProxyCase("local-as-other-user", 2, other_user, UNIX_USERS, {"nowhere": "nonexistent"}),
+    "local": NodeCase("local", 3, own_user, refusals={"nowhere": "nonexistent"}),
+    "local-as-other-user": NodeCase(
+        "local-as-other-user", 2, other_user, UNIX_USERS, {"nowhere": "nonexistent"}, impersonates=True
+    ),
 }
+
+
+def case_params(*more: ProxyCase) -> list[object]:
+    """Every case, as parameters that are skipped where their engines are missing."""
+    return [
+        pytest.param(case.name, marks=pytest.mark.needs(*case.needs), id=case.name) for case in (*CASES.values(), *more)
+    ]

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import pytest
 
 from hub_gateway.auth.base import Caller
-from tests.contract.cases import CASES, SUDO, UNIX_USERS, ProxyCase, administer
+from tests.contract.cases import CASES, SUDO, UNIX_USERS, ProxyCase, administer, case_params
 from tests.contract.mini import MiniGateway, Setup
 
 PYTHON = ["python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -48,30 +47,28 @@ class Bench:
     def gateway(self) -> MiniGateway:
         return MiniGateway(self.setup)
 
+    def agents(self, gateway: MiniGateway) -> list[str]:
+        self.gateway_ids.add(gateway.gateway_id)
+        return self.case.agents(gateway.gateway_id)
+
     def leftovers(self, gateway: MiniGateway) -> list[str]:
         self.gateway_ids.add(gateway.gateway_id)
         return self.case.leftovers(gateway.gateway_id, self.state_dir)
 
 
-@pytest.fixture(params=list(CASES))
+@pytest.fixture(params=case_params())
 def bench(request: pytest.FixtureRequest, db_url: Callable[[], str | None]) -> Iterator[Bench]:
     case = SUDO if request.param == SUDO.name else CASES[request.param]
     state_dir = Path(tempfile.mkdtemp(prefix="hgt-"))  # unix sockets need short paths
     config = case.prepare(state_dir)
     kernels = state_dir / "kernels"
-    for name, spec in SPECS.items():
+    for name, spec in {**SPECS, **case.specs}.items():
         (kernels / name).mkdir(parents=True)
         (kernels / name / "kernel.json").write_text(json.dumps(spec))
     url = db_url() or f"sqlite:///{state_dir}/gateway.sqlite"
     made = Bench(case, Setup(str(state_dir), url, (str(kernels),), config), state_dir)
     yield made
-    for process in psutil.process_iter():
-        try:
-            words = process.cmdline()
-        except psutil.Error:
-            continue
-        if made.gateway_ids & set(words) or any(str(state_dir) in word for word in words):
-            process.kill()
+    case.clean(made.gateway_ids, state_dir)
     shutil.rmtree(state_dir, ignore_errors=True)
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 from dataclasses import replace
 
-import psutil
 import pytest
 from sqlalchemy import select
 
@@ -17,7 +16,7 @@ from hub_gateway.errors import NotFound
 from hub_gateway.kernels import failpoints
 from hub_gateway.kernels.service import CreateKernel
 from hub_gateway.kernels.types import KernelRecord, KernelStatus
-from tests.contract.cases import CASES, SUDO
+from tests.contract.cases import CASES, SUDO, case_params
 from tests.contract.conftest import Bench
 from tests.contract.mini import MiniGateway, Setup, arguments
 from tests.harness.gateway import ROOT
@@ -30,7 +29,7 @@ async def reserved(gateway: MiniGateway) -> set[str]:
     return set(await gateway.db.read(lambda tx: tx.execute(statement).scalars().all()))
 
 
-@pytest.mark.parametrize("bench", [*CASES, SUDO.name], indirect=True)
+@pytest.mark.parametrize("bench", case_params(SUDO), indirect=True)
 async def test_life(bench: Bench) -> None:
     """Launch, execute, interrupt, restart, logs, shut down; then nothing is left."""
     async with bench.gateway() as gateway:
@@ -98,7 +97,7 @@ async def test_two_users_at_once(bench: Bench) -> None:
                 await client.execute("import os, getpass; print(os.environ['KERNEL_USERNAME'], getpass.getuser())")
             ).split()
             assert name == caller.name
-            if "UnixUsers" in bench.setup.config:
+            if bench.case.impersonates:
                 assert user == caller.name
         await asyncio.gather(
             gateway.service.shutdown(bench.alice, ours.id), gateway.service.shutdown(bench.bob, theirs.id)
@@ -121,19 +120,13 @@ async def test_a_killed_kernel_comes_back(bench: Bench) -> None:
         await gateway.service.shutdown(bench.alice, record.id)
 
 
-@pytest.mark.parametrize("bench", [*CASES, SUDO.name], indirect=True)
+@pytest.mark.parametrize("bench", case_params(SUDO), indirect=True)
 async def test_a_killed_agent_is_noticed(bench: Bench) -> None:
     """kill -9 of agent and kernel: the kernel is dead, says so, and holds nothing; a restart starts it anew."""
     async with bench.gateway() as gateway:
         gateway.controller.poll_seconds = 0.5
         record = await gateway.start(bench.alice)
-        pid = record.proxy_state.get("pid")
-        if not isinstance(pid, int):
-            pytest.skip("not applicable: its agent is not a process of this machine")
-        agent = psutil.Process(pid)
-        family = agent.children(recursive=True)
-        for process in (agent, *family):
-            process.kill()
+        bench.case.kill_agent(record)
         ended = await gateway.controller.wait(record.id, lambda row: row is not None and not row.live, 90)
         assert ended is not None and ended.status is KernelStatus.FAILED
         assert "ended" in ended.message
@@ -219,7 +212,8 @@ def crash_points() -> list[object]:
     for name, case in CASES.items():
         steps = [f"launch.{n}.{what}" for n in range(1, case.yields + 1) for what in ("yielded", "recorded")]
         every = ("admit.before_commit", "admit.after_commit", *steps, "ready.before", "ready.after")
-        points += [pytest.param(name, point, id=f"{name}-{point}") for point in every]
+        marks = pytest.mark.needs(*case.needs)
+        points += [pytest.param(name, point, id=f"{name}-{point}", marks=marks) for point in every]
     return points
 
 
@@ -239,7 +233,7 @@ async def test_gateway_killed_during_launch(bench: Bench, point: str) -> None:
             client = await gateway.connect(bench.alice, record.id)
             assert await client.execute("print(6 * 7)") == "42\n"
             assert await reserved(gateway) == {record.id}
-            assert len(agents(gateway)) == 1
+            assert len(bench.agents(gateway)) == 1
             await gateway.service.shutdown(bench.alice, record.id)
         await eventually(lambda: not bench.leftovers(gateway), f"nothing left: {bench.leftovers(gateway)}")
 
@@ -293,12 +287,6 @@ async def forget(gateway: MiniGateway, record: KernelRecord) -> None:
 
     gateway.controller.links.drop(record.id)
     await gateway.service.store.write(lambda tx: tx.execute(delete(Kernel).where(Kernel.id == record.id)) and None)
-
-
-def agents(gateway: MiniGateway) -> list[int]:
-    from hub_gateway.proxies import tagged
-
-    return [agent.process.pid for agent in tagged.agents(gateway.gateway_id)]
 
 
 def killed_at(bench: Bench, point: str, *, stop: bool = False) -> bool:
