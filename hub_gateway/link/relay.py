@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -36,6 +37,10 @@ _BUFFERS_NOTICE = (
 
 def _ignore(name: str, amount: int) -> None:
     """No metrics."""
+
+
+def _arrival(sink: Sink) -> int:
+    return sink.arrived
 
 
 def _no_event(event: Mapping[str, Any]) -> None:
@@ -86,6 +91,8 @@ class KernelRelay:
         self._link: AgentLink | None = None
         self._mark = 0
         self._clients: dict[bytes, Client] = {}
+        self._others: dict[bytes, list[Sink]] = {}
+        """Open websockets of sessions that a younger one is served at, oldest first."""
         self._queue: list[list[bytes]] = []
         self._queued = 0
         self._progress = Progress(self._say)
@@ -110,12 +117,23 @@ class KernelRelay:
         return self._link is not None and self._link.greeted and not self._link.lost
 
     def attach(self, sink: Sink) -> None:
-        """Serve a websocket. Another one of the same session is replaced: the client has reconnected."""
+        """Serve a websocket. An older one of the same session is replaced: the client has reconnected.
+
+        By when they arrived, not by when they got here: JupyterLab opens one, closes it and opens the next at once,
+        and jupyter_server's gateway client never closes what was still under way then.
+        """
         client = Client(sink)
-        client.notices, self._notices = self._notices, []
-        if client.key in self._clients:
+        served = self._clients.get(client.key)
+        if served is not None:
+            others = self._others.setdefault(client.key, [])
+            if sink.arrived < served.sink.arrived:
+                bisect.insort(others, sink, key=_arrival)
+                return
+            others.append(served.sink)
+            served.sink.on_flushed = None
             self._count("replaced", 1)
             self._acknowledge()  # what the one before has is not for this one
+        client.notices, self._notices = self._notices, []
         self._clients[client.key] = client
         self.attached_once = True
         sink.on_flushed = lambda seq: self._on_flushed(client, seq)
@@ -127,13 +145,25 @@ class KernelRelay:
         self._attach(client)
 
     def detach(self, sink: Sink) -> None:
-        """The websocket is closed."""
+        """The websocket is closed. Its session is served at the youngest one that is still open, if any."""
         client = self._clients.get(sink.session.encode("utf-8", "replace"))
-        if client is None or client.sink is not sink:
+        if client is None:
+            return
+        others = self._others.get(client.key, [])
+        if client.sink is not sink:
+            if sink in others:
+                others.remove(sink)
             return
         sink.on_flushed = None
         self._acknowledge()
         del self._clients[client.key]
+        self._others.pop(client.key, None)
+        if others and client.state is not Delivery.MOVED:
+            heir = others.pop()
+            if others:
+                self._others[client.key] = others
+            self.attach(heir)
+            return
         if not sink.keep:
             self._progress.left(sink.session)
         if self._link is not None and self._link.greeted and client.state is not Delivery.MOVED:

@@ -29,10 +29,12 @@ class Sink(Protocol):
     """One client's websocket, as the relay sees it. Numbers are those of the agent with its mark (`mark_of`).
 
     `session` is the client's session id, `after` the last number that the client says it saw (None: go by what
-    was recorded), `keep` whether its place is kept when it goes away. The relay sets `on_flushed`.
+    was recorded), `keep` whether its place is kept when it goes away; `arrived` grows from one request for a websocket
+    to the next. The relay sets `on_flushed`.
     """
 
     session: str
+    arrived: int
     keep: bool
     after: int | None
     dialect: Dialect

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import uuid
@@ -26,6 +27,7 @@ NUMBERED_SUBPROTOCOL = "numbered.v1.kernel.websocket.hub-gateway"
 _DIALECTS = {NUMBERED_SUBPROTOCOL: Dialect.NUMBERED, V1_SUBPROTOCOL: Dialect.V1}
 NUMBERED_WINDOW = Window(16_384, 4 * 2**20)
 _IOPUB = CHANNELS.index(b"iopub")
+_ARRIVALS = itertools.count()
 _MAX_SESSION = 200
 _NOTICE_SECONDS = 10.0
 
@@ -34,11 +36,19 @@ class ClientSink(FrameWriter):
     """One websocket as the relay sees it (`hub_gateway.link.Sink`)."""
 
     def __init__(
-        self, handler: WebSocketHandler, *, session: str, keep: bool, after: int | None, dialect: Dialect
+        self,
+        handler: WebSocketHandler,
+        *,
+        session: str,
+        arrived: int,
+        keep: bool,
+        after: int | None,
+        dialect: Dialect,
     ) -> None:
         # A client that names the last number it saw gets nothing twice, however much was on its way.
         super().__init__(handler, NUMBERED_WINDOW if dialect is Dialect.NUMBERED else ONE_BATCH)
         self.session = session
+        self.arrived = arrived
         self.keep = keep
         self.after = after
         self.dialect = dialect
@@ -51,12 +61,14 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
     """
 
     relay: KernelRelay
+    arrived: int
     sink: ClientSink | None = None
     refused = 0
     told = float("-inf")
 
     async def enter(self) -> None:
         """Find the caller's kernel before the handshake: what is not theirs answers 404, and nothing opens."""
+        self.arrived = next(_ARRIVALS)  # before anything is waited for, which may take longer for the first of two
         await super().enter()
         self.relay = await self.services.kernels.relay(self.caller, self.path_args[0])
 
@@ -86,6 +98,7 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
             self,
             # A client without a session of its own cannot come back to one, so nothing is kept for it.
             session=given or f"anonymous-{uuid.uuid4().hex}",
+            arrived=self.arrived,
             keep=bool(given),
             after=int(seen) if seen.isdecimal() and len(seen) < 19 else None,
             dialect=self._dialect(),

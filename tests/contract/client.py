@@ -48,6 +48,7 @@ class KernelClient:
     keep = True
     after: int | None = None
     backlog = 0
+    arrived = 0
 
     def __init__(self, relay: KernelRelay, session: str) -> None:
         self.relay = relay

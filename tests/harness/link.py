@@ -90,8 +90,10 @@ class Collector:
         keep: bool = True,
         after: int | None = None,
         held: bool = False,
+        arrived: int = 0,
     ) -> None:
         self.session = session or uuid.uuid4().hex
+        self.arrived = arrived
         self.dialect = dialect
         self.keep = keep
         self.after = after

@@ -603,6 +603,31 @@ async def test_a_session_that_does_not_keep_its_place_starts_afresh(start: Start
     assert not numbers(back)
 
 
+async def test_a_websocket_that_was_long_under_way_takes_nothing_from_a_younger_one(start: Start) -> None:
+    """jupyter_server's gateway client finishes what JupyterLab has closed meanwhile, and never closes it."""
+    gateway = await start().connect()
+    young = gateway.attach(Collector("s", arrived=2))
+    old = gateway.attach(Collector("s", arrived=1))
+    msg_id = await gateway.execute(young, "flood 10 20")
+    assert numbers(young) == list(range(10)) and young.of(msg_id, "execute_reply")
+    assert not old.messages
+    gateway.relay.detach(old)
+    await gateway.execute(young, "pass")
+
+
+async def test_a_session_goes_on_at_the_youngest_websocket_that_is_open(start: Start) -> None:
+    gateway = await start().connect()
+    first = gateway.attach(Collector("s", arrived=1))
+    second = gateway.attach(Collector("s", arrived=2))
+    third = gateway.attach(Collector("s", arrived=3))
+    gateway.relay.detach(third)
+    await gateway.execute(second, "flood 10 20")
+    assert numbers(second) == list(range(10))
+    gateway.relay.detach(first)
+    gateway.relay.detach(second)
+    assert gateway.relay.connections == 0
+
+
 async def test_two_gateways_at_once(start: Start) -> None:
     first = await start().connect()
     second = await start(to=first.agent).connect()
@@ -625,6 +650,9 @@ async def test_a_session_may_move_from_one_gateway_to_another(start: Start) -> N
     await second.execute(moved, "flood 10 20")
     assert numbers(moved) == list(range(10)) == numbers(sink)
     await eventually(lambda: first.relay._clients[b"s"].state is Delivery.MOVED, "the first one to be told")
+    first.relay.attach(Collector("s", arrived=-1))
+    first.relay.detach(sink)
+    await second.execute(moved, "pass")  # what is left there does not take it back
 
 
 @pytest.mark.parametrize("command", ["flood 60000 200", "data 120 200000"])

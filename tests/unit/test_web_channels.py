@@ -71,8 +71,11 @@ class StubKernels:
     def __init__(self) -> None:
         self.one = StubRelay()
         self.unsure = False
+        self.held: list[asyncio.Event] = []
 
     async def relay(self, caller: Caller, kernel_id: str) -> StubRelay:
+        if self.held:
+            await self.held.pop().wait()
         if self.unsure:
             raise Unavailable("The database cannot be reached at the moment; try again in a few seconds.")
         if (caller.name, kernel_id) != ("alice", "k1"):
@@ -120,6 +123,23 @@ def v1(channel: str, *parts: bytes) -> bytes:
     for piece in pieces:
         offsets.append(offsets[-1] + len(piece))
     return struct.pack(f"<{len(offsets) + 1}Q", len(offsets), *offsets) + b"".join(pieces)
+
+
+async def test_websockets_are_told_apart_by_when_they_arrived(
+    server: WebServer, kernels: StubKernels, relay: StubRelay
+) -> None:
+    """The first of two may be the last to be ready: who is served is who came last."""
+    held = asyncio.Event()
+    kernels.held.append(held)
+    first = asyncio.ensure_future(server.websocket(f"{CHANNELS}?session_id=s"))
+    await eventually(lambda: not kernels.held, "the first one to be looked at")
+    second = await opened(server, relay, f"{CHANNELS}?session_id=s")
+    held.set()
+    late = await first
+    await eventually(lambda: len(relay.sinks) == 2, "both to be there")
+    assert relay.sinks[0].arrived > relay.sinks[1].arrived
+    for websocket in (second, late):
+        websocket.close()
 
 
 # -- who may open one
