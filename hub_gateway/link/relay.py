@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import bisect
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -16,7 +15,7 @@ from hub_gateway.link import codec, messages, wire
 from hub_gateway.link.client import AgentLink
 from hub_gateway.link.codec import Batch, Event, Large
 from hub_gateway.link.progress import Progress
-from hub_gateway.link.sinks import Client, Delivery, Sink, mark_of, number_of
+from hub_gateway.link.sinks import Client, Delivery, Sink, Standby, mark_of, number_of
 from hub_gateway.link.wire import Dialect
 
 __all__ = ["KernelRelay"]
@@ -27,6 +26,7 @@ _REPLIES = (_CHANNEL["shell"], _CHANNEL["control"])
 ACK_MESSAGES = 32
 ACK_BYTES = 64 * 2**10
 ACK_SECONDS = 0.01
+STANDBY_SECONDS = 30.0
 MAX_NOTICES = 5
 
 _BUFFERS_NOTICE = (
@@ -37,10 +37,6 @@ _BUFFERS_NOTICE = (
 
 def _ignore(name: str, amount: int) -> None:
     """No metrics."""
-
-
-def _arrival(sink: Sink) -> int:
-    return sink.arrived
 
 
 def _no_event(event: Mapping[str, Any]) -> None:
@@ -91,8 +87,8 @@ class KernelRelay:
         self._link: AgentLink | None = None
         self._mark = 0
         self._clients: dict[bytes, Client] = {}
-        self._others: dict[bytes, list[Sink]] = {}
-        """Open websockets of sessions that a younger one is served at, oldest first."""
+        self._standby = Standby()
+        self._doubts: set[asyncio.Task[None]] = set()
         self._queue: list[list[bytes]] = []
         self._queued = 0
         self._progress = Progress(self._say)
@@ -117,20 +113,38 @@ class KernelRelay:
         return self._link is not None and self._link.greeted and not self._link.lost
 
     def attach(self, sink: Sink) -> None:
-        """Serve a websocket. An older one of the same session is replaced: the client has reconnected.
+        """Serve a websocket, in place of another one of the same session: the client has reconnected.
 
-        By when they arrived, not by when they got here: JupyterLab opens one, closes it and opens the next at once,
-        and jupyter_server's gateway client never closes what was still under way then.
+        Except where the other one came later, or has been heard and is there: JupyterLab opens one, closes it and
+        opens the next at once, and jupyter_server's gateway client finishes the first all the same, sooner or later
+        than the second, and never closes it. Nobody speaks or listens there.
         """
+        served = self._clients.get(sink.session.encode("utf-8", "replace"))
+        if served is not None:
+            later = sink.arrived >= served.sink.arrived
+            if not later or served.sink.heard:
+                self._stand_by(sink)
+                if later:
+                    self._doubt(served)
+                return
+        self._serve(sink)
+
+    def _stand_by(self, sink: Sink) -> None:
+        """Keep a websocket for the case that its session's other one goes away; it is closed if nobody speaks there."""
+        self._standby.add(sink)
+        asyncio.get_running_loop().call_later(STANDBY_SECONDS, self._dismiss, sink)
+
+    def _dismiss(self, sink: Sink) -> None:
+        served = self._clients.get(sink.session.encode("utf-8", "replace"))
+        if self._standby.remove(sink) or (served is not None and served.sink is sink and not sink.heard):
+            sink.dismiss()
+
+    def _serve(self, sink: Sink) -> None:
         client = Client(sink)
         served = self._clients.get(client.key)
         if served is not None:
-            others = self._others.setdefault(client.key, [])
-            if sink.arrived < served.sink.arrived:
-                bisect.insort(others, sink, key=_arrival)
-                return
-            others.append(served.sink)
             served.sink.on_flushed = None
+            self._stand_by(served.sink)
             self._count("replaced", 1)
             self._acknowledge()  # what the one before has is not for this one
         client.notices, self._notices = self._notices, []
@@ -144,25 +158,31 @@ class KernelRelay:
             self._tell(client, _IOPUB, messages.status(state.value))
         self._attach(client)
 
+    def _doubt(self, client: Client) -> None:
+        """Find out whether a websocket is still there; if not, its session goes on at the youngest other one."""
+
+        async def ask() -> None:
+            if not await client.sink.answers() and self._clients.get(client.key) is client:
+                heir = self._standby.youngest(client.key)
+                if heir is not None:
+                    self._serve(heir)
+
+        task = asyncio.ensure_future(ask())
+        self._doubts.add(task)
+        task.add_done_callback(self._doubts.discard)
+
     def detach(self, sink: Sink) -> None:
-        """The websocket is closed. Its session is served at the youngest one that is still open, if any."""
+        """The websocket is closed. Its session goes on at the youngest one that is still open, if any."""
         client = self._clients.get(sink.session.encode("utf-8", "replace"))
-        if client is None:
-            return
-        others = self._others.get(client.key, [])
-        if client.sink is not sink:
-            if sink in others:
-                others.remove(sink)
+        if client is None or client.sink is not sink:
+            self._standby.remove(sink)
             return
         sink.on_flushed = None
         self._acknowledge()
         del self._clients[client.key]
-        self._others.pop(client.key, None)
-        if others and client.state is not Delivery.MOVED:
-            heir = others.pop()
-            if others:
-                self._others[client.key] = others
-            self.attach(heir)
+        heir = self._standby.youngest(client.key)
+        if heir is not None and client.state is not Delivery.MOVED:
+            self._serve(heir)
             return
         if not sink.keep:
             self._progress.left(sink.session)
@@ -172,6 +192,9 @@ class KernelRelay:
     def receive(self, sink: Sink, channel: str, parts: list[bytes], session_of_header: str) -> None:
         """A client's message for the kernel. Raises PayloadTooLarge when too much waits for the kernel already."""
         self._count("requests", 1)
+        sink.heard = True
+        if self._standby.remove(sink):
+            self._serve(sink)
         if b'"execute_request"' in parts[0]:
             client = self._clients.get(sink.session.encode("utf-8", "replace"))
             if client is not None:

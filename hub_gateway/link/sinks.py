@@ -9,7 +9,7 @@ from typing import Protocol
 
 from hub_gateway.link.wire import Dialect, Notes
 
-__all__ = ["Client", "Delivery", "Sink", "mark_of", "number_of"]
+__all__ = ["Client", "Delivery", "Sink", "Standby", "mark_of", "number_of"]
 
 _SEQ = 2**40 - 1
 _MARKS = 2**19 - 1
@@ -30,11 +30,12 @@ class Sink(Protocol):
 
     `session` is the client's session id, `after` the last number that the client says it saw (None: go by what
     was recorded), `keep` whether its place is kept when it goes away; `arrived` grows from one request for a websocket
-    to the next. The relay sets `on_flushed`.
+    to the next. The relay sets `on_flushed`, and `heard` when a message came.
     """
 
     session: str
     arrived: int
+    heard: bool
     keep: bool
     after: int | None
     dialect: Dialect
@@ -47,9 +48,47 @@ class Sink(Protocol):
     def confirm(self) -> None:
         """Find out at once whether the client has what was written, to call `on_flushed`."""
 
+    def dismiss(self) -> None:
+        """Close the websocket: its session is served at another one."""
+
+    async def answers(self) -> bool:
+        """Whether the client is still there: it answers within some seconds."""
+
     @property
     def backlog(self) -> int:
         """Bytes accepted by `write` that still wait in this process."""
+
+
+class Standby:
+    """Open websockets of sessions that are served at another one."""
+
+    def __init__(self) -> None:
+        self._sinks: dict[bytes, list[Sink]] = {}
+
+    def add(self, sink: Sink) -> None:
+        """Keep it until it is removed, or wanted."""
+        self._sinks.setdefault(_key(sink), []).append(sink)
+
+    def remove(self, sink: Sink) -> bool:
+        """Forget it; whether it was here."""
+        sinks = self._sinks.get(_key(sink), [])
+        if sink not in sinks:
+            return False
+        sinks.remove(sink)
+        if not sinks:
+            del self._sinks[_key(sink)]
+        return True
+
+    def youngest(self, key: bytes) -> Sink | None:
+        """Take out the one of a session that arrived last."""
+        found = max(self._sinks.get(key, []), key=lambda sink: sink.arrived, default=None)
+        if found is not None:
+            self.remove(found)
+        return found
+
+
+def _key(sink: Sink) -> bytes:
+    return sink.session.encode("utf-8", "replace")
 
 
 class Delivery(enum.Enum):
@@ -72,7 +111,7 @@ class Client:
 
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
-        self.key = sink.session.encode("utf-8", "replace")
+        self.key = _key(sink)
         self.state = Delivery.WAITING
         self.attachment = 0
         self.delivered: int | None = None

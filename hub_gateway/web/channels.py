@@ -47,11 +47,17 @@ class ClientSink(FrameWriter):
     ) -> None:
         # A client that names the last number it saw gets nothing twice, however much was on its way.
         super().__init__(handler, NUMBERED_WINDOW if dialect is Dialect.NUMBERED else ONE_BATCH)
+        self._handler = handler
         self.session = session
         self.arrived = arrived
+        self.heard = False
         self.keep = keep
         self.after = after
         self.dialect = dialect
+
+    def dismiss(self) -> None:
+        """Close the websocket: its session is served at another one."""
+        self._handler.close(1000, "this session has another websocket")
 
 
 class ChannelsHandler(APIHandler, WebSocketHandler):

@@ -31,6 +31,9 @@ PING_SECONDS = 0.02
 PATIENCE_SECONDS = 5.0
 """A client that has answered no ping for this long does not answer pings."""
 
+ANSWER_SECONDS = 5.0
+"""How long a client may take to say that it is there."""
+
 _MARK = b"hgw"
 _PING = struct.Struct("!BB3sQ")
 _PONG = struct.Struct("!3sQ")
@@ -84,6 +87,7 @@ class FrameWriter:
         self._answers = False
         self._silent = False
         self._confirm = False
+        self._answered: asyncio.Future[None] | None = None
 
     def write(self, data: bytes, seq: int | None) -> None:
         """Send complete frames; does nothing on a closed websocket (its `on_close` says so to everybody)."""
@@ -103,6 +107,15 @@ class FrameWriter:
         """Ask the client at once whether it has what was written so far, and not only when more is together."""
         self._confirm = bool(self._queue)
         self._ping()
+
+    async def answers(self) -> bool:
+        """Whether the client answers a ping, or anything, within `ANSWER_SECONDS`."""
+        if self._stream.closed():
+            return False
+        answered = self._answered = self._answered or asyncio.get_running_loop().create_future()
+        self._write(_PING.pack(0x89, _PONG.size, _MARK, 0))  # no group has this number
+        done, _ = await asyncio.wait({answered}, timeout=ANSWER_SECONDS)
+        return bool(done) and not self._stream.closed()
 
     def _fits(self, size: int, count: int) -> bool:
         if self._messages == 0:
@@ -148,6 +161,9 @@ class FrameWriter:
 
     def pong(self, data: bytes) -> None:
         """A pong of the client: ours, or somebody else's, which is passed over."""
+        if self._answered is not None:
+            self._answered.set_result(None)
+            self._answered = None
         if len(data) == _PONG.size and data.startswith(_MARK):
             self._answers, self._silent = True, False
             if self._patience is not None:

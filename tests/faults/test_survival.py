@@ -87,6 +87,16 @@ def test_no_output_is_lost_when_the_gateway_is_killed(gateway: GatewayProcess, s
     assert len(gateway.agents()) == 1
 
 
+def test_a_notebook_that_opens_its_websocket_twice_gets_its_replies(server: JupyterServer) -> None:
+    """As JupyterLab does where it is not given the subprotocol that it asks for: it closes the first at once."""
+    kernel_id = server.open_notebook("python")
+    for number in range(40):
+        session = f"twice-{number}"
+        Notebook(server.ws_url, kernel_id, server.headers, session=session, v1=server.exactly_once).close()
+        with Notebook(server.ws_url, kernel_id, server.headers, session=session, v1=server.exactly_once) as notebook:
+            assert notebook.execute(f"print({number})").text == f"{number}\n"
+
+
 def test_output_waits_for_a_client_that_is_away(gateway: GatewayProcess) -> None:
     """What a kernel prints while its gateway is dead and nobody listens is kept, buffers too."""
     kernel_id = start_kernel(gateway)

@@ -94,6 +94,9 @@ class Collector:
     ) -> None:
         self.session = session or uuid.uuid4().hex
         self.arrived = arrived
+        self.heard = False
+        self.there = True
+        self.dismissed = False
         self.dialect = dialect
         self.keep = keep
         self.after = after
@@ -115,6 +118,12 @@ class Collector:
 
     def confirm(self) -> None:
         self.confirms += 1
+
+    def dismiss(self) -> None:
+        self.dismissed = True
+
+    async def answers(self) -> bool:
+        return self.there
 
     @property
     def backlog(self) -> int:

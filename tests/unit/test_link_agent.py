@@ -21,7 +21,7 @@ import zmq
 
 from hub_gateway.errors import Conflict, PayloadTooLarge, Unavailable
 from hub_gateway.kernels.types import ExecutionState
-from hub_gateway.link import Dialect
+from hub_gateway.link import Dialect, relay
 from hub_gateway.link.sinks import Delivery
 from tests.harness.link import (
     FLOOD,
@@ -172,6 +172,7 @@ async def test_a_client_that_comes_while_a_dead_kernel_comes_back_is_not_told_th
     os.kill(gateway.relay.welcome["pid"], signal.SIGKILL)
     await eventually(lambda: "restarting" in sink.states(), "the kernel to be restarted")
     assert sink.confirms == 1, "whether it has that is asked at once"
+    gateway.relay.detach(sink)
     again, new = gateway.attach(Collector(sink.session)), gateway.attach(Collector())
     await eventually(lambda: gateway.relay.linked and "dead" in new.states(), "the restart to be given up")
     for one in (again, new):
@@ -603,16 +604,46 @@ async def test_a_session_that_does_not_keep_its_place_starts_afresh(start: Start
     assert not numbers(back)
 
 
-async def test_a_websocket_that_was_long_under_way_takes_nothing_from_a_younger_one(start: Start) -> None:
-    """jupyter_server's gateway client finishes what JupyterLab has closed meanwhile, and never closes it."""
+@pytest.mark.parametrize("arrived", [1, 3])
+async def test_a_websocket_where_nobody_is_takes_nothing_from_one_that_was_heard(
+    start: Start, arrived: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """jupyter_server's gateway client finishes what JupyterLab has closed meanwhile, and never closes it: we do."""
+    monkeypatch.setattr(relay, "STANDBY_SECONDS", 0.5)
     gateway = await start().connect()
-    young = gateway.attach(Collector("s", arrived=2))
-    old = gateway.attach(Collector("s", arrived=1))
-    msg_id = await gateway.execute(young, "flood 10 20")
-    assert numbers(young) == list(range(10)) and young.of(msg_id, "execute_reply")
-    assert not old.messages
-    gateway.relay.detach(old)
-    await gateway.execute(young, "pass")
+    ours = gateway.attach(Collector("s", arrived=2))
+    asked = gateway.request(ours, "kernel_info_request", {})
+    left = gateway.attach(Collector("s", arrived=arrived))
+    await eventually(lambda: ours.finished(asked), "the reply")
+    await gateway.execute(ours, "flood 10 20")
+    assert numbers(ours) == list(range(10))
+    assert not left.messages
+    await eventually(lambda: left.dismissed, "it to be closed")
+    gateway.relay.detach(left)
+    await gateway.execute(ours, "pass")
+    assert not ours.dismissed
+
+
+async def test_a_websocket_that_is_heard_is_served(start: Start) -> None:
+    """The one where nobody is may have come before it, or after it."""
+    gateway = await start().connect()
+    ours = gateway.attach(Collector("s", arrived=1))
+    gateway.attach(Collector("s", arrived=2))
+    await gateway.execute(ours, "flood 10 20")
+    assert numbers(ours) == list(range(10))
+
+
+async def test_a_websocket_that_does_not_answer_gives_way_to_the_next(start: Start) -> None:
+    """Its client lost the network, and is back."""
+    gateway = await start().connect()
+    gone = gateway.attach(Collector("s", arrived=1))
+    await gateway.execute(gone, "pass")
+    gone.there = False
+    back = gateway.attach(Collector("s", arrived=2))
+    other = gateway.attach(Collector())
+    await eventually(lambda: gateway.counts.get("replaced") == 1, "the change")
+    await gateway.execute(other, "flood 10 20")
+    await eventually(lambda: numbers(back) == list(range(10)), "the output")
 
 
 async def test_a_session_goes_on_at_the_youngest_websocket_that_is_open(start: Start) -> None:
@@ -626,6 +657,19 @@ async def test_a_session_goes_on_at_the_youngest_websocket_that_is_open(start: S
     gateway.relay.detach(first)
     gateway.relay.detach(second)
     assert gateway.relay.connections == 0
+
+
+async def test_a_websocket_that_took_over_and_is_never_heard_is_closed(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else what JupyterLab left behind would count as somebody at the kernel for ever."""
+    monkeypatch.setattr(relay, "STANDBY_SECONDS", 0.5)
+    gateway = await start().connect()
+    ours = gateway.attach(Collector("s", arrived=1))
+    await gateway.execute(ours, "pass")
+    left = gateway.attach(Collector("s", arrived=2))
+    gateway.relay.detach(ours)
+    await eventually(lambda: left.dismissed, "it to be closed")
 
 
 async def test_two_gateways_at_once(start: Start) -> None:
