@@ -152,7 +152,13 @@ class HubGateway(JupyterApp):
     max_body_bytes = Integer(1 * 2**20, help="Largest accepted request body (bytes).").tag(config=True)
     max_message_bytes = Integer(512 * 2**20, help="Largest accepted websocket message (bytes).").tag(config=True)
     ws_ping_interval = Float(
-        30.0, help="Seconds between pings on kernel websockets; load balancers close silent connections."
+        30.0,
+        help="""Seconds between pings on kernel websockets; load balancers close silent connections.
+
+        A websocket is closed when for twice that time nothing has come from its client, and nothing of what it was
+        sent has moved. A slow client that takes a large message lives; for what may still be in buffers on the way
+        (16 MiB at most) it has as long as it takes at 64 KiB a second.
+        """,
     ).tag(config=True)
     ws_backlog_bytes = Integer(
         2 * 2**20,

@@ -187,4 +187,6 @@ def make_application(services: Services, *, base_url: str = "/") -> GatewayAppli
         # Not xsrf_cookies: the REST API believes no cookie, and pages are protected by HubOAuth itself.
         websocket_max_message_size=services.web.max_message_bytes,
         websocket_ping_interval=services.web.ws_ping_interval,
+        # Whether the client lives is judged by the FrameWriter: tornado would end a large message to a slow one.
+        websocket_ping_timeout=0,
     )

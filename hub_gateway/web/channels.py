@@ -34,10 +34,17 @@ class ClientSink(FrameWriter):
     """One websocket as the relay sees it (`hub_gateway.link.Sink`)."""
 
     def __init__(
-        self, handler: WebSocketHandler, *, session: str, keep: bool, after: int | None, dialect: Dialect
+        self,
+        handler: WebSocketHandler,
+        *,
+        session: str,
+        keep: bool,
+        after: int | None,
+        dialect: Dialect,
+        silence: float = 0.0,
     ) -> None:
         # A client that names the last number it saw gets nothing twice, however much was on its way.
-        super().__init__(handler, NUMBERED_WINDOW if dialect is Dialect.NUMBERED else ONE_BATCH)
+        super().__init__(handler, NUMBERED_WINDOW if dialect is Dialect.NUMBERED else ONE_BATCH, silence)
         self.session = session
         self.keep = keep
         self.after = after
@@ -89,6 +96,7 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
             keep=bool(given),
             after=int(seen) if seen.isdecimal() and len(seen) < 19 else None,
             dialect=self._dialect(),
+            silence=2 * self.services.web.ws_ping_interval,
         )
         METRICS.websockets.inc()
         self.relay.attach(self.sink)
@@ -103,6 +111,7 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
         """Hand a message to the kernel; say so if it is none."""
         sink = self.sink
         assert sink is not None
+        sink.alive()
         decoded = None
         try:
             decoded = decode(message, sink.dialect)
