@@ -1438,6 +1438,7 @@ class Agent:
         if sockets is None:
             return False
         again, receive = self.zmq.Again, sockets.receive
+        before = self.outlet.ring.seq
         target = b""
         heads: Frames = []
         out: Frames = []
@@ -1488,6 +1489,8 @@ class Agent:
             size += total
         if count:
             self.outlet.batch(target, heads, out, count, size)
+        if self.outlet.ring.seq != before:
+            self.activity = time.time()
         return taken > 0
 
     def cut(self, channel: int, body: Any) -> Any:
@@ -1666,6 +1669,7 @@ class Agent:
 
         What was meant for a kernel that died is not for the next one: the cells before it died with it.
         """
+        self.activity = time.time()
         header = load_dict(parts[0])
         msg_type, msg_id = text_of(header, "msg_type"), text_of(header, "msg_id")
         if self.phase in ("dead", "stopping"):

@@ -10,8 +10,10 @@ import os
 import signal
 import socket
 import stat
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,47 @@ async def test_input_is_asked_of_the_session_that_runs_the_cell(start: Start) ->
     await eventually(lambda: sink.finished(msg_id), "the cell to finish")
     assert sink.text() == "abab\n" == other.text()
     assert not other.of(msg_id, "input_request") and not other.of(msg_id, "execute_reply")
+
+
+async def last_activity(gateway: Gateway) -> datetime:
+    await gateway.relay.ping()
+    return gateway.relay.last_activity
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["seen", "unseen"])
+async def test_output_between_cells_is_activity(start: Start, there: bool) -> None:
+    """A kernel whose threads work and report is not idle, though it is at its prompt and nobody looks."""
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector(keep=False))
+    work = "def work():\n    while True:\n        print('on it', flush=True)\n        time.sleep(0.02)"
+    await gateway.execute(sink, f"import threading, time\n{work}\nthreading.Thread(target=work, daemon=True).start()")
+    await eventually(lambda: gateway.relay.execution_state is ExecutionState.IDLE, "the prompt")
+    if not there:
+        gateway.relay.detach(sink)
+    before = await last_activity(gateway)
+    deadline = time.monotonic() + 20
+    while await last_activity(gateway) - before < timedelta(seconds=1):
+        assert time.monotonic() < deadline, "no activity was told"
+
+
+async def test_what_a_client_sends_is_activity(start: Start) -> None:
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector())
+    before = await last_activity(gateway)
+    deadline = time.monotonic() + 20
+    while await last_activity(gateway) - before < timedelta(seconds=0.5):
+        gateway.request(sink, "input_reply", {"value": "nobody asked"}, channel="stdin")  # no kernel says busy to it
+        assert time.monotonic() < deadline, "no activity was told"
+
+
+async def test_a_kernel_that_nobody_uses_has_no_activity(start: Start) -> None:
+    """What gateways and agents do by themselves is none."""
+    gateway = await start().connect()
+    before = await last_activity(gateway)
+    for _ in range(100):
+        await gateway.relay.ping()
+    # The age is told, not the moment: it varies by the way it took.
+    assert await last_activity(gateway) - before < timedelta(seconds=0.2)
 
 
 async def test_a_restart_keeps_link_and_sessions(start: Start) -> None:
