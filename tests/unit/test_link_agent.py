@@ -25,6 +25,7 @@ from hub_gateway.errors import Conflict, PayloadTooLarge, Unavailable
 from hub_gateway.kernels.types import ExecutionState
 from hub_gateway.link import Dialect
 from hub_gateway.link.sinks import Delivery
+from hub_gateway.proxies.tagged import tail
 from tests.harness.link import (
     FLOOD,
     IPYTHON,
@@ -287,6 +288,21 @@ async def test_a_kernel_whose_child_holds_its_sockets_is_restarted_all_the_same(
     msg_id = await gateway.execute(sink, code, timeout=10)
     assert "exit code 3" in sink.of(msg_id, "error")[0]["content"]["evalue"]
     await gateway.execute(sink, "print('back')", timeout=15)
+
+
+async def test_what_a_kernel_writes_besides_its_cells_does_not_fill_the_disk(start: Start, tmp_path: Path) -> None:
+    """Its stdout and stderr go to a log, often beside the database; the newest of it is kept."""
+    flood = "head -c 2000000 /dev/zero | tr '\\0' o; head -c 2000000 /dev/zero | tr '\\0' e >&2"
+    once = f"test -e again || ({flood}; echo last out; echo last err >&2); touch again"
+    argv = ["/bin/sh", "-c", f"{once}; exec {' '.join(FLOOD[:-1])} $0", "{connection_file}"]
+    gateway = await start(argv, cwd=str(tmp_path), log_bytes=400_000).connect()
+    files = [gateway.agent.log, gateway.agent.log.with_name("kernel.log.1")]
+    assert sum(file.stat().st_size for file in files) <= 400_000 + 2 * 65536
+    assert stat.S_IMODE(files[0].stat().st_mode) == 0o600
+    for last in ("last out\n", "last err\n"):
+        await eventually(lambda last=last: last in tail(gateway.agent.log), last)  # type: ignore[misc]
+    await gateway.execute(gateway.attach(Collector()), "exit 3")
+    await eventually(lambda: "ended: exit code 3" in gateway.agent.log.read_text(), "the agent's own word")
 
 
 async def test_a_kernel_that_dies_again_and_again_is_left_dead(start: Start) -> None:
