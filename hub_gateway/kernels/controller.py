@@ -92,8 +92,8 @@ class Controller(LoggingConfigurable):
         16 * 2**20,
         help="""How much (bytes) is kept of what a kernel and its agent write to stdout and stderr.
 
-        It lies in two files, `kernel.log` and `kernel.log.1`, in the kernel's runtime directory (for local kernels below
-        `LocalProxy.runtime_root`); the older one is dropped when the newer one has half of this. What a cell
+        It lies in two files, `kernel.log` and `kernel.log.1`, in the kernel's runtime directory (for local kernels
+        below `LocalProxy.runtime_root`); the older one is dropped when the newer one has half of this. What a cell
         prints does not go there. Where a resource manager keeps the log itself, its own limits hold.
         """,
     ).tag(config=True)

@@ -25,6 +25,7 @@ from hub_gateway.web.health import (
     RootHandler,
     SpecHandler,
 )
+from hub_gateway.web.incoming import Incoming
 from hub_gateway.web.kernels import InterruptHandler, KernelHandler, KernelsHandler, LaunchHandler, RestartHandler
 from hub_gateway.web.kernelspecs import KernelSpecHandler, KernelSpecsHandler, ResourceHandler
 from hub_gateway.web.limits import AnswerHandler, LimitsHandler, OneRequestHandler, QueueHandler, RequestsHandler
@@ -99,6 +100,7 @@ class GatewayApplication(Application):
     def __init__(self, routes: list[Any], services: Services, **settings: Any) -> None:
         super().__init__(routes, **settings)
         self.services = services
+        self.incoming = Incoming(services.web)
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> _HandlerDelegate:
         """The handler that was asked for, or the one that says that the body is too large."""

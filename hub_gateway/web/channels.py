@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 
-from tornado.websocket import WebSocketHandler
+from tornado.websocket import WebSocketHandler, WebSocketProtocol
 
 from hub_gateway.errors import BadRequest, GatewayError
 from hub_gateway.link import Dialect, KernelRelay, decode
@@ -16,6 +16,7 @@ from hub_gateway.link.wire import V1_SUBPROTOCOL, ClientMessage, OverLimit, enco
 from hub_gateway.metrics import METRICS
 from hub_gateway.web.base import APIHandler, of_notebook_server
 from hub_gateway.web.framewriter import ONE_BATCH, FrameWriter, Window
+from hub_gateway.web.incoming import BoundedProtocol, Incoming, Room
 
 __all__ = ["NUMBERED_SUBPROTOCOL", "ChannelsHandler"]
 
@@ -59,6 +60,7 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
 
     relay: KernelRelay
     sink: ClientSink | None = None
+    room: Room
     refused = 0
     told = float("-inf")
 
@@ -71,7 +73,23 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
         """The handshake. Raises `BadRequest` for a request that is none."""
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
             raise BadRequest("This is the address of a kernel's websocket; open it with a websocket client.")
-        await super().get(*args)
+        incoming: Incoming = self.application.incoming  # type: ignore[attr-defined]
+        self.room = Room(incoming, self.caller.name)
+        try:
+            with incoming.websocket(self.caller.name, self.path_args[0]):
+                await super().get(*args)  # until it is closed
+        finally:
+            self.room.give()
+
+    def get_websocket_protocol(self) -> WebSocketProtocol | None:
+        """tornado's, with bounds on what it reads."""
+        made = super().get_websocket_protocol()
+        return None if made is None else BoundedProtocol(self, made.params, self.room, self._reading)  # type: ignore[attr-defined]
+
+    def _reading(self, moving: bool) -> None:
+        if self.sink is not None:
+            self.sink.alive()
+            self.sink.held_up = not moving
 
     def check_origin(self, origin: str) -> bool:
         """Any: no cookie is ever believed here, and a page cannot send somebody's token."""

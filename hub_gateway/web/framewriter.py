@@ -102,6 +102,8 @@ class FrameWriter:
         self._silent = False
         self._confirm = False
         self._silence = silence
+        self.held_up = False
+        """Whether it is us who do not read what it sends."""
         self._watch: asyncio.TimerHandle | None = None
         self.alive()
         if silence:
@@ -117,6 +119,8 @@ class FrameWriter:
         due = self._sign + self._silence + min(self._bytes, UNSEEN_BYTES) / SLOWEST_BYTES
         if self._stream.closed():
             return
+        if self.held_up:
+            due = loop.time() + self._silence
         if loop.time() < due:
             self._watch = loop.call_at(due, self._look)
             return
