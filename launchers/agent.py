@@ -1770,7 +1770,7 @@ class Agent:
             self.signal(peer, ident, call["signum"])
         elif op in ("restart", "shutdown"):
             if epoch < self.epoch:
-                self.done(peer.name, ident, "stale epoch")
+                self.done(peer.name, ident, "stale epoch", "stale_epoch")
             else:
                 self.on_end_call(peer, op, ident)
         else:
@@ -1834,21 +1834,21 @@ class Agent:
         }
         return dict(self.counters, **more)
 
-    def done(self, name: bytes, ident: Any, error: str = "") -> None:
-        """Answer a call."""
+    def done(self, name: bytes, ident: Any, error: str = "", code: str = "conflict") -> None:
+        """Answer a call. `code` says of an error what kind it is: conflict, failed (the kernel did), stale_epoch."""
         peer = self.outlet.peers.get(name)
         if peer is not None:
             event = {"event": "done", "id": ident, "ok": not error}
             if error:
-                event["error"] = error
+                event.update(error=error, code=code)
             self.outlet.event(peer, event)
 
-    def answer_waiting(self, op: str, error: str = "") -> None:
+    def answer_waiting(self, op: str, error: str = "", code: str = "conflict") -> None:
         """Answer those who wait for `restart` or `shutdown`; an `error` is a sentence."""
         waiting, self.waiting = self.waiting, []
         for one in waiting:
             if one[2] == op:
-                self.done(one[0], one[1], error)
+                self.done(one[0], one[1], error, code)
             else:
                 self.waiting.append(one)
 
@@ -2050,7 +2050,7 @@ class Agent:
     def dead(self) -> None:
         """No kernel, and no more attempts. Stay for a while, so that somebody can read why."""
         self.phase = "dead"
-        self.answer_waiting("restart", self.epitaph())
+        self.answer_waiting("restart", self.epitaph(), "failed")
         queue, self.queue, self.queued = self.queue, [], 0
         for session, channel, parts in queue:
             self.request(session, channel, parts)

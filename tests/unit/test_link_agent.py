@@ -21,7 +21,7 @@ import psutil
 import pytest
 import zmq
 
-from hub_gateway.errors import Conflict, PayloadTooLarge, Unavailable
+from hub_gateway.errors import Conflict, LaunchFailed, PayloadTooLarge, Unavailable
 from hub_gateway.kernels.types import ExecutionState
 from hub_gateway.link import Dialect
 from hub_gateway.link.sinks import Delivery
@@ -330,7 +330,7 @@ async def test_a_restart_that_hangs_ends_and_may_be_tried_again(start: Start, tm
     gateway = await start(argv, cwd=str(tmp_path), start_seconds=1.0, shutdown_seconds=0.5).connect()
     sink = gateway.attach(Collector())
     (tmp_path / "hang").touch()
-    with pytest.raises(Conflict, match=r"did not answer within 1 s and was killed\. Last .*\nwaiting for the file"):
+    with pytest.raises(LaunchFailed, match=r"did not answer within 1 s and was killed\. Last .*\nwaiting for the file"):
         await gateway.relay.restart()
     await eventually(lambda: "dead" in sink.states(), "the kernel to be given up")
     exited = gateway.event("exited")
@@ -348,7 +348,7 @@ async def test_a_restart_that_the_node_cannot_do_now_may_be_tried_again(start: S
     (connection_file,) = Path(gateway.agent.runtime_dir).glob("kernel-*.json")
     connection_file.unlink()
     connection_file.mkdir()
-    with pytest.raises(Conflict, match=r"^The kernel cannot be started on its node: Is a directory\."):
+    with pytest.raises(LaunchFailed, match=r"^The kernel cannot be started on its node: Is a directory\."):
         await gateway.relay.restart()
     await eventually(lambda: "dead" in sink.states(), "the kernel to be given up")
     assert [entry.name for entry in Path(gateway.agent.runtime_dir).glob("kernel-*")] == [connection_file.name]
