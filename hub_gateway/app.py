@@ -150,9 +150,34 @@ class HubGateway(JupyterApp):
         5.0, help="How long (seconds) to let requests finish after SIGTERM. Kernels are never stopped by it."
     ).tag(config=True)
     max_body_bytes = Integer(1 * 2**20, help="Largest accepted request body (bytes).").tag(config=True)
-    max_message_bytes = Integer(512 * 2**20, help="Largest accepted websocket message (bytes).").tag(config=True)
+    max_message_bytes = Integer(
+        64 * 2**20,
+        help="""Largest message (bytes) that a client may send to a kernel.
+
+        A message is in this process's memory before it is passed on. Messages of kernels are not meant: those
+        may have 512 MiB.
+        """,
+    ).tag(config=True)
+    incoming_bytes_per_user = Integer(
+        128 * 2**20,
+        help="""How much (bytes) of one user's messages may be on its way into this process.
+
+        Counted are messages over 64 KiB, and those in fragments, until they are complete. More of them wait.
+        At least one message of `max_message_bytes` is always let in.
+        """,
+    ).tag(config=True)
+    websockets_per_kernel = Integer(
+        100, help="How many websockets one kernel may have open in this process; further ones are refused with 429."
+    ).tag(config=True)
+    websockets_per_user = Integer(500, help="The same for all kernels of one user together.").tag(config=True)
     ws_ping_interval = Float(
-        30.0, help="Seconds between pings on kernel websockets; load balancers close silent connections."
+        30.0,
+        help="""Seconds between pings on kernel websockets; load balancers close silent connections.
+
+        A websocket is closed when for twice that time nothing has come from its client, and nothing of what it was
+        sent has moved. A slow client that takes a large message lives; for what may still be in buffers on the way
+        (16 MiB at most) it has as long as it takes at 64 KiB a second.
+        """,
     ).tag(config=True)
     ws_backlog_bytes = Integer(
         2 * 2**20,

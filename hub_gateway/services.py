@@ -28,7 +28,10 @@ class WebSettings:
 
     cookie_secret: bytes
     max_body_bytes: int = 1 * 2**20
-    max_message_bytes: int = 512 * 2**20
+    max_message_bytes: int = 64 * 2**20
+    incoming_bytes_per_user: int = 128 * 2**20
+    websockets_per_kernel: int = 100
+    websockets_per_user: int = 500
     ws_ping_interval: float = 30.0
     ws_backlog_bytes: int = 4 * 2**20
     replica: str = ""

@@ -66,13 +66,54 @@ DROPPABLE = frozenset(("stream", "display_data", "update_display_data", "execute
 KEPT_HINT = "The rest was kept. Print less, or ask the administrator for a larger buffer (ring_bytes)."
 
 
+class Log:
+    """Standard error: what the agent has to say, and what the kernel writes to its stdout and stderr."""
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.limit = self.size = 0
+
+    def bound(self, path: str, limit: int) -> None:
+        """Where it is this file, keep it and the one before it (`path`.1) within `limit` bytes from now on."""
+        try:
+            found, ours = os.stat(path), os.fstat(2)
+        except OSError:
+            return  # it goes somewhere else, where somebody else looks after it
+        if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
+            self.path, self.limit, self.size = path, limit // 2, ours.st_size
+
+    def write(self, data: bytes) -> None:
+        """Append to it."""
+        try:
+            os.write(2, data)
+        except OSError:
+            return  # nobody reads the log any more; there is no other place to say so
+        self.size += len(data)
+        if self.path and self.size > self.limit:
+            self.turn()
+
+    def turn(self) -> None:
+        """Begin a new file; only one before it is kept."""
+        self.size = 0
+        try:
+            os.replace(self.path, self.path + ".1")
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(descriptor, 2)
+            os.close(descriptor)
+        except OSError:
+            try:
+                os.ftruncate(2, 0)
+            except OSError:
+                self.path = ""  # not even that can be done with it
+
+
+LOG = Log()
+
+
 def log(text: str) -> None:
-    """One line on standard error, which the proxy keeps beside the kernel's own output."""
+    """One line in the log, which the proxy keeps."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
-    try:
-        os.write(2, ("[agent %s] %s\n" % (stamp, text)).encode("utf-8", "replace"))
-    except OSError:
-        pass  # nobody reads the log any more; there is no other place to say so
+    LOG.write(("[agent %s] %s\n" % (stamp, text)).encode("utf-8", "replace"))
 
 
 class Settings:
@@ -90,6 +131,7 @@ class Settings:
         "start_seconds": 60.0,
         "shutdown_seconds": 5.0,
         "stderr_bytes": 16 * 1024,
+        "log_bytes": 16 * 2**20,
         "restart_limit": 5,
     }
 
@@ -132,6 +174,7 @@ class Settings:
         self.start_seconds: float = values["start_seconds"]
         self.shutdown_seconds: float = values["shutdown_seconds"]
         self.stderr_bytes: int = values["stderr_bytes"]
+        self.log_bytes: int = values["log_bytes"]
         self.restart_limit: int = values["restart_limit"]
         if self.register_url and not self.register_url.startswith(("https://", "http://")):
             raise ValueError("'register_url' must be an http or https URL")
@@ -171,6 +214,7 @@ class KernelProcess:
         self.pid = 0
         self.status: Optional[int] = None
         self.failure = ""
+        self.outputs: List[int] = []  # our ends of the pipes that are its stdout and stderr
         self.stderr = -1
         self.tail = bytearray()
         self.key = os.urandom(32).hex()
@@ -234,6 +278,8 @@ class KernelProcess:
         env["JPY_PARENT_PID"] = str(os.getpid())
         guard = die_with_parent()
         reader, writer = os.pipe()
+        # Not the log itself: nobody could bound what the kernel writes there.
+        stdout_reader, stdout_writer = os.pipe()
         stderr_reader, stderr_writer = os.pipe()
         agent = os.getpid()
         pid = os.fork()
@@ -245,7 +291,7 @@ class KernelProcess:
                         signal.signal(getattr(signal, name), signal.SIG_DFL)
                 null = os.open(os.devnull, os.O_RDONLY)
                 os.dup2(null, 0)
-                os.dup2(2, 1)
+                os.dup2(stdout_writer, 1)
                 os.dup2(stderr_writer, 2)
                 if guard is not None:
                     guard()
@@ -260,9 +306,11 @@ class KernelProcess:
                 os.write(writer, b"0")
             os._exit(127)
         os.close(writer)
-        os.close(stderr_writer)
-        os.set_blocking(stderr_reader, False)
-        self.pid, self.stderr = pid, stderr_reader
+        self.pid, self.stderr, self.outputs = pid, stderr_reader, [stdout_reader, stderr_reader]
+        for descriptor in (stdout_writer, stderr_writer):
+            os.close(descriptor)
+        for descriptor in self.outputs:
+            os.set_blocking(descriptor, False)
         failure = os.read(reader, 64)
         os.close(reader)
         if not failure:
@@ -275,21 +323,20 @@ class KernelProcess:
             return "The kernel's working directory %s cannot be entered: %s." % (self.settings.cwd, reason)
         return "The kernel's program %s cannot be started: %s." % (program, reason)
 
-    def read_stderr(self) -> bool:
-        """Pass on what the kernel wrote to stderr and keep the last of it. False at the end of the pipe."""
+    def read_output(self, source: int) -> bool:
+        """Pass on what the kernel wrote to stdout or stderr, keep the last of stderr. False at the end of the pipe."""
         for _ in range(16):
             try:
-                data = os.read(self.stderr, 65536)
+                data = os.read(source, 65536)
             except BlockingIOError:
                 return True
             except OSError:
                 return False
             if not data:
                 return False
-            try:
-                os.write(2, data)
-            except OSError:
-                pass  # the log is gone; the tail is kept all the same
+            LOG.write(data)
+            if source != self.stderr:
+                continue
             self.tail += data
             if len(self.tail) > self.settings.stderr_bytes:
                 del self.tail[: -self.settings.stderr_bytes]
@@ -333,11 +380,11 @@ class KernelProcess:
             return 128 + number, number
         return os.WEXITSTATUS(self.status), None
 
-    def close(self) -> None:
-        """Release the pipe."""
-        if self.stderr >= 0:
-            os.close(self.stderr)
-            self.stderr = -1
+    def close(self, source: Optional[int] = None) -> None:
+        """Release a pipe, or both."""
+        for descriptor in list(self.outputs) if source is None else [source]:
+            self.outputs.remove(descriptor)
+            os.close(descriptor)
 
 
 def write_private(path: str, text: str) -> None:
@@ -1363,10 +1410,10 @@ class Agent:
         if signal.SIGTERM in numbers or signal.SIGINT in numbers:
             self.shut_down()
 
-    def on_stderr(self) -> None:
-        if not self.kernel.read_stderr():
-            self.unwatch(self.kernel.stderr)
-            self.kernel.close()
+    def on_output(self, source: int) -> None:
+        if not self.kernel.read_output(source):
+            self.unwatch(source)
+            self.kernel.close(source)
 
     def on_zap(self) -> None:
         """Answer one authentication request (RFC 27): the gateway's key and no other."""
@@ -1402,15 +1449,16 @@ class Agent:
         self.sockets = KernelSockets(self.context, self.kernel)
         for channel, sock in enumerate(self.sockets.sockets):
             self.watch(sock, functools.partial(self.drain, channel))
-        self.watch(self.kernel.stderr, self.on_stderr)
+        for source in self.kernel.outputs:
+            self.watch(source, functools.partial(self.on_output, source))
         self.info_seen = self.iopub_live = False
         self.nudge()
 
     def disconnect_kernel(self) -> None:
-        if self.kernel.stderr >= 0:
-            self.unwatch(self.kernel.stderr)
-            self.kernel.read_stderr()
-            self.kernel.close()
+        for source in list(self.kernel.outputs):
+            self.unwatch(source)
+            self.kernel.read_output(source)
+            self.kernel.close(source)
         if self.sockets is not None:
             for sock in self.sockets.sockets:
                 self.unwatch(sock)
@@ -1438,6 +1486,7 @@ class Agent:
         if sockets is None:
             return False
         again, receive = self.zmq.Again, sockets.receive
+        before = self.outlet.ring.seq
         target = b""
         heads: Frames = []
         out: Frames = []
@@ -1488,6 +1537,8 @@ class Agent:
             size += total
         if count:
             self.outlet.batch(target, heads, out, count, size)
+        if self.outlet.ring.seq != before:
+            self.activity = time.time()
         return taken > 0
 
     def cut(self, channel: int, body: Any) -> Any:
@@ -1666,6 +1717,7 @@ class Agent:
 
         What was meant for a kernel that died is not for the next one: the cells before it died with it.
         """
+        self.activity = time.time()
         header = load_dict(parts[0])
         msg_type, msg_id = text_of(header, "msg_type"), text_of(header, "msg_id")
         if self.phase in ("dead", "stopping"):
@@ -1718,7 +1770,7 @@ class Agent:
             self.signal(peer, ident, call["signum"])
         elif op in ("restart", "shutdown"):
             if epoch < self.epoch:
-                self.done(peer.name, ident, "stale epoch")
+                self.done(peer.name, ident, "stale epoch", "stale_epoch")
             else:
                 self.on_end_call(peer, op, ident)
         else:
@@ -1782,21 +1834,21 @@ class Agent:
         }
         return dict(self.counters, **more)
 
-    def done(self, name: bytes, ident: Any, error: str = "") -> None:
-        """Answer a call."""
+    def done(self, name: bytes, ident: Any, error: str = "", code: str = "conflict") -> None:
+        """Answer a call. `code` says of an error what kind it is: conflict, failed (the kernel did), stale_epoch."""
         peer = self.outlet.peers.get(name)
         if peer is not None:
             event = {"event": "done", "id": ident, "ok": not error}
             if error:
-                event["error"] = error
+                event.update(error=error, code=code)
             self.outlet.event(peer, event)
 
-    def answer_waiting(self, op: str, error: str = "") -> None:
+    def answer_waiting(self, op: str, error: str = "", code: str = "conflict") -> None:
         """Answer those who wait for `restart` or `shutdown`; an `error` is a sentence."""
         waiting, self.waiting = self.waiting, []
         for one in waiting:
             if one[2] == op:
-                self.done(one[0], one[1], error)
+                self.done(one[0], one[1], error, code)
             else:
                 self.waiting.append(one)
 
@@ -1998,7 +2050,7 @@ class Agent:
     def dead(self) -> None:
         """No kernel, and no more attempts. Stay for a while, so that somebody can read why."""
         self.phase = "dead"
-        self.answer_waiting("restart", self.epitaph())
+        self.answer_waiting("restart", self.epitaph(), "failed")
         queue, self.queue, self.queued = self.queue, [], 0
         for session, channel, parts in queue:
             self.request(session, channel, parts)
@@ -2180,6 +2232,7 @@ def main() -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
+    LOG.bound(os.path.join(settings.runtime_dir, "kernel.log"), settings.log_bytes)
     agent = Agent(settings, directory)
     agent.heed_signals()
     # The kernel is slow to start, so it starts before anything that it does not need (pyzmq above all).

@@ -88,6 +88,15 @@ class Controller(LoggingConfigurable):
         4 * 2**20, help="How much (bytes) may be on its way from an agent to a gateway and not processed."
     ).tag(config=True)
     stderr_bytes = Integer(16 * 2**10, help="How much of a kernel's last stderr (bytes) is kept.").tag(config=True)
+    log_bytes = Integer(
+        16 * 2**20,
+        help="""How much (bytes) is kept of what a kernel and its agent write to stdout and stderr.
+
+        It lies in two files, `kernel.log` and `kernel.log.1`, in the kernel's runtime directory (for local kernels
+        below `LocalProxy.runtime_root`); the older one is dropped when the newer one has half of this. What a cell
+        prints does not go there. Where a resource manager keeps the log itself, its own limits hold.
+        """,
+    ).tag(config=True)
     restart_limit = Integer(
         5, help="How often in a row a kernel that dies is restarted; one that lived for 10 seconds counts anew."
     ).tag(config=True)
@@ -437,6 +446,7 @@ class Controller(LoggingConfigurable):
             start_seconds=self.start_seconds,
             shutdown_seconds=self.shutdown_seconds,
             stderr_bytes=self.stderr_bytes,
+            log_bytes=self.log_bytes,
             restart_limit=self.restart_limit,
         )
 

@@ -25,8 +25,8 @@ class Culler(LoggingConfigurable):
         0.0,
         help="""After how long (seconds) without activity a kernel is stopped; 0 never.
 
-        Activity is a message from a client or an output of the kernel. A kernelspec has its own limit in
-        `metadata.hub_gateway.cull_idle_timeout` (0: its kernels are never culled).
+        Activity is a message from a client or an output of the kernel, also between cells. A kernelspec has its own
+        limit in `metadata.hub_gateway.cull_idle_timeout` (0: its kernels are never culled).
         """,
     ).tag(config=True)
     cull_interval = Float(60.0, help="How often (seconds) idle kernels are looked for.").tag(config=True)

@@ -18,6 +18,8 @@ Say = Callable[[str, str, list[bytes]], None]
 
 MAX_WAITING = 10_000
 """Requests that may wait at a time; of more, the oldest are forgotten."""
+MAX_HEADER = 1000
+"""Bytes of a header that are kept; of a longer one what a client needs to know its request by."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Progress:
         msg_type, msg_id = parsed.get("msg_type"), parsed.get("msg_id")
         if not isinstance(msg_type, str) or not isinstance(msg_id, str) or not msg_type.endswith("_request"):
             return
+        if len(header) > MAX_HEADER:
+            header = _shortened(parsed)
+            if len(header) > MAX_HEADER:
+                return  # nobody has such ids
         request = Request(session, channel, header, msg_type)
         if self._failure is not None:
             self._refuse(request)
@@ -128,6 +134,12 @@ class Progress:
         answer = messages.reply(request.msg_type, name, text, traceback, request.header)
         self._say(request.session, request.channel, answer)
         self._say(request.session, "iopub", messages.status("idle", request.header))
+
+
+def _shortened(header: dict[str, Any]) -> bytes:
+    """A header without whatever else a client has put into it."""
+    names = ("msg_id", "msg_type", "session", "username", "date", "version")
+    return json.dumps({name: header[name] for name in names if isinstance(header.get(name), str)}).encode()
 
 
 def _loaded(header: bytes) -> dict[str, Any]:

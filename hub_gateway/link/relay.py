@@ -301,7 +301,7 @@ class KernelRelay:
         await self._require_link().call("interrupt", timeout)
 
     async def restart(self, timeout: float = 90.0) -> None:
-        """Restart the kernel in place; returns when the new one is ready. Raises Unavailable, Conflict."""
+        """Restart the kernel in place; returns when the new one is ready. Raises what `AgentLink.call` raises."""
         await self._require_link().call("restart", timeout)
 
     async def shutdown(self, timeout: float = 20.0) -> None:

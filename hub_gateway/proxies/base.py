@@ -63,6 +63,8 @@ class AgentSettings:
     start_seconds: float = 60.0
     shutdown_seconds: float = 5.0
     stderr_bytes: int = 16 * 2**10
+    log_bytes: int = 16 * 2**20
+    """Of `kernel.log` and `kernel.log.1` in the runtime directory together, where the agent's stderr is that file."""
     restart_limit: int = 5
 
 

@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 
-from tornado.websocket import WebSocketHandler
+from tornado.websocket import WebSocketHandler, WebSocketProtocol
 
 from hub_gateway.errors import BadRequest, GatewayError
 from hub_gateway.link import Dialect, KernelRelay, decode
@@ -17,6 +17,7 @@ from hub_gateway.link.wire import V1_SUBPROTOCOL, ClientMessage, OverLimit, enco
 from hub_gateway.metrics import METRICS
 from hub_gateway.web.base import APIHandler, of_notebook_server
 from hub_gateway.web.framewriter import ONE_BATCH, FrameWriter, Window
+from hub_gateway.web.incoming import BoundedProtocol, Incoming, Room
 
 __all__ = ["NUMBERED_SUBPROTOCOL", "ChannelsHandler"]
 
@@ -44,9 +45,10 @@ class ClientSink(FrameWriter):
         keep: bool,
         after: int | None,
         dialect: Dialect,
+        silence: float = 0.0,
     ) -> None:
         # A client that names the last number it saw gets nothing twice, however much was on its way.
-        super().__init__(handler, NUMBERED_WINDOW if dialect is Dialect.NUMBERED else ONE_BATCH)
+        super().__init__(handler, NUMBERED_WINDOW if dialect is Dialect.NUMBERED else ONE_BATCH, silence)
         self._handler = handler
         self.session = session
         self.arrived = arrived
@@ -69,6 +71,7 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
     relay: KernelRelay
     arrived: int
     sink: ClientSink | None = None
+    room: Room
     refused = 0
     told = float("-inf")
 
@@ -82,7 +85,23 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
         """The handshake. Raises `BadRequest` for a request that is none."""
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
             raise BadRequest("This is the address of a kernel's websocket; open it with a websocket client.")
-        await super().get(*args)
+        incoming: Incoming = self.application.incoming  # type: ignore[attr-defined]
+        self.room = Room(incoming, self.caller.name)
+        try:
+            with incoming.websocket(self.caller.name, self.path_args[0]):
+                await super().get(*args)  # until it is closed
+        finally:
+            self.room.give()
+
+    def get_websocket_protocol(self) -> WebSocketProtocol | None:
+        """tornado's, with bounds on what it reads."""
+        made = super().get_websocket_protocol()
+        return None if made is None else BoundedProtocol(self, made.params, self.room, self._reading)  # type: ignore[attr-defined]
+
+    def _reading(self, moving: bool) -> None:
+        if self.sink is not None:
+            self.sink.alive()
+            self.sink.held_up = not moving
 
     def check_origin(self, origin: str) -> bool:
         """Any: no cookie is ever believed here, and a page cannot send somebody's token."""
@@ -108,6 +127,7 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
             keep=bool(given),
             after=int(seen) if seen.isdecimal() and len(seen) < 19 else None,
             dialect=self._dialect(),
+            silence=2 * self.services.web.ws_ping_interval,
         )
         METRICS.websockets.inc()
         self.relay.attach(self.sink)
@@ -122,6 +142,7 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
         """Hand a message to the kernel; say so if it is none."""
         sink = self.sink
         assert sink is not None
+        sink.alive()
         decoded = None
         try:
             decoded = decode(message, sink.dialect)

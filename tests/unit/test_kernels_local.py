@@ -81,3 +81,13 @@ async def test_kernels_of_another_node_are_not_gone(tmp_path: Path, change: dict
         await local.terminate(state)
         assert not directory.exists()
     await local.close()
+
+
+async def test_logs_go_back_beyond_the_newest_file(tmp_path: Path) -> None:
+    """The agent may just have begun it."""
+    (tmp_path / "kernel.log.1").write_text("older\n" * 3)
+    (tmp_path / "kernel.log").write_text("newer\n")
+    local = LocalProxy(runtime_root=str(tmp_path))
+    state: State = {"kernel_id": "k1", "gateway_id": "g", "runtime_dir": str(tmp_path)}
+    assert await local.logs(state, 3) == "older\nolder\nnewer"
+    await local.close()

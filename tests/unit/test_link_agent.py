@@ -10,8 +10,10 @@ import os
 import signal
 import socket
 import stat
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ import psutil
 import pytest
 import zmq
 
-from hub_gateway.errors import Conflict, PayloadTooLarge, Unavailable
+from hub_gateway.errors import Conflict, LaunchFailed, PayloadTooLarge, Unavailable
 from hub_gateway.kernels.types import ExecutionState
 from hub_gateway.link import Dialect, relay
 from hub_gateway.link.sinks import Delivery
+from hub_gateway.proxies.tagged import tail
 from tests.harness.link import (
     FLOOD,
     IPYTHON,
@@ -117,6 +120,47 @@ async def test_input_is_asked_of_the_session_that_runs_the_cell(start: Start) ->
     await eventually(lambda: sink.finished(msg_id), "the cell to finish")
     assert sink.text() == "abab\n" == other.text()
     assert not other.of(msg_id, "input_request") and not other.of(msg_id, "execute_reply")
+
+
+async def last_activity(gateway: Gateway) -> datetime:
+    await gateway.relay.ping()
+    return gateway.relay.last_activity
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["seen", "unseen"])
+async def test_output_between_cells_is_activity(start: Start, there: bool) -> None:
+    """A kernel whose threads work and report is not idle, though it is at its prompt and nobody looks."""
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector(keep=False))
+    work = "def work():\n    while True:\n        print('on it', flush=True)\n        time.sleep(0.02)"
+    await gateway.execute(sink, f"import threading, time\n{work}\nthreading.Thread(target=work, daemon=True).start()")
+    await eventually(lambda: gateway.relay.execution_state is ExecutionState.IDLE, "the prompt")
+    if not there:
+        gateway.relay.detach(sink)
+    before = await last_activity(gateway)
+    deadline = time.monotonic() + 20
+    while await last_activity(gateway) - before < timedelta(seconds=1):
+        assert time.monotonic() < deadline, "no activity was told"
+
+
+async def test_what_a_client_sends_is_activity(start: Start) -> None:
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector())
+    before = await last_activity(gateway)
+    deadline = time.monotonic() + 20
+    while await last_activity(gateway) - before < timedelta(seconds=0.5):
+        gateway.request(sink, "input_reply", {"value": "nobody asked"}, channel="stdin")  # no kernel says busy to it
+        assert time.monotonic() < deadline, "no activity was told"
+
+
+async def test_a_kernel_that_nobody_uses_has_no_activity(start: Start) -> None:
+    """What gateways and agents do by themselves is none."""
+    gateway = await start().connect()
+    before = await last_activity(gateway)
+    for _ in range(100):
+        await gateway.relay.ping()
+    # The age is told, not the moment: it varies by the way it took.
+    assert await last_activity(gateway) - before < timedelta(seconds=0.2)
 
 
 async def test_a_restart_keeps_link_and_sessions(start: Start) -> None:
@@ -247,6 +291,21 @@ async def test_a_kernel_whose_child_holds_its_sockets_is_restarted_all_the_same(
     await gateway.execute(sink, "print('back')", timeout=15)
 
 
+async def test_what_a_kernel_writes_besides_its_cells_does_not_fill_the_disk(start: Start, tmp_path: Path) -> None:
+    """Its stdout and stderr go to a log, often beside the database; the newest of it is kept."""
+    flood = "head -c 2000000 /dev/zero | tr '\\0' o; head -c 2000000 /dev/zero | tr '\\0' e >&2"
+    once = f"test -e again || ({flood}; echo last out; echo last err >&2); touch again"
+    argv = ["/bin/sh", "-c", f"{once}; exec {' '.join(FLOOD[:-1])} $0", "{connection_file}"]
+    gateway = await start(argv, cwd=str(tmp_path), log_bytes=400_000).connect()
+    files = [gateway.agent.log, gateway.agent.log.with_name("kernel.log.1")]
+    assert sum(file.stat().st_size for file in files) <= 400_000 + 2 * 65536
+    assert stat.S_IMODE(files[0].stat().st_mode) == 0o600
+    for last in ("last out\n", "last err\n"):
+        await eventually(lambda last=last: last in tail(gateway.agent.log), last)  # type: ignore[misc]
+    await gateway.execute(gateway.attach(Collector()), "exit 3")
+    await eventually(lambda: "ended: exit code 3" in gateway.agent.log.read_text(), "the agent's own word")
+
+
 async def test_a_kernel_that_dies_again_and_again_is_left_dead(start: Start) -> None:
     gateway = await start(restart_limit=2).connect()
     sink = gateway.attach(Collector())
@@ -272,7 +331,7 @@ async def test_a_restart_that_hangs_ends_and_may_be_tried_again(start: Start, tm
     gateway = await start(argv, cwd=str(tmp_path), start_seconds=1.0, shutdown_seconds=0.5).connect()
     sink = gateway.attach(Collector())
     (tmp_path / "hang").touch()
-    with pytest.raises(Conflict, match=r"did not answer within 1 s and was killed\. Last .*\nwaiting for the file"):
+    with pytest.raises(LaunchFailed, match=r"did not answer within 1 s and was killed\. Last .*\nwaiting for the file"):
         await gateway.relay.restart()
     await eventually(lambda: "dead" in sink.states(), "the kernel to be given up")
     exited = gateway.event("exited")
@@ -290,7 +349,7 @@ async def test_a_restart_that_the_node_cannot_do_now_may_be_tried_again(start: S
     (connection_file,) = Path(gateway.agent.runtime_dir).glob("kernel-*.json")
     connection_file.unlink()
     connection_file.mkdir()
-    with pytest.raises(Conflict, match=r"^The kernel cannot be started on its node: Is a directory\."):
+    with pytest.raises(LaunchFailed, match=r"^The kernel cannot be started on its node: Is a directory\."):
         await gateway.relay.restart()
     await eventually(lambda: "dead" in sink.states(), "the kernel to be given up")
     assert [entry.name for entry in Path(gateway.agent.runtime_dir).glob("kernel-*")] == [connection_file.name]

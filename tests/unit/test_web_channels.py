@@ -9,6 +9,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hub_gateway.link import Dialect, Sink
 from hub_gateway.link import messages as notices
 from hub_gateway.link.wire import V1_SUBPROTOCOL, encode
 from hub_gateway.metrics import METRICS
+from hub_gateway.web import framewriter
 from hub_gateway.web.channels import NUMBERED_SUBPROTOCOL, ClientSink
 from tests.contract.mini import MiniGateway, Setup
 from tests.harness.link import IPYTHON
@@ -362,6 +364,40 @@ async def test_silent_connections_are_pinged_and_dead_ones_closed(kernels: StubK
             assert opcode == 9
             client.send(10, payload)
         # No answer from now on.
+        await eventually(lambda: not relay.sinks, "the end of a dead connection")
+        client.close()
+
+
+async def test_a_large_message_reaches_a_client_for_which_it_takes_long(kernels: StubKernels, relay: StubRelay) -> None:
+    """Its pongs stand behind the message; closed for want of them, it would come back for the same one for ever."""
+    async with WebServer(kernels, web=settings(ws_ping_interval=0.05)) as server:
+        client = await RawWebSocket.connect(server.port, CHANNELS, {"Authorization": "token alice-token"})
+        await eventually(lambda: relay.sinks, "the attachment")
+        data = encode(Dialect.V1, 3, [b"{}", b"{}", b"{}", bytes(12 * 2**20)], 1)
+        relay.sink.write(data, 1)
+        taken, begun = 0, time.monotonic()
+        while taken < len(data):
+            # 20 MB a second at most: several times as long as a client that has nothing to take may be silent.
+            pause = taken / 20e6 - (time.monotonic() - begun)
+            if pause > 0:
+                await asyncio.sleep(pause)
+            taken += len(await client.reader.readexactly(min(2**16, len(data) - taken)))
+        for _ in range(4):
+            opcode, payload = await client.read()
+            assert opcode == 9, f"not a ping: {payload!r}"
+            client.send(10, payload)
+        assert relay.sinks
+        client.close()
+
+
+async def test_a_client_that_stops_to_take_a_large_message_is_dead(
+    kernels: StubKernels, relay: StubRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(framewriter, "SLOWEST_BYTES", 100e6)
+    async with WebServer(kernels, web=settings(ws_ping_interval=0.05)) as server:
+        client = await RawWebSocket.connect(server.port, CHANNELS, {"Authorization": "token alice-token"})
+        await eventually(lambda: relay.sinks, "the attachment")
+        relay.sink.write(encode(Dialect.V1, 3, [b"{}", b"{}", b"{}", bytes(64 * 2**20)], 1), 1)
         await eventually(lambda: not relay.sinks, "the end of a dead connection")
         client.close()
 
