@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import case
 
 from hub_gateway.db.models import Kernel, utcnow
+from hub_gateway.deadlines import within
 from hub_gateway.errors import GatewayError, Unavailable
 from hub_gateway.kernels import failpoints
 from hub_gateway.kernels.leases import Lease, LeaseLost, Leases
@@ -337,14 +338,14 @@ class Reconciler:
         # A kernel that has not answered yet has nothing to save; its agent is told by the proxy.
         if not ended and relay is not None and relay.linked and relay.ready:
             try:
-                await asyncio.wait_for(relay.shutdown(), self.timing.stop)
+                await within(relay.shutdown(), self.timing.stop)
             except (GatewayError, asyncio.TimeoutError) as error:
                 self.log.info(
                     "Kernel %s did not end when asked (%s); ending it", record.id, str(error) or type(error).__name__
                 )
             self.links.disconnect(record.id)  # asked once, whatever else has to be repeated
         proxy = self.proxies.get(record.proxy)
-        await asyncio.wait_for(proxy.terminate(state_of(record, self.gateway_id)), self.timing.terminate)
+        await within(proxy.terminate(state_of(record, self.gateway_id)), self.timing.terminate)
         failpoints.hit("stop.terminated")
         wanted = Kernel.target == KernelTarget.STOPPED.value
         await self.leases.update(
@@ -369,7 +370,7 @@ class Reconciler:
     async def _ask(self, record: KernelRecord) -> PhaseReport:
         asked = self.proxies.get(record.proxy).poll({record.id: state_of(record, self.gateway_id)})
         try:
-            reports = await asyncio.wait_for(asked, self.timing.ask)
+            reports = await within(asked, self.timing.ask)
         except asyncio.TimeoutError:
             return PhaseReport(Phase.UNKNOWN)
         return reports.get(record.id, PhaseReport(Phase.UNKNOWN))
@@ -388,7 +389,7 @@ class Reconciler:
         proxy = self.proxies.get(record.proxy)
         try:
             logs = proxy.logs(state_of(record, self.gateway_id), 20)
-            lines = storable(await asyncio.wait_for(logs, self.timing.ask))
+            lines = storable(await within(logs, self.timing.ask))
         except (GatewayError, OSError, asyncio.TimeoutError) as error:
             self.log.info("No logs of kernel %s: %s", record.id, str(error) or type(error).__name__)
             lines = ""

@@ -101,10 +101,12 @@ class WorkQueue:
                 heapq.heappop(self._heap)
                 del self._due[key]
                 self._running[key] = loop.create_task(self._handle(key), name=f"reconcile {key}")
+            timer = None if wait is None else loop.call_later(wait, self._wake.set)
             try:
-                await asyncio.wait_for(self._wake.wait(), wait)
-            except asyncio.TimeoutError:
-                continue
+                await self._wake.wait()
+            finally:
+                if timer is not None:
+                    timer.cancel()
 
     async def _handle(self, key: str) -> None:
         again: float | None = None
