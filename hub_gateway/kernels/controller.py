@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from traitlets import Float, Integer, Unicode
@@ -20,6 +21,7 @@ from traitlets.config import LoggingConfigurable
 from hub_gateway.db.engine import Database
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.secrets import Vault
+from hub_gateway.deadlines import end, within
 from hub_gateway.errors import GatewayError
 from hub_gateway.kernels.leases import Leases
 from hub_gateway.kernels.links import Links
@@ -104,7 +106,12 @@ class Controller(LoggingConfigurable):
         3.0, help="How often (seconds), at most, activity of kernels is written to the database."
     ).tag(config=True)
     reap_seconds = Float(
-        60.0, help="How often (seconds) resource managers are searched for objects without a kernel."
+        60.0,
+        help="""How often (seconds) resource managers are searched for objects without a kernel.
+
+        A resource manager may take as long again to answer, and to end each such object; one that takes longer is
+        asked again the next time. Each is searched by itself, so none keeps another from being cleaned up.
+        """,
     ).tag(config=True)
     reap_grace_seconds = Float(30.0, help="How long (seconds) such an object must be seen before it is ended.").tag(
         config=True
@@ -171,7 +178,15 @@ class Controller(LoggingConfigurable):
             timing=Timing(start=self.start_seconds, stop=2 * self.shutdown_seconds + 2),
             log=self.log,
         )
-        self._reaper = Reaper(self.store, self.proxies, self.gateway_id, self.reap_grace_seconds, self.log)
+        self._reaper = Reaper(
+            self.store,
+            self.proxies,
+            self.gateway_id,
+            self.reap_grace_seconds,
+            self.log,
+            timeout=self.reap_seconds,
+            on_swallowed=self._on_swallowed,
+        )
         for _, proxy in self.proxies.all():
             if isinstance(proxy, Watching):
                 proxy.on_ended = self._ended
@@ -187,17 +202,16 @@ class Controller(LoggingConfigurable):
                 ("scan", self.scan_seconds, self._scan),
                 ("poll", self.poll_seconds, self._poll),
                 ("flush", self.flush_seconds, self.flush),
-                ("reap", self.reap_seconds, self._reap),
+                ("tidy", self.reap_seconds, self._tidy),
+                # Each by itself: a cluster that does not answer keeps nobody from cleaning up another.
+                *(("reap", self.reap_seconds, self._sweep(name)) for name, _ in self.proxies.all()),
             )
         ]
 
     async def close(self) -> None:
         """Stop driving; kernels go on. Leases are let go, so that a successor need not wait."""
         self._closing = True
-        tasks = [*self._tasks, *self._looking]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end([*self._tasks, *self._looking])
         await self._queue.close()
         try:
             await self.flush()
@@ -234,7 +248,7 @@ class Controller(LoggingConfigurable):
                 return record
             try:
                 # Another replica may be the one that changes it, so it is read again in any case.
-                await asyncio.wait_for(event.wait(), min(left, 1.0))
+                await within(event.wait(), min(left, 1.0))
             except asyncio.TimeoutError:
                 continue
 
@@ -383,7 +397,7 @@ class Controller(LoggingConfigurable):
         async def ask(name: str, some: list[KernelRecord]) -> dict[str, PhaseReport]:
             states = {record.id: state_of(record, self.gateway_id) for record in some}
             try:
-                return await asyncio.wait_for(self.proxies.get(name).poll(states), self.poll_seconds)
+                return await within(self.proxies.get(name).poll(states), self.poll_seconds)
             except (GatewayError, OSError, asyncio.TimeoutError) as error:
                 self._on_swallowed("poll")
                 self.log.warning("The resource manager of proxy %s does not answer: %r", name, error)
@@ -394,9 +408,12 @@ class Controller(LoggingConfigurable):
             found |= reports
         return found
 
-    async def _reap(self) -> None:
+    def _sweep(self, proxy: str) -> Callable[[], Awaitable[None]]:
         assert self._reaper is not None
-        await self._reaper.sweep()
+        return partial(self._reaper.sweep_one, proxy)
+
+    async def _tidy(self) -> None:
+        """Let rows age, and forget what is kept here of kernels that are listed no more."""
         # Before the rows are read: whatever is here already has its row by then.
         relays, waited = list(self.links), set(self._changed)
         now: datetime = utcnow()

@@ -164,7 +164,7 @@ async def test_a_relay_that_is_made_while_the_rows_are_read_is_kept(
             return {}
 
         monkeypatch.setattr(store, "some", some)
-        await one.controller._reap()
+        await one.controller._tidy()
         assert links.existing("gone") is None
         assert links.existing(admitted[-1]) is not None
 
