@@ -28,7 +28,7 @@ from hub_gateway.kernels.links import Links
 from hub_gateway.kernels.reaper import Reaper
 from hub_gateway.kernels.reconcile import Exit, Reconciler, Timing, state_of, with_stderr
 from hub_gateway.kernels.store import Activity, KernelStore, number, storable
-from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
+from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, KernelTarget
 from hub_gateway.kernels.workqueue import WorkQueue
 from hub_gateway.proxies.base import AgentSettings, Phase, PhaseReport
 from hub_gateway.proxies.registry import Proxies
@@ -61,7 +61,12 @@ class Controller(LoggingConfigurable):
     """
 
     start_seconds = Float(
-        60.0, help="How long (seconds) a kernel may take from its launch until it answers; then it has failed."
+        60.0,
+        help="""How long (seconds) a kernel may take from its launch until it answers; then it has failed.
+
+        That holds for a resource manager that does not answer, too: the launch is broken off. What the kernel
+        reserved is given back when it is certain that nothing of it runs.
+        """,
     ).tag(config=True)
     shutdown_seconds = Float(
         5.0, help="How long (seconds) a kernel may take to end after shutdown_request and again after SIGTERM."
@@ -150,7 +155,15 @@ class Controller(LoggingConfigurable):
         self.service_url = service_url
         self.gateway_id = ""
         self._on_swallowed = on_swallowed
-        self._reconciler: Reconciler | None = None
+        self._reconciler = Reconciler(
+            self.store,
+            self.leases,
+            self.links,
+            self.proxies,
+            agent=self._agent_settings,
+            timing=Timing(start=self.start_seconds, stop=2 * self.shutdown_seconds + 2),
+            log=self.log,
+        )
         self._reaper: Reaper | None = None
         self._queue = WorkQueue(self._handle, workers=self.workers, on_error=self._failed)
         self._tasks: list[asyncio.Task[None]] = []
@@ -167,17 +180,7 @@ class Controller(LoggingConfigurable):
 
         `sole` says that no earlier process of this replica lives (its lock is ours).
         """
-        self.gateway_id = await self.store.gateway_id()
-        self._reconciler = Reconciler(
-            self.store,
-            self.leases,
-            self.links,
-            self.proxies,
-            gateway_id=self.gateway_id,
-            agent=self._agent_settings,
-            timing=Timing(start=self.start_seconds, stop=2 * self.shutdown_seconds + 2),
-            log=self.log,
-        )
+        self.gateway_id = self._reconciler.gateway_id = await self.store.gateway_id()
         self._reaper = Reaper(
             self.store,
             self.proxies,
@@ -225,14 +228,13 @@ class Controller(LoggingConfigurable):
 
     def changed(self, kernel_id: str, *, stop: bool = False) -> None:
         """Something about this kernel changed; `stop` where it is no longer wanted."""
-        if stop and self._reconciler is not None:
+        if stop:
             self._reconciler.interrupt_launch(kernel_id)
         self._queue.add(kernel_id)
 
     def renewed(self, kernel_id: str) -> None:
         """A failed kernel was admitted again: forget its earlier life, and start it."""
-        if self._reconciler is not None:
-            self._reconciler.forget(kernel_id)
+        self._reconciler.forget(kernel_id)
         self._queue.add(kernel_id)
 
     async def wait(
@@ -277,7 +279,6 @@ class Controller(LoggingConfigurable):
     # Inside
 
     async def _handle(self, kernel_id: str) -> float | None:
-        assert self._reconciler is not None
         try:
             return await self._reconciler.step(kernel_id)
         finally:
@@ -325,13 +326,11 @@ class Controller(LoggingConfigurable):
         if isinstance(exited, Mapping) and exited.get("event") == "exited":
             if exited.get("will_restart") or exited.get("while") == "stopping":
                 return
-            assert self._reconciler is not None
             self._reconciler.ended(kernel_id, exit_of(exited))
         self._queue.add(kernel_id)
 
     async def _relink(self, taken: set[str]) -> None:
         """Link to all running kernels at once, after one look per cluster at which of them are gone."""
-        assert self._reconciler is not None
         running = [r for r in (await self.store.some(taken)).values() if r.status is KernelStatus.RUNNING]
         reports = await self._ask(running)
         alive = [r.id for r in running if reports.get(r.id, PhaseReport(Phase.UNKNOWN)).phase is not Phase.GONE]
@@ -347,7 +346,11 @@ class Controller(LoggingConfigurable):
         claimed = await self.leases.claim()
         for kernel_id in claimed:
             self._written.pop(kernel_id, None)  # from now on it is ours to write
-        for kernel_id in (*claimed, *await self.leases.unfinished()):
+        unfinished = await self.leases.unfinished()
+        for kernel_id, target in unfinished.items():
+            if target is not KernelTarget.RUNNING:  # asked for through another replica, which cannot break it off
+                self._reconciler.interrupt_launch(kernel_id)
+        for kernel_id in (*claimed, *unfinished):
             if kernel_id not in self._queue:
                 self._queue.add(kernel_id)
         await self._serve_websockets()
@@ -378,7 +381,6 @@ class Controller(LoggingConfigurable):
         await self._poll_some(await self.store.mine())
 
     async def _poll_some(self, records: Sequence[KernelRecord]) -> None:
-        assert self._reconciler is not None
         mine = [record for record in records if record.live and record.lease_holder == self.store.instance]
         # Also those that are linked: a cluster may know of an end before a silent link does.
         asked = [r for r in mine if r.status is KernelStatus.RUNNING or self._reconciler.waiting(r.id)]

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Exit", "Reconciler", "Timing", "state_of"]
 
+STILL_LAUNCHING_SECONDS = 0.5
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -47,6 +49,7 @@ class Timing:
     start: float = 60.0
     link: float = 5.0
     ask: float = 10.0
+    break_off: float = 5.0
     stop: float = 10.0
     terminate: float = 60.0
 
@@ -69,12 +72,14 @@ class _Memory:
     deadline: float
     launched: bool = False
     launching: asyncio.Task[None] | None = None
+    broken_off: bool = False
+    progress: str = ""
     exit: Exit | None = None
     report: PhaseReport | None = None
 
 
 class Reconciler:
-    """Drives kernels for a controller, which says what changed and calls `step`."""
+    """Drives kernels for a controller, which says what changed and calls `step` once `gateway_id` is set."""
 
     def __init__(
         self,
@@ -83,7 +88,6 @@ class Reconciler:
         links: Links,
         proxies: Proxies,
         *,
-        gateway_id: str,
         agent: Callable[[str, str, str], AgentSettings],
         timing: Timing,
         log: logging.Logger,
@@ -92,7 +96,7 @@ class Reconciler:
         self.leases = leases
         self.links = links
         self.proxies = proxies
-        self.gateway_id = gateway_id
+        self.gateway_id = ""
         self.agent = agent
         self.timing = timing
         self.log = log
@@ -122,9 +126,10 @@ class Reconciler:
     def interrupt_launch(self, kernel_id: str) -> None:
         """Break off a launch that is under way: its kernel is no longer wanted."""
         memory = self._memory.get(kernel_id)
-        if memory is not None and memory.launching is not None:
+        # Once: a second cancellation would cut short what the launch does to end in order.
+        if memory is not None and memory.launching is not None and not memory.broken_off:
+            memory.broken_off = True
             memory.launching.cancel()
-            memory.launching = None  # once: a second would cut short what the launch does to end in order
 
     def forget(self, kernel_id: str) -> None:
         """Drop what is remembered of earlier lives of this kernel."""
@@ -224,17 +229,24 @@ class Reconciler:
         return None
 
     async def _launch(self, record: KernelRecord, lease: Lease, memory: _Memory) -> float | None:
-        """Consume the proxy's launch, in a task that a stop can cancel."""
-        task = asyncio.ensure_future(self._consume(record, lease))
-        memory.launching = task
+        """Consume the proxy's launch, in a task that a stop can cancel and that has a deadline."""
+        task = memory.launching = asyncio.ensure_future(self._consume(record, lease, memory))
+        task.add_done_callback(_looked_at)
+        memory.broken_off = False
         try:
-            await asyncio.wait({task})
-        finally:
-            memory.launching = None
-            if not task.done():  # this process ends: leave what was started to whoever comes next
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            await asyncio.wait({task}, timeout=memory.deadline - asyncio.get_running_loop().time())
+            if not task.done():
+                self.interrupt_launch(record.id)
+                # Its kernel fails now. `_stop` waits for a launch that takes longer to end in order.
+                await asyncio.wait({task}, timeout=self.timing.break_off)
+                record = await self.store.get(record.id) or record  # with what the launch recorded
+                return await self._fail(record, lease, await self._hung(record, memory))
+        except asyncio.CancelledError:  # this process ends: leave what was started to whoever comes next
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            raise
+        memory.launching = None
         if task.cancelled():
             return 0.0  # the target has changed
         try:
@@ -242,13 +254,15 @@ class Reconciler:
         except Unavailable:
             if asyncio.get_running_loop().time() < memory.deadline:
                 raise
+            record = await self.store.get(record.id) or record
             return await self._fail(record, lease, await self._too_slow(record))
         except GatewayError as error:
+            record = await self.store.get(record.id) or record
             return await self._fail(record, lease, Exit(storable(error.message)))
         memory.launched = True
         return 0.0
 
-    async def _consume(self, record: KernelRecord, lease: Lease) -> None:
+    async def _consume(self, record: KernelRecord, lease: Lease, memory: _Memory) -> None:
         proxy = self.proxies.get(record.proxy)
         plan, token, public = await self.store.plan(record.id)
         if record.launch_epoch != lease.epoch:
@@ -278,6 +292,7 @@ class Reconciler:
                 failpoints.hit(f"launch.{number}.recorded")
                 progress = state.get("progress")
                 if isinstance(progress, str):
+                    memory.progress = storable(progress)
                     self.links.relay(record.id).announce(progress)
                 if target is not KernelTarget.RUNNING:
                     return
@@ -344,6 +359,8 @@ class Reconciler:
                     "Kernel %s did not end when asked (%s); ending it", record.id, str(error) or type(error).__name__
                 )
             self.links.disconnect(record.id)  # asked once, whatever else has to be repeated
+        if memory is not None and memory.launching is not None and not memory.launching.done():
+            return STILL_LAUNCHING_SECONDS  # what it is about to start would not be found yet
         proxy = self.proxies.get(record.proxy)
         await within(proxy.terminate(state_of(record, self.gateway_id)), self.timing.terminate)
         failpoints.hit("stop.terminated")
@@ -385,6 +402,15 @@ class Reconciler:
             record, f"The kernel {what} within {self.timing.start:.0f} seconds of its launch; start it again.", None
         )
 
+    async def _hung(self, record: KernelRecord, memory: _Memory) -> Exit:
+        said = f" It last said: {memory.progress.rstrip('.')}." if memory.progress else ""
+        return await self._last_words(
+            record,
+            f"The resource manager ({record.proxy}) did not finish the launch within {self.timing.start:.0f} seconds."
+            f"{said} Start the kernel again later, or ask your administrator whether the cluster works.",
+            None,
+        )
+
     async def _last_words(self, record: KernelRecord, sentence: str, code: int | None) -> Exit:
         proxy = self.proxies.get(record.proxy)
         try:
@@ -394,6 +420,12 @@ class Reconciler:
             self.log.info("No logs of kernel %s: %s", record.id, str(error) or type(error).__name__)
             lines = ""
         return Exit(with_stderr(storable(sentence), lines), number(code), lines)
+
+
+def _looked_at(task: asyncio.Task[None]) -> None:
+    """Nobody asks a launch that was given up how it ended."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _answers(relay: KernelRelay) -> bool:
