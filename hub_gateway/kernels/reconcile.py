@@ -185,7 +185,10 @@ class Reconciler:
         now = asyncio.get_running_loop().time()
         memory = self._memory.get(record.id)
         if memory is None or memory.epoch != lease.epoch:
-            memory = self._memory[record.id] = _Memory(lease.epoch, now, now + self.timing.start)
+            heard, memory = memory, _Memory(lease.epoch, now, now + self.timing.start)
+            if heard is not None and record.registration is not None:  # else it was about an earlier launch
+                memory.exit, memory.report = heard.exit, heard.report
+            self._memory[record.id] = memory
         left = memory.deadline - now
         if record.registration is None and not memory.launched and left > 0:
             return await self._launch(record, lease, memory)

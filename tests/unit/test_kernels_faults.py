@@ -114,7 +114,8 @@ def make_gateway(state_dir: Path, db_url: Callable[[], str | None]) -> Callable[
     url = db_url() or f"sqlite:///{state_dir}/gateway.sqlite"
 
     def make(*, start_seconds: float = 4.0, **failing: Any) -> MiniGateway:
-        for name, spec in SPECS.items():
+        waits = {**SPECS["silent"], "argv": ["/bin/sh", "-c", "exec sleep 600", "{connection_file}"]}
+        for name, spec in {**SPECS, "waits": waits}.items():
             (state_dir / "kernels" / name).mkdir(parents=True, exist_ok=True)
             stanza = {"metadata": {"process_proxy": {"name": "failing"}}}
             (state_dir / "kernels" / name / "kernel.json").write_text(json.dumps({**spec, **stanza}))
@@ -333,6 +334,29 @@ async def test_an_agent_that_is_killed_is_noticed_at_once(make_gateway: Callable
             assert ended is not None and ended.status is KernelStatus.FAILED
             assert "ended with its agent" in ended.message and "no gateway" not in ended.message
         assert time.monotonic() - begun < 8
+
+
+async def test_how_a_kernel_died_is_known_though_it_did_before_it_was_taken_over(
+    make_gateway: Callable[..., MiniGateway], state_dir: Path
+) -> None:
+    """A websocket may link to its agent while the gateway is still starting."""
+    async with make_gateway(start_seconds=6.0) as gateway:
+        created = await gateway.service.create(ALICE, CreateKernel(name="waits"))
+        record = await gateway.controller.wait(created.id, lambda row: row is None or row.registration is not None, 10)
+        assert record is not None and record.status is KernelStatus.STARTING
+        agent = agent_of(record)
+        await eventually(lambda: agent.children(), "its kernel runs")
+    later = make_gateway(start_seconds=6.0)
+    relay = await later.service.relay(ALICE, created.id)
+    await eventually(lambda: relay.linked, "it is linked")
+    agent.children()[0].kill()
+    heard = later.controller._reconciler._memory
+    await eventually(lambda: created.id in heard and heard[created.id].exit is not None, "its end is heard of")
+    async with later:
+        record = await later.settled(created.id)
+        assert record.status is KernelStatus.FAILED
+        assert "died while it was starting (SIGKILL" in record.message and record.exit_code == 128 + 9
+        await assert_nothing_left(later, state_dir)
 
 
 async def test_a_restart_just_after_a_failure_waits_for_its_end(make_gateway: Callable[..., MiniGateway]) -> None:
