@@ -128,7 +128,13 @@ class Controller(LoggingConfigurable):
     history_seconds = Float(30 * 86400.0, help="How long (seconds) the record of a stopped kernel is kept.").tag(
         config=True
     )
-    workers = Integer(64, help="How many kernels are started, stopped or looked after at once.").tag(config=True)
+    workers = Integer(
+        64,
+        help="""How many kernels of one process proxy are started, stopped or looked after at once.
+
+        Each proxy has as many of its own, so a resource manager that is slow or dead holds up its own kernels alone.
+        """,
+    ).tag(config=True)
     listen_address = Unicode(
         "127.0.0.1", help="Address on which agents listen, where their proxy does not know better."
     ).tag(config=True)
@@ -165,7 +171,13 @@ class Controller(LoggingConfigurable):
             log=self.log,
         )
         self._reaper: Reaper | None = None
-        self._queue = WorkQueue(self._handle, workers=self.workers, on_error=self._failed)
+        self._proxy_of: dict[str, str] = {}
+        self._queue = WorkQueue(
+            self._handle,
+            workers=self.workers,
+            lane=lambda kernel_id: self._proxy_of.get(kernel_id, ""),
+            on_error=self._failed,
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._changed: dict[str, asyncio.Event] = {}
         self._written: dict[str, Activity] = {}
@@ -226,8 +238,10 @@ class Controller(LoggingConfigurable):
 
     # What others call
 
-    def changed(self, kernel_id: str, *, stop: bool = False) -> None:
-        """Something about this kernel changed; `stop` where it is no longer wanted."""
+    def changed(self, kernel_id: str, *, stop: bool = False, proxy: str = "") -> None:
+        """Something about this kernel changed; `stop` where it is no longer wanted, `proxy` where that is at hand."""
+        if proxy:
+            self._proxy_of[kernel_id] = proxy
         if stop:
             self._reconciler.interrupt_launch(kernel_id)
         self._queue.add(kernel_id)
@@ -279,6 +293,11 @@ class Controller(LoggingConfigurable):
     # Inside
 
     async def _handle(self, kernel_id: str) -> float | None:
+        if kernel_id not in self._proxy_of:
+            record = await self.store.get(kernel_id)
+            if record is not None and record.live:
+                self._proxy_of[kernel_id] = record.proxy
+                return 0.0  # among those of its own proxy, for what it does may take long
         try:
             return await self._reconciler.step(kernel_id)
         finally:
@@ -331,7 +350,9 @@ class Controller(LoggingConfigurable):
 
     async def _relink(self, taken: set[str]) -> None:
         """Link to all running kernels at once, after one look per cluster at which of them are gone."""
-        running = [r for r in (await self.store.some(taken)).values() if r.status is KernelStatus.RUNNING]
+        records = (await self.store.some(taken)).values()
+        self._proxy_of |= {record.id: record.proxy for record in records}
+        running = [record for record in records if record.status is KernelStatus.RUNNING]
         reports = await self._ask(running)
         alive = [r.id for r in running if reports.get(r.id, PhaseReport(Phase.UNKNOWN)).phase is not Phase.GONE]
         facts = await self.store.link_facts(alive)
@@ -384,14 +405,22 @@ class Controller(LoggingConfigurable):
         mine = [record for record in records if record.live and record.lease_holder == self.store.instance]
         # Also those that are linked: a cluster may know of an end before a silent link does.
         asked = [r for r in mine if r.status is KernelStatus.RUNNING or self._reconciler.waiting(r.id)]
-        for kernel_id, report in (await self._ask(asked)).items():
+        await self._ask(asked, self._reported)
+
+    def _reported(self, reports: Mapping[str, PhaseReport]) -> None:
+        for kernel_id, report in reports.items():
             relay = self.links.existing(kernel_id)
             if report.phase is not Phase.RUNNING or relay is None or not relay.linked:
                 self._reconciler.reported(kernel_id, report)
                 self._queue.add(kernel_id)
 
-    async def _ask(self, records: list[KernelRecord]) -> dict[str, PhaseReport]:
-        """What the resource managers say of these kernels; one that does not answer says nothing."""
+    async def _ask(
+        self, records: list[KernelRecord], tell: Callable[[Mapping[str, PhaseReport]], None] = lambda reports: None
+    ) -> dict[str, PhaseReport]:
+        """What the resource managers say of these kernels; one that does not answer says nothing.
+
+        `tell` hears it of each as soon as that one has answered.
+        """
         by_proxy: dict[str, list[KernelRecord]] = {}
         for record in records:
             by_proxy.setdefault(record.proxy, []).append(record)
@@ -399,11 +428,13 @@ class Controller(LoggingConfigurable):
         async def ask(name: str, some: list[KernelRecord]) -> dict[str, PhaseReport]:
             states = {record.id: state_of(record, self.gateway_id) for record in some}
             try:
-                return await within(self.proxies.get(name).poll(states), self.poll_seconds)
+                reports = await within(self.proxies.get(name).poll(states), self.poll_seconds)
             except (GatewayError, OSError, asyncio.TimeoutError) as error:
                 self._on_swallowed("poll")
                 self.log.warning("The resource manager of proxy %s does not answer: %r", name, error)
                 return {}
+            tell(reports)
+            return reports
 
         found: dict[str, PhaseReport] = {}
         for reports in await asyncio.gather(*(ask(name, some) for name, some in by_proxy.items())):
@@ -417,7 +448,7 @@ class Controller(LoggingConfigurable):
     async def _tidy(self) -> None:
         """Let rows age, and forget what is kept here of kernels that are listed no more."""
         # Before the rows are read: whatever is here already has its row by then.
-        relays, waited = list(self.links), set(self._changed)
+        relays, waited = list(self.links), {*self._changed, *self._proxy_of}
         now: datetime = utcnow()
         await self.store.age_out(
             now - timedelta(seconds=self.failed_seconds), now - timedelta(seconds=self.history_seconds)
@@ -428,6 +459,7 @@ class Controller(LoggingConfigurable):
                 self.links.drop(kernel_id)
         for kernel_id in waited - listed:
             self._changed.pop(kernel_id, None)
+            self._proxy_of.pop(kernel_id, None)
 
     async def _every(self, seconds: float, name: str, call: Callable[[], Awaitable[None]]) -> None:
         """Call again and again; one failure is logged and counted, and changes nothing for the next time."""

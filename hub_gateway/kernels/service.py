@@ -148,7 +148,7 @@ class KernelService(LoggingConfigurable):
             assert relay is not None
             relay.notify(notice)
         if record.status is not KernelStatus.QUEUED:
-            self.controller.changed(record.id)
+            self.controller.changed(record.id, proxy=record.proxy)
         return record
 
     async def shutdown(self, caller: Caller, kernel_id: str) -> None:

@@ -50,6 +50,7 @@ class FailingProxy(LocalProxy):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.go_on = asyncio.Event()
+        self.never_ends = False
 
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
         number = 0
@@ -88,6 +89,8 @@ class FailingProxy(LocalProxy):
 
     async def terminate(self, state: State) -> None:
         self._dead()
+        if self.never_ends:
+            await asyncio.Event().wait()
         if self.dead_stops > 0:
             self.dead_stops -= 1
             raise Unavailable("The cluster does not answer.")
@@ -115,9 +118,9 @@ def make_gateway(state_dir: Path, db_url: Callable[[], str | None]) -> Callable[
 
     def make(*, start_seconds: float = 4.0, **failing: Any) -> MiniGateway:
         waits = {**SPECS["silent"], "argv": ["/bin/sh", "-c", "exec sleep 600", "{connection_file}"]}
-        for name, spec in {**SPECS, "waits": waits}.items():
+        for name, spec in {**SPECS, "waits": waits, "elsewhere": SPECS["python"]}.items():
             (state_dir / "kernels" / name).mkdir(parents=True, exist_ok=True)
-            stanza = {"metadata": {"process_proxy": {"name": "failing"}}}
+            stanza = {"metadata": {"process_proxy": {"name": "local" if name == "elsewhere" else "failing"}}}
             (state_dir / "kernels" / name / "kernel.json").write_text(json.dumps({**spec, **stanza}))
         config = {
             "Proxies": {"extra_proxies": {"failing": FailingProxy}},
@@ -183,6 +186,28 @@ async def test_a_launch_that_hangs_fails_in_time(
         assert "did not finish the launch" in record.message and "administrator" in record.message
         assert (f"It last said: step {stage - 1}." in record.message) == (stage > 0)
         await assert_nothing_left(gateway, state_dir)
+
+
+async def test_a_cluster_that_hangs_holds_up_no_other(make_gateway: Callable[..., MiniGateway]) -> None:
+    """More kernels hang there than there are workers, in their launch and in their end; elsewhere all goes on."""
+    async with make_gateway(stage=1, how="hangs", start_seconds=60.0) as gateway:
+        assert gateway.controller.workers >= 3
+        gateway.controller._queue._workers = 3
+        hanging = [await gateway.service.create(ALICE, CreateKernel(name="python")) for _ in range(5)]
+        proxy = gateway.proxies.get("failing")
+        assert isinstance(proxy, FailingProxy)
+        proxy.never_ends = True
+        memory = gateway.controller._reconciler._memory
+        await eventually(lambda: sum(one.launching is not None for one in memory.values()) == 3, "they hang")
+        gateway.service.stop_wait_seconds = 0.0
+        await gateway.service.shutdown(ALICE, hanging[0].id)
+        record = await gateway.start(BOB, "elsewhere", timeout=30)
+        assert record.status is KernelStatus.RUNNING
+        gateway.service.stop_wait_seconds = 10.0
+        await gateway.service.shutdown(BOB, record.id)
+        assert await gateway.service.list(BOB) == []
+        proxy.never_ends = False
+        await asyncio.gather(*(gateway.service.shutdown(ALICE, one.id) for one in hanging[1:]))
 
 
 async def test_a_launch_that_cannot_be_broken_off_fails_in_time_and_is_ended_later(
@@ -266,7 +291,7 @@ async def test_what_runs_in_a_thread_is_waited_for_however_often_it_is_cancelled
         go_on.wait(10)
         done.set()
 
-    task = asyncio.ensure_future(local._in_thread(slow))
+    task = asyncio.ensure_future(local._in_thread(local._launching, slow))
     await asyncio.to_thread(begun.wait, 10)
     for _ in range(3):
         task.cancel()
