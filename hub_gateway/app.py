@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import uuid
 from pathlib import Path
@@ -22,7 +24,7 @@ from traitlets import Bool, CaselessStrEnum, Float, Integer, TraitError, Unicode
 
 from hub_gateway import __version__
 from hub_gateway.cli import subcommands
-from hub_gateway.errors import GatewayError
+from hub_gateway.errors import BadRequest, GatewayError
 from hub_gateway.logs import configure_logging
 from hub_gateway.runtime import Runtime
 from hub_gateway.statedir import StateDir
@@ -70,7 +72,9 @@ class HubGateway(JupyterApp):
         """
     ).tag(config=True)
     port = Integer(
-        help="""Port to listen on; 0 lets the system choose. By default the port of JUPYTERHUB_SERVICE_URL, or 8899."""
+        min=0,
+        max=65535,
+        help="""Port to listen on; 0 lets the system choose. By default the port of JUPYTERHUB_SERVICE_URL, or 8899.""",
     ).tag(config=True)
     base_url = Unicode(
         help="""Prefix of every URL, by default JUPYTERHUB_SERVICE_PREFIX, or / without a Hub.
@@ -274,10 +278,33 @@ class HubGateway(JupyterApp):
         try:
             return bind_sockets(self.port, self.ip or None)
         except OSError as error:
-            self._refuse(
-                f"{self.ip}:{self.port} cannot be bound: {error.strerror or error}.",
-                "another gateway may still be running; stop it or choose another --port",
-            )
+            hint = "HubGateway.ip (--ip) must be an address, or the name of one, of this machine"
+            if error.errno == errno.EADDRINUSE:
+                hint = "another gateway may still be running; stop it or choose another --port"
+            elif error.errno == errno.EACCES:
+                hint = "ports below 1024 are for root; choose another --port"
+            raise BadRequest(f"{self.ip}:{self.port} cannot be bound: {error.strerror or error}.", hint=hint) from error
+
+    def tls(self) -> ssl.SSLContext | None:
+        """What `certfile` and `keyfile` say; None without them. Raises `BadRequest`."""
+        if not self.certfile:
+            return None
+        for name, path in (("certfile", self.certfile), ("keyfile", self.keyfile)):
+            if path and not os.access(path, os.R_OK):
+                raise BadRequest(
+                    f"The file {path} cannot be read, or does not exist.", hint=f"HubGateway.{name} (--{name}) names it"
+                )
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.certfile, self.keyfile or None)
+        except (OSError, ValueError) as error:  # among them ssl.SSLError
+            raise BadRequest(
+                f"The certificate in {self.certfile} cannot be used: {error.strerror or error}."
+                if isinstance(error, OSError)
+                else f"The certificate in {self.certfile} cannot be used: {error}.",
+                hint="HubGateway.certfile and keyfile are PEM files, and the key must be the certificate's",
+            ) from error
+        return context
 
     async def _serve(self) -> None:
         stop = asyncio.Event()
@@ -285,6 +312,7 @@ class HubGateway(JupyterApp):
         # Set explicitly: a Hub that was started with SIGINT ignored hands that down, and its stop would hang.
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, stop.set)
+        tls = self.tls()
         state = StateDir(self.state_dir)
         state.create()
         await self._lock(state, stop)
@@ -299,7 +327,7 @@ class HubGateway(JupyterApp):
                 xheaders=self.trust_xheaders,
                 max_buffer_size=max(self.max_message_bytes, self.max_body_bytes) + 2**20,
                 max_body_size=self.max_body_bytes,
-                ssl_options={"certfile": self.certfile, "keyfile": self.keyfile} if self.certfile else None,
+                ssl_options=tls,
             )
             server.add_sockets(sockets)
             await runtime.take_over()

@@ -29,7 +29,7 @@ LINK_COUNTS: Mapping[str, tuple[str, str]] = {
     "too_large": ("messages_replaced_too_large", "Messages too large for the client."),
 }
 SWALLOWED = (
-    *("controller", "culler", "activity", "reaper", "poll", "scan", "flush", "renew", "reap", "hub"),
+    *("controller", "culler", "activity", "reaper", "poll", "scan", "flush", "renew", "reap", "tidy", "hub"),
     *("queue", "enforcer", "audit", "events", "credentials", "use", "other"),
 )
 OUTCOMES = ("admitted", "queued", "refused", "failed")

@@ -167,7 +167,7 @@ class Runtime:
         )
         await authenticator.start()
         if quotas.initial_policies:
-            text = await asyncio.to_thread(Path(quotas.initial_policies).expanduser().read_text)
+            text = await asyncio.to_thread(_text, "QuotaService.initial_policies", quotas.initial_policies)
             made = await quotas.first_start(text)
             if made:
                 app.log.info("%d policies were set from %s", made, quotas.initial_policies)
@@ -243,8 +243,23 @@ class Runtime:
     def _cookie_secret(self) -> bytes:
         if not self.app.cookie_secret_file:
             return self.state.secret("cookie_secret")
-        with open(self.app.cookie_secret_file, "rb") as file:
-            secret = bytes.fromhex(file.read().strip().decode())
+        option = "HubGateway.cookie_secret_file"
+        try:
+            secret = bytes.fromhex(_text(option, self.app.cookie_secret_file).strip())
+        except ValueError:
+            secret = b""
         if len(secret) < 32:
-            raise BadRequest("The cookie secret is shorter than 32 bytes (64 hex digits).")
+            raise BadRequest(
+                f"The file {self.app.cookie_secret_file} does not hold a cookie secret of 64 hex digits or more.",
+                hint=f"{option} names it; `openssl rand -hex 32` makes one",
+            )
         return secret
+
+
+def _text(option: str, path: str) -> str:
+    """A file that an option names. Raises `BadRequest`."""
+    try:
+        return Path(path).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not text"
+        raise BadRequest(f"The file {path} cannot be read: {why}.", hint=f"{option} names it") from error

@@ -194,10 +194,9 @@ class Session(Base):
     """A session of the Jupyter REST API: a notebook (or console) and the kernel that it uses."""
 
     __tablename__ = "sessions"
-    __table_args__ = (Index(None, "owner", "path"),)
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    owner: Mapped[str] = mapped_column(String(255))
+    owner: Mapped[str] = mapped_column(String(255), index=True)
     path: Mapped[str] = mapped_column(Text)
     name: Mapped[str] = mapped_column(Text)
     type: Mapped[str] = mapped_column(String(64))

@@ -11,6 +11,7 @@ from traitlets import Float, Integer
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway.db.models import utcnow
+from hub_gateway.deadlines import end
 from hub_gateway.errors import GatewayError
 from hub_gateway.kernels.service import KernelService
 from hub_gateway.kernels.types import JSON, ExecutionState, KernelRecord, KernelStatus, isoformat
@@ -52,8 +53,7 @@ class ActivityReporter(LoggingConfigurable):
     async def close(self) -> None:
         """Stop reporting."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end([self._task])
 
     async def _run(self) -> None:
         while True:

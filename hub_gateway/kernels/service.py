@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,12 @@ from hub_gateway.errors import (
     Unavailable,
 )
 from hub_gateway.identity.mapper import Identity, IdentityMapper
-from hub_gateway.kernels.admissions import Admitted
+from hub_gateway.kernels.admissions import Admitted, Claim
 from hub_gateway.kernels.controller import SAME_MOMENT, Controller
 from hub_gateway.kernels.environment import client_environment, kernel_environment, notebook_of
 from hub_gateway.kernels.reconcile import tail_lines
 from hub_gateway.kernels.resources import wished
-from hub_gateway.kernels.sessions import Sessions
+from hub_gateway.kernels.sessions import SessionRow, Sessions
 from hub_gateway.kernels.specs import KernelSpecs, Spec
 from hub_gateway.kernels.types import (
     JSON,
@@ -101,15 +101,34 @@ class KernelService(LoggingConfigurable):
 
         Raises `BadRequest`, `PayloadTooLarge`, `NotFound` (kernelspec), `Forbidden`, `Conflict` (id taken).
         """
+        return await self._create(caller, wanted, kernel_id)
+
+    async def _create(
+        self,
+        caller: Caller,
+        wanted: CreateKernel,
+        kernel_id: str | None = None,
+        *,
+        first: Claim = lambda tx: None,
+        also: Callable[[Transaction, KernelRecord], None] = lambda tx, made: None,
+    ) -> KernelRecord:
+        """`create`, in whose transaction `first` may object and `also` write."""
         try:
-            admitted = await self._admit(caller, wanted, kernel_id)
+            admitted = await self._admit(caller, wanted, kernel_id, first, also)
         except GatewayError as error:
             METRICS.launches.labels("refused" if isinstance(error, LaunchRefused) else "failed").inc()
             raise
         METRICS.launches.labels(admitted.verdict.outcome).inc()
         return self._begun(admitted)
 
-    async def _admit(self, caller: Caller, wanted: CreateKernel, kernel_id: str | None) -> Admitted:
+    async def _admit(
+        self,
+        caller: Caller,
+        wanted: CreateKernel,
+        kernel_id: str | None,
+        first: Claim,
+        also: Callable[[Transaction, KernelRecord], None],
+    ) -> Admitted:
         username = caller.name
         client = client_environment(wanted.env, allowed=self.client_envs, username=username)
         key = _kernel_id(kernel_id or client.pop("KERNEL_ID", None))
@@ -136,7 +155,12 @@ class KernelService(LoggingConfigurable):
             queue=queue,
             cull_idle_timeout=spec.number("cull_idle_timeout"),
         )
-        admitted = await self.store.admit(new, lambda tx: self.identity.claim(tx, identity))
+
+        def claim(tx: Transaction) -> None:
+            first(tx)
+            self.identity.claim(tx, identity)
+
+        admitted = await self.store.admit(new, claim, also)
         self.log.info("Kernel %s (%s) %s for %s", key, spec.name, admitted.verdict.outcome, new.owner)
         return admitted
 
@@ -148,7 +172,7 @@ class KernelService(LoggingConfigurable):
             assert relay is not None
             relay.notify(notice)
         if record.status is not KernelStatus.QUEUED:
-            self.controller.changed(record.id)
+            self.controller.changed(record.id, proxy=record.proxy)
         return record
 
     async def shutdown(self, caller: Caller, kernel_id: str) -> None:
@@ -162,8 +186,7 @@ class KernelService(LoggingConfigurable):
         if reason and relay is not None:
             relay.notify(reason)
         await self.store.ask_to_stop(kernel_id, reason)
-        self.controller.changed(kernel_id, stop=True)
-        await self.controller.wait(kernel_id, lambda row: row is None or not row.live, self.stop_wait_seconds)
+        await self._end(kernel_id)
 
     async def restart(self, caller: Caller, kernel_id: str) -> KernelRecord:
         """Restart a kernel in place; a failed one is started anew. Returns when it is ready.
@@ -252,13 +275,29 @@ class KernelService(LoggingConfigurable):
 
         A path that has a session of that type already gets that one, as in jupyter_server.
         """
-        wanted = self.sessions.parse(body)
+        wanted, owner = self.sessions.parse(body), owner_of(caller)
         for found in await self.list_sessions(caller):
             if (found["path"], found["type"]) == (wanted.path, wanted.type) and wanted.path:
                 return found
-        record = await self._kernel_for(caller, body, wanted.path)
-        row = await self.sessions.insert(owner_of(caller), wanted, record.id)
-        return row.model(self.kernel_model(record))
+        kernel = _wanted_kernel(body, wanted.path)
+        if isinstance(kernel, str):
+            row = await self.sessions.insert(owner, wanted, kernel)
+            return row.model(self.kernel_model(await self.get(caller, row.kernel_id)))
+        made: list[SessionRow] = []
+
+        def first(tx: Transaction) -> None:
+            there = self.sessions.open(tx, owner, wanted)
+            if there is not None:
+                raise _AlreadyOpen(there)
+
+        def also(tx: Transaction, record: KernelRecord) -> None:
+            made[:] = [self.sessions.add(tx, owner, wanted, record.id)]
+
+        try:
+            record = await self._create(caller, kernel, first=first, also=also)
+        except _AlreadyOpen as error:
+            return error.row.model(self.kernel_model(await self.get(caller, error.row.kernel_id)))
+        return made[0].model(self.kernel_model(record))
 
     async def get_session(self, caller: Caller, session_id: str) -> dict[str, JSON]:
         """One session. Raises `NotFound`."""
@@ -268,41 +307,34 @@ class KernelService(LoggingConfigurable):
     async def patch_session(self, caller: Caller, session_id: str, body: Mapping[str, Any]) -> dict[str, JSON]:
         """Change path, name, type or kernel of a session; a kernel that nothing uses any more is stopped."""
         owner = owner_of(caller)
-        before = await self.sessions.get(owner, session_id)
-        changed = self.sessions.parse(body, before)
-        kernel_id = before.kernel_id
-        if body.get("kernel") is not None:
-            kernel_id = (await self._kernel_for(caller, body, changed.path)).id
-        row = await self.sessions.update(owner, session_id, changed, kernel_id)
-        if kernel_id != before.kernel_id:
-            await self._unused(caller, before.kernel_id)
-        return row.model(self.kernel_model(await self.get(caller, kernel_id)))
+        changed = self.sessions.parse(body, await self.sessions.get(owner, session_id))
+        kernel = None if body.get("kernel") is None else _wanted_kernel(body, changed.path)
+        if isinstance(kernel, CreateKernel):
+            done: list[tuple[SessionRow, str | None]] = []
+
+            def also(tx: Transaction, record: KernelRecord) -> None:
+                done[:] = [self.sessions.change(tx, owner, session_id, changed, record.id)]
+
+            await self._create(caller, kernel, also=also)
+            row, unused = done[0]
+        else:
+            row, unused = await self.sessions.update(owner, session_id, changed, kernel)
+        await self._end(unused)
+        return row.model(self.kernel_model(await self.get(caller, row.kernel_id)))
 
     async def delete_session(self, caller: Caller, session_id: str) -> None:
         """Close a session and stop its kernel, unless another session uses that. Raises `NotFound`."""
-        owner = owner_of(caller)
-        row = await self.sessions.get(owner, session_id)
-        await self.sessions.delete(owner, session_id)
-        await self._unused(caller, row.kernel_id)
+        await self._end(await self.sessions.delete(owner_of(caller), session_id))
 
     # Inside
 
-    async def _unused(self, caller: Caller, kernel_id: str) -> None:
-        """Stop a kernel that no session uses any more; it may have gone by itself."""
-        if not await self.sessions.using(kernel_id):
-            with contextlib.suppress(NotFound):
-                await self.shutdown(caller, kernel_id)
-
-    async def _kernel_for(self, caller: Caller, body: Mapping[str, Any], path: str) -> KernelRecord:
-        kernel = {} if body.get("kernel") is None else body["kernel"]
-        if not isinstance(kernel, Mapping):
-            raise BadRequest("`kernel` must be an object with `id` or `name`.")
-        if kernel.get("id"):
-            return await self.get(caller, str(kernel["id"]))
-        name, env = kernel.get("name"), body.get("env") or kernel.get("env") or {}
-        if name is not None and not isinstance(name, str):
-            raise BadRequest("`kernel.name` must be a string.")
-        return await self.create(caller, CreateKernel(name=name, env=env, path=path or None))
+    async def _end(self, kernel_id: str | None) -> None:
+        """Have a kernel ended whose target says so, and wait for that."""
+        if kernel_id is None:
+            return
+        self.controller.changed(kernel_id, stop=True)
+        with contextlib.suppress(Unavailable):  # it ends, whether or not that can be seen now
+            await self.controller.wait(kernel_id, lambda row: row is None or not row.live, self.stop_wait_seconds)
 
     async def _own(self, caller: Caller, kernel_id: str) -> KernelRecord:
         # Almost always the kernel is on the caller's list, which is at hand.
@@ -375,6 +407,27 @@ class KernelService(LoggingConfigurable):
         except LaunchRefused as error:  # returned, so that its line in the audit trail is committed
             return error
         return None
+
+
+class _AlreadyOpen(Exception):
+    """Another request opened the session meanwhile."""
+
+    def __init__(self, row: SessionRow) -> None:
+        super().__init__(row.id)
+        self.row = row
+
+
+def _wanted_kernel(body: Mapping[str, Any], path: str) -> str | CreateKernel:
+    """What a session's body says of its kernel: the id of one that is there, or a new one. Raises `BadRequest`."""
+    kernel = {} if body.get("kernel") is None else body["kernel"]
+    if not isinstance(kernel, Mapping):
+        raise BadRequest("`kernel` must be an object with `id` or `name`.")
+    if kernel.get("id"):
+        return str(kernel["id"])
+    name, env = kernel.get("name"), body.get("env") or kernel.get("env") or {}
+    if name is not None and not isinstance(name, str):
+        raise BadRequest("`kernel.name` must be a string.")
+    return CreateKernel(name=name, env=env, path=path or None)
 
 
 def _kernel_id(given: object) -> str:

@@ -242,16 +242,28 @@ class KernelStore:
 
     # Writing
 
-    async def admit(self, new: NewKernel, claim: Claim | None = None) -> Admitted:
-        """Admit or queue a kernel: its row and its reservation, in one transaction.
+    async def admit(
+        self,
+        new: NewKernel,
+        claim: Claim | None = None,
+        also: Callable[[Transaction, KernelRecord], None] = lambda tx, made: None,
+    ) -> Admitted:
+        """Admit or queue a kernel: its row and its reservation, and what is `also` to be written, in one transaction.
 
         Raises `LaunchRefused` (then nothing but a line of the audit trail is written), `Conflict` for a taken id, and
         what `claim` raises.
         """
         launch = await asyncio.to_thread(self.admitter.secrets, new.plan)
+
+        def write(tx: Transaction) -> Admitted | LaunchRefused:
+            made = self.admitter.admit(tx, new, launch, claim)
+            if isinstance(made, Admitted):
+                also(tx, made.record)
+            return made
+
         try:
             with METRICS.admission_seconds.time():
-                found = await self.write(lambda tx: self.admitter.admit(tx, new, launch, claim))
+                found = await self.write(write)
         except IntegrityError as error:
             raise Conflict(
                 f"There is, or was, a kernel with the id {new.id}; leave the id out to get a new one."
@@ -266,6 +278,10 @@ class KernelStore:
 
         With a `reason` it ends as failed, so that its notebook says why.
         """
+        return await self.write(self.stopping(kernel_id, reason))
+
+    def stopping(self, kernel_id: str, reason: str = "") -> Callable[[Transaction], KernelRecord | None]:
+        """What `ask_to_stop` writes, for whoever writes more in the same transaction."""
         holds_nothing = (KernelStatus.FAILED.value, KernelStatus.QUEUED.value)
         target = KernelTarget.ENDED if reason else KernelTarget.STOPPED
         status = KernelStatus.FAILED if reason else KernelStatus.STOPPED
@@ -282,7 +298,7 @@ class KernelStore:
             row = tx.execute(BY_ID, {"kernel": kernel_id}).mappings().one_or_none()
             return None if row is None else record_of(row)
 
-        return await self.write(stop)
+        return stop
 
     async def revive(self, kernel_id: str) -> Admitted:
         """Admit a failed kernel once more, under the same id. Raises `Conflict`, `LaunchRefused`."""

@@ -159,6 +159,9 @@ class ProcessProxy(LoggingConfigurable, metaclass=_Meta):
         A key `"progress"` is a sentence for the user. Raises `LaunchRefused` or `LaunchFailed`, with
         the resource manager's own reason; what was started until then is ended by `terminate` of the
         last yielded state.
+
+        It is cancelled where its kernel is no longer wanted, or took too long. Until it has ended, its kernel is not
+        terminated and keeps its reservation, so what it waits for needs a time limit of its own.
         """
 
     @abc.abstractmethod

@@ -120,8 +120,11 @@ class LocalProxy(ProcessProxy):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Starting and ending processes takes waiting; 32 at once is more than a node can start well.
-        self._threads = ThreadPoolExecutor(32, thread_name_prefix="local-proxy")
+        # Starting and ending processes takes waiting; 32 at once is more than a node can start well. Each has its own
+        # threads: kernels that do not come up, or do not end, keep nobody from ending others, or looking at them.
+        self._launching = ThreadPoolExecutor(32, thread_name_prefix="local-launch")
+        self._ending = ThreadPoolExecutor(32, thread_name_prefix="local-end")
+        self._looking = ThreadPoolExecutor(8, thread_name_prefix="local-look")
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._watched: dict[int, int] = {}
         self.on_ended: Callable[[str], None] = lambda kernel_id: None
@@ -130,11 +133,13 @@ class LocalProxy(ProcessProxy):
     async def close(self) -> None:
         for pid in list(self._watched):
             self._unwatch(pid)
-        self._threads.shutdown(wait=False)
+        for pool in (self._launching, self._ending, self._looking):
+            pool.shutdown(wait=False)
 
-    async def _in_thread(self, call: Callable[[], T]) -> T:
+    @staticmethod
+    async def _in_thread(pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         """Run `call` in a thread, to its end: one that is cancelled has still done what it was doing."""
-        future = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        future = asyncio.get_running_loop().run_in_executor(pool, call)
         cancelled = False
         while not future.done():
             try:
@@ -149,7 +154,7 @@ class LocalProxy(ProcessProxy):
 
     async def _look(self, call: Callable[[], T]) -> T:
         """Run `call`, which changes nothing, in a thread; one that is cancelled goes on there by itself."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await asyncio.get_running_loop().run_in_executor(self._looking, call)
 
     def _watch(self, state: State, kernel_id: str) -> None:
         """Have `on_ended` called when an agent ends, whose child it may be; where that cannot be, polls notice it."""
@@ -178,21 +183,21 @@ class LocalProxy(ProcessProxy):
         state: State = {"runtime_dir": str(directory), "user": user, "node": {**tagged.node()}}
         yield dict(state)
         if request.previous is not None:
-            adopted = await self._in_thread(lambda: self._adopt(request, directory, user))
+            adopted = await self._in_thread(self._launching, lambda: self._adopt(request, directory, user))
             if adopted is not None:
                 self._watch(adopted, request.kernel_id)
                 yield {**state, **adopted}
                 return
         if user is None:
-            process = await self._in_thread(lambda: self._spawn(request, directory))
+            process = await self._in_thread(self._launching, lambda: self._spawn(request, directory))
             state["pid"] = process.pid
             yield dict(state)
-            line = await self._in_thread(lambda: _first_line(process))
+            line = await self._in_thread(self._launching, lambda: _first_line(process))
             with contextlib.suppress(OSError):
                 assert process.stdout is not None
                 process.stdout.close()
         else:
-            line = await self._in_thread(lambda: self._spawn_as(request, directory, user, state))
+            line = await self._in_thread(self._launching, lambda: self._spawn_as(request, directory, user, state))
         registration = tagged.registration(line, request.kernel_id)
         if registration is None:
             raise LaunchFailed(await self._why_not(request, state))
@@ -337,7 +342,7 @@ class LocalProxy(ProcessProxy):
 
     async def terminate(self, state: State) -> None:
         self._require_here(state)
-        await self._in_thread(lambda: self._terminate(state))
+        await self._in_thread(self._ending, lambda: self._terminate(state))
 
     @staticmethod
     def _require_here(state: State) -> None:
@@ -418,7 +423,7 @@ class LocalProxy(ProcessProxy):
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._send(psutil.Process(pid).children(), signum, self._other_user(state.get("user")))
 
-        await self._in_thread(send)
+        await self._in_thread(self._ending, send)
 
     async def owned(self, gateway_id: str) -> Sequence[ClusterObject]:
         return await self._look(lambda: self._owned(gateway_id))

@@ -108,4 +108,4 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_sessions"),
     )
     op.create_index("ix_sessions_kernel_id", "sessions", ["kernel_id"])
-    op.create_index("ix_sessions_owner_path", "sessions", ["owner", "path"])
+    op.create_index("ix_sessions_owner", "sessions", ["owner"])
