@@ -58,7 +58,7 @@ class QuotaPart(Protocol):
         *,
         amount: float | None = None,
         until: datetime | None = None,
-        priority: int | None = None,
+        lead: bool = False,
     ) -> Any: ...
 
     async def withdraw(self, request_id: int, owner: str) -> Any: ...

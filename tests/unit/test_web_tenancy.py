@@ -45,6 +45,7 @@ POLICIES = {
         Policy("cap", SubjectKind.GROUP, "analysts", hard=7, priority=500, version=1, updated_by="admin"),
         Policy("others", SubjectKind.GROUP, "others", hard=5, version=1, updated_by="admin"),
         Policy("bob-one", SubjectKind.USER, "bob", hard=1, version=1, updated_by="admin"),
+        Policy("led", SubjectKind.USER, "bob", hard=1, version=1, updated_by="lea", delegated=True),
         Policy("carol-one", SubjectKind.USER, "carol", hard=1, version=1, updated_by="admin"),
         Policy("ci", SubjectKind.SERVICE, "ci", hard=1, version=1, updated_by="admin"),
     )
@@ -136,15 +137,17 @@ MATRIX: list[tuple[str, str, Any, tuple[int, ...]]] = [
     ("GET", "/api/quota/policies/ci", None, (401, 403, 403, 404, 404, 403, 403, 200)),
     ("GET", "/api/quota/policies/none", None, (401, 403, 403, 404, 404, 403, 403, 404)),
     ("PUT", "/api/quota/policies/new", NEW, (401, 403, 403, 201, 403, 403, 403, 201)),
-    ("PUT", "/api/quota/policies/bob-one", {**NEW, "version": 1}, (401, 403, 403, 200, 409, 403, 403, 200)),
+    ("PUT", "/api/quota/policies/bob-one", {**NEW, "version": 1}, (401, 403, 403, 403, 409, 403, 403, 200)),
+    ("PUT", "/api/quota/policies/led", {**NEW, "version": 1}, (401, 403, 403, 200, 409, 403, 403, 200)),
     ("PUT", "/api/quota/policies/cap", {"subject": "group:analysts", "version": 1},
      (401, 403, 403, 403, 409, 403, 403, 200)),
     ("PUT", "/api/quota/policies/new", {"subject": "group:analysts"}, (401, 403, 403, 201, 403, 403, 403, 201)),
     ("PUT", "/api/quota/policies/new", {"subject": "everyone"}, (401, 403, 403, 403, 403, 403, 403, 201)),
     ("PUT", "/api/quota/policies/new", {"subject": "service:ci"}, (401, 403, 403, 403, 403, 403, 403, 201)),
     ("PUT", "/api/quota/policies/new", {"subject": "user:lea"}, (401, 403, 403, 403, 403, 403, 403, 201)),
-    ("PUT", "/api/quota/policies/new", {**NEW, "priority": 101}, (401, 403, 403, 403, 403, 403, 403, 201)),
-    ("DELETE", "/api/quota/policies/bob-one", None, (401, 403, 403, 204, 404, 403, 403, 204)),
+    ("PUT", "/api/quota/policies/new", {**NEW, "delegated": False}, (401, 403, 403, 201, 403, 403, 403, 201)),
+    ("DELETE", "/api/quota/policies/bob-one", None, (401, 403, 403, 403, 404, 403, 403, 204)),
+    ("DELETE", "/api/quota/policies/led", None, (401, 403, 403, 204, 404, 403, 403, 204)),
     ("DELETE", "/api/quota/policies/cap", None, (401, 403, 403, 403, 404, 403, 403, 204)),
     ("DELETE", "/api/quota/policies/all", None, (401, 403, 403, 403, 403, 403, 403, 204)),
     ("POST", "/api/quota/policies/new/preview", NEW, (401, 403, 403, 200, 403, 403, 403, 200)),
@@ -321,7 +324,7 @@ async def test_kernels_of_others_are_stopped_with_a_reason(
 
 
 async def test_two_admins_at_once(server: WebServer, quotas: Quotas, ask: Ask) -> None:
-    path = "/api/quota/policies/bob-one"
+    path = "/api/quota/policies/led"
     read = await ask("admin", "GET", path)
     assert read.headers["ETag"] == '"1"'
     first = await ask("lea", "PUT", path, json={**read.json(), "hard": 2}, headers={"If-Match": '"1"'})
@@ -335,7 +338,7 @@ async def test_two_admins_at_once(server: WebServer, quotas: Quotas, ask: Ask) -
     ):
         said = is_error(await ask("admin", "PUT", path, json=body, headers=headers), 409)["message"]
         assert "lea" in said or "ETag" in said
-    assert quotas.kept["bob-one"].hard == 2
+    assert quotas.kept["led"].hard == 2
     is_error(await ask("admin", "DELETE", path, headers={"If-Match": '"1"'}), 409)
     is_error(await ask("admin", "PUT", "/api/quota/policies/gone", json={**NEW, "version": 3}), 409)
     assert (await ask("admin", "DELETE", path, headers={"If-Match": '"2"'})).status_code == 204
@@ -471,9 +474,8 @@ async def test_grants_have_an_approver_and_win(server: WebServer, quotas: Quotas
     grant = {**NEW, "origin": "grant", "valid_until": UNTIL, "approver": "somebody"}
     made = (await ask("admin", "PUT", "/api/quota/policies/g1", json=grant)).json()
     assert (made["approver"], made["priority"], made["origin"]) == ("admin", 1000, "grant")
-    lead = (await ask("lea", "PUT", "/api/quota/policies/g2", json=grant)).json()
-    assert (lead["approver"], lead["priority"]) == ("lea", 100), "not above what the administrator has set"
-    is_error(await ask("lea", "PUT", "/api/quota/policies/g3", json={**grant, "priority": 1000}), 403)
+    lead = (await ask("lea", "PUT", "/api/quota/policies/g2", json={**grant, "delegated": False})).json()
+    assert (lead["approver"], lead["delegated"]) == ("lea", True), "beside what the administrator has set"
     is_error(await ask("lea", "PUT", "/api/quota/policies/g4", json={**grant, "subject": "user:lea"}), 403)
     assert quotas.kept["g1"].origin is Origin.GRANT
 
@@ -499,9 +501,9 @@ async def test_lists_are_paged_and_filtered(server: WebServer, ask: Ask) -> None
         query = f"limit=3&after={page['next']}"
     assert names == sorted(POLICIES)
     lead = (await ask("lea", "GET", "/api/quota/policies")).json()["policies"]
-    assert {policy["name"] for policy in lead} == {"all", "analysts", "cap", "bob-one"}
+    assert {policy["name"] for policy in lead} == {"all", "analysts", "cap", "bob-one", "led"}
     one = (await ask("admin", "GET", "/api/quota/policies?subject=user:bob")).json()
-    assert one["total"] == 1
+    assert one["total"] == 2
 
 
 # -- requests for more
@@ -526,7 +528,7 @@ async def test_asking_for_more(server: WebServer, quotas: Quotas, ask: Ask) -> N
     is_error(await ask("lea", "POST", "/api/requests/1/answer", json={"grant": False}), 400)
     granted = await ask("lea", "POST", "/api/requests/1/answer", json={"grant": True, "amount": 2})
     assert granted.json()["state"] == "granted"
-    assert quotas.calls[-1] == ("answer", 1, "lea", True, {"until": None, "amount": 2.0, "priority": 100})
+    assert quotas.calls[-1] == ("answer", 1, "lea", True, {"until": None, "amount": 2.0, "lead": True})
     is_error(await ask("lea", "POST", "/api/requests/1/answer", json={"grant": True}), 404)
     quotas.asked[7] = Request(7, "lea", "analysts", 9, None, "mine")
     is_error(await ask("lea", "POST", "/api/requests/7/answer", json={"grant": True}), 403)
@@ -674,7 +676,7 @@ async def test_people(server: WebServer, mini: MiniGateway, ask: Ask) -> None:
     assert [one["name"] for one in following["people"]] == ["carol", "hubadmin"]
     mine = (await ask("lea", "GET", "/api/admin/people?limits=true")).json()
     assert [one["name"] for one in mine["people"]] == ["bob", "lea"] and mine["next"] is None
-    assert {limit["policy"] for limit in mine["people"][0]["limits"]} == {"all", "analysts", "cap", "bob-one"}
+    assert {limit["policy"] for limit in mine["people"][0]["limits"]} == {"all", "analysts", "cap", "bob-one", "led"}
     assert (await ask("lea", "GET", "/api/admin/people?q=caro")).json()["people"] == []
 
 
