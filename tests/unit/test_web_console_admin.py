@@ -512,6 +512,21 @@ async def test_a_lead_divides_what_administrators_give_and_lifts_nothing(console
     assert [one.delegated for one in await quotas_of(console) if one.name == "lifted"] == [True], "it stays a lead's"
 
 
+async def test_who_may_not_come_in_any_more_changes_nothing(console: Console) -> None:
+    """Although the page was open, and the login still holds powers of ours."""
+    await put(console.store, Policy("all", SubjectKind.EVERYONE, hard=2))
+    admin = await console.login("admin", ADMIN)
+    form = await form_of(admin, "admin/policies/all", "hard")
+    authenticator = console.server.services.authenticator
+    authenticator.cache_seconds = 60.0  # type: ignore[attr-defined]
+    assert (await admin.get("admin/policies")).status_code == 200
+    for model in console.hub.tokens.values():
+        model["scopes"] = [ADMIN]
+    refused = await send(admin, form, hard="9")
+    assert refused.status_code == 403 and "may not use this gateway" in refused.text
+    assert [one.hard for one in await quotas_of(console)] == [2]
+
+
 async def quotas_of(console: Console) -> list[Policy]:
     assert console.server.services.quotas is not None
     return list(await console.server.services.quotas.policies())
