@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import uuid
 from collections.abc import Mapping, Sequence
@@ -158,11 +159,29 @@ class KernelService(LoggingConfigurable):
 
     async def stop(self, kernel_id: str, reason: str = "") -> None:
         """Stop a kernel, whoever owns it. A `reason` (one sentence) is shown in its notebook."""
+        await self._ask_to_stop(kernel_id, reason)
+        await self._until_gone(kernel_id)
+
+    async def stop_for(self, actor: str, kernel_ids: Sequence[str], reason: str) -> frozenset[str]:
+        """Stop kernels of others, for somebody who stands in the audit trail with each; those that were there to stop.
+
+        Returns when they are gone, or at least certain to end.
+        """
+        asked = await asyncio.gather(*(self._ask_to_stop(kernel_id, reason, actor) for kernel_id in kernel_ids))
+        there = frozenset(record.id for record in asked if record is not None)
+        await asyncio.gather(*(self._until_gone(kernel_id) for kernel_id in there))
+        return there
+
+    async def _ask_to_stop(self, kernel_id: str, reason: str, actor: str = "") -> KernelRecord | None:
+        """Once this returns, the kernel is certain to end."""
         relay = self.controller.links.existing(kernel_id)
         if reason and relay is not None:
             relay.notify(reason)
-        await self.store.ask_to_stop(kernel_id, reason)
+        record = await self.store.ask_to_stop(kernel_id, reason, actor=actor)
         self.controller.changed(kernel_id, stop=True)
+        return record
+
+    async def _until_gone(self, kernel_id: str) -> None:
         await self.controller.wait(kernel_id, lambda row: row is None or not row.live, self.stop_wait_seconds)
 
     async def restart(self, caller: Caller, kernel_id: str) -> KernelRecord:

@@ -18,12 +18,14 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from hub_gateway.audit import AuditLog
+from hub_gateway.audit import AuditLog, Line
+from hub_gateway.audit import query as audit_lines
 from hub_gateway.auth.base import Caller
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.tenancy import LedgerEntry
 from hub_gateway.errors import Unavailable
 from hub_gateway.kernels.service import CreateKernel
+from hub_gateway.kernels.types import KernelStatus, KernelTarget
 from hub_gateway.quotas.policies import PolicyStore
 from hub_gateway.quotas.reports import Reports as LedgerReports
 from hub_gateway.quotas.types import Origin, Policy, SubjectKind, Verdict
@@ -31,6 +33,7 @@ from hub_gateway.web.application import ROUTES
 from hub_gateway.web.tenancy import TenancyHandler
 from tests.contract.mini import MiniGateway, Setup
 from tests.harness.tenancy import CALLERS, Audit, Identity, Put, Quotas, Reports, Request, Tokens
+from tests.harness.waiting import eventually
 from tests.harness.web import WebServer
 from tests.unit.test_web_api import is_error
 
@@ -299,25 +302,64 @@ async def test_kernels_of_others(server: WebServer, mini: MiniGateway, ask: Ask)
     assert not {"launch", "link_secret", "launch_token", "proxy_state"} & set(facts)
 
 
-async def test_kernels_of_others_are_stopped_with_a_reason(
-    server: WebServer, mini: MiniGateway, ask: Ask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_kernels_of_others_are_stopped_with_a_reason(server: WebServer, mini: MiniGateway, ask: Ask) -> None:
     bob = await mini.service.create(CALLERS["bob"], CreateKernel(name="sleep"))
     carol = await mini.service.create(CALLERS["carol"], CreateKernel(name="sleep"))
-    unknown, stopped = str(uuid.uuid4()), []
-
-    async def stop(kernel_id: str, message: str = "") -> None:
-        stopped.append((kernel_id, message))
-
-    monkeypatch.setattr(mini.service, "stop", stop)
+    unknown = str(uuid.uuid4())
     body = {"ids": [bob.id, carol.id, unknown, bob.id], "message": "The node is needed."}
     answer = await ask("lea", "POST", "/api/admin/kernels/stop", json=body)
     assert answer.status_code == 202
     assert answer.json() == {"stopping": [bob.id], "unknown": [carol.id, unknown]}
-    assert stopped == [(bob.id, "Stopped by lea: The node is needed.")]
-    audit: Any = server.services.audit
-    (entry,) = audit.entries
-    assert (entry.actor, entry.action, entry.subject) == ("lea", "kernel.stop", "bob")
+    said = "Stopped by lea: The node is needed."
+    row = await mini.service.store.get(bob.id)
+    assert row is not None and row.message == said and row.target is KernelTarget.ENDED
+    (line,) = await stops(mini)
+    assert (line.actor, line.subject, line.detail) == ("lea", "bob", {"kernel": bob.id, "message": said})
+
+
+async def stops(mini: MiniGateway) -> list[Line]:
+    """What the audit trail says of stops."""
+    return list(await mini.db.read(lambda tx: audit_lines(tx, action="kernel.stop")))
+
+
+async def test_a_stop_is_in_the_audit_trail_before_anybody_waits_for_its_end(
+    server: WebServer, mini: MiniGateway, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway that dies while kernels take their time has accounted for what it did."""
+    waits = asyncio.Event()
+
+    async def for_ever(*_: Any) -> None:
+        waits.set()
+        await asyncio.Event().wait()
+
+    bob = await mini.service.create(CALLERS["bob"], CreateKernel(name="sleep"))
+    monkeypatch.setattr(mini.service.controller, "wait", for_ever)
+    asking = asyncio.ensure_future(ask("admin", "POST", "/api/admin/kernels/stop", json={"ids": [bob.id]}))
+    await asyncio.wait_for(waits.wait(), 20)
+    assert [line.subject for line in await stops(mini)] == ["bob"]
+    asking.cancel()
+
+
+async def test_a_failed_kernel_is_stopped_off_the_lists_and_a_stopped_one_is_unknown(
+    server: WebServer, mini: MiniGateway, ask: Ask
+) -> None:
+    bob = await mini.service.create(CALLERS["bob"], CreateKernel(name="sleep"))
+    await mini.service.stop(bob.id, "It was idle for too long.")
+
+    async def has_failed() -> bool:
+        row = await mini.service.store.get(bob.id)
+        return row is not None and row.status is KernelStatus.FAILED
+
+    await eventually(has_failed, "the kernel's end", timeout=20)
+    body = {"ids": [bob.id], "message": "Away with it."}
+    answer = await ask("admin", "POST", "/api/admin/kernels/stop", json=body)
+    assert answer.json() == {"stopping": [bob.id], "unknown": []}
+    assert (await ask("admin", "GET", "/api/admin/kernels")).json()["total"] == 0
+    row = await mini.service.store.get(bob.id)
+    assert row is not None and row.message == "It was idle for too long.", "why it ended has not changed"
+    assert len(await stops(mini)) == 1
+    assert (await ask("admin", "POST", "/api/admin/kernels/stop", json=body)).json()["unknown"] == [bob.id]
+    assert len(await stops(mini)) == 1, "nothing was stopped"
 
 
 # -- policies
