@@ -37,7 +37,7 @@ HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Closed:
-    """A closed month: how many entries stand in it, how many kernel-seconds, and a digest over all of them."""
+    """A closed month: how many entries stand in it, how many kernel-seconds of it, and a digest over all of them."""
 
     month: str
     entries: int
@@ -164,7 +164,8 @@ def close_month(tx: Transaction, month: str, actor: str, *, now: datetime | None
     """Close a month (UTC) that is over: nothing is added to it any more. Raises `BadRequest`, `Conflict`.
 
     Reservations that go on over its end are split there: an entry up to the end, and the reservation from there.
-    Entries of kernels that ended later, but began before the end, are in both months: reports clip them.
+    Entries of kernels that ended later, but began before the end, are in both months: their seconds are clipped, as in
+    reports.
     """
     begin, end = _bounds(month)
     moment = now or utcnow()
@@ -182,7 +183,10 @@ def close_month(tx: Transaction, month: str, actor: str, *, now: datetime | None
     for entry in tx.connection().execute(select(_LEDGER).where(stands).order_by(_LEDGER.c.id)):
         digest.update(repr(tuple(entry)).encode())
         entries += 1
-        seconds += entry.seconds
+        if entry.kind == "interval":
+            seconds += min(entry.stopped, end.timestamp()) - max(entry.started, begin.timestamp())
+        else:
+            seconds += entry.seconds
     tx.add(
         LedgerMonth(
             month=month,
