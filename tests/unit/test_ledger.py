@@ -23,7 +23,6 @@ from hub_gateway.errors import BadRequest, Conflict, NotFound
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import Resources
 from hub_gateway.quotas import ledger, prices
-from hub_gateway.quotas.ledger import cost_center_of
 from hub_gateway.quotas.reports import BY, Report, Reports, Row, report
 from tests.harness.quotas import begin, new, release
 
@@ -248,10 +247,34 @@ def test_names_cannot_be_formulas_in_a_spreadsheet() -> None:
     assert all(line.isprintable() for line in found.to_table().splitlines())
 
 
-def test_the_cost_centre_is_the_first_groups_that_has_one() -> None:
-    properties = {"b": {"cost_center": "2"}, "a": {}, "c": {"cost_center": "3"}}
-    assert cost_center_of(["c", "b", "a"], properties) == "2"
-    assert cost_center_of(["a"], properties) == cost_center_of([], {}) == ""
+async def test_an_entry_is_moved_to_another_cost_centre(quota_store: KernelStore) -> None:
+    """As a whole, with what was corrected before, and again; the month that was reported stays as it was."""
+    await quota_store.write(lambda tx: prices.set_prices(tx, "admin", kernel_hour=2))
+    await ran(quota_store, 1, at(1), at(1, 10))
+    (entry,) = await quota_store.db.read(lambda tx: tx.scalars(select(LedgerEntry.id)).all())
+
+    async def corrected(seconds: float, centre: str | None, day: int) -> None:
+        when = at(day, month=3)
+        await quota_store.write(
+            lambda tx: ledger.correct(tx, entry, seconds, "the Hub was away", "admin", cost_center=centre, now=when)
+        )
+
+    async def billed(start: datetime) -> dict[str, tuple[float, float]]:
+        rows = (await made(quota_store, "cost_center", start, at(1, month=5))).rows
+        return {row.key: (row.kernel_hours, row.cost) for row in rows if row.kernel_hours}
+
+    await corrected(-3600, None, 2)
+    await corrected(0, "4711", 3)
+    assert await billed(at(1)) == {"4711": (9, 18)}
+    assert await billed(at(1, month=3)) == {"(none)": (-10, -20), "4711": (9, 18)}
+    await corrected(1800, "4712", 4)
+    await corrected(1800, None, 5)
+    assert await billed(at(1)) == {"4712": (10, 20)}
+    for seconds, centre, said in ((-36001, None, "less than none"), (0, "4712", "already"), (0, None, "already")):
+        with pytest.raises(BadRequest, match=said):
+            await corrected(seconds, centre, 6)
+    await corrected(0, "", 7)
+    assert await billed(at(1)) == {"(none)": (10, 20)}
 
 
 async def test_the_facade_writes_its_lines(quota_store: KernelStore) -> None:

@@ -690,6 +690,10 @@ async def test_a_real_report_is_safe_for_a_spreadsheet(server: WebServer, mini: 
     assert (await ask("admin", "POST", "/api/prices", json={"core_hour": 0.5})).json()["version"] == 1
     fixed = await ask("admin", "POST", "/api/ledger/corrections", json={"entry": 1, "seconds": -60, "note": "late"})
     assert fixed.status_code == 201 and fixed.json()["corrects"] == 1
+    moved = {"entry": 1, "cost_center": "4711", "note": "late"}
+    fixed = await ask("admin", "POST", "/api/ledger/corrections", json=moved)
+    assert fixed.status_code == 201 and fixed.json()["cost_center"] == "4711"
+    is_error(await ask("admin", "POST", "/api/ledger/corrections", json={"entry": 1, "note": "nothing"}), 400)
     is_error(await ask("admin", "POST", "/api/ledger/corrections", json={"entry": 99, "seconds": 1, "note": "x"}), 404)
     closed = await ask("admin", "POST", "/api/ledger/close", json={"month": "2023-11"})
     assert closed.status_code == 200 and closed.json()["entries"] == 1
