@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.orm import Session as Transaction
 from traitlets import Float, List, Unicode
 from traitlets.config import LoggingConfigurable
 
@@ -195,8 +194,8 @@ class KernelService(LoggingConfigurable):
                 raise Conflict("The kernel is being shut down; start a new one.")
             record = await self._until_ended(kernel_id)  # it failed just now; what is left of it is being removed
         if record.status is KernelStatus.FAILED:
-            await self._still_the_same(caller, record)
-            admitted = await self.store.revive(kernel_id)
+            identity = await self._still_the_same(caller, record)
+            admitted = await self.store.revive(kernel_id, identity, lambda tx: self.identity.claim(tx, identity))
             self.controller.renewed(kernel_id)
             self._begun(admitted)
             return admitted.record if admitted.verdict.outcome == "queued" else await self._until_running(kernel_id)
@@ -379,21 +378,15 @@ class KernelService(LoggingConfigurable):
             connections=connections,
         )
 
-    async def _still_the_same(self, caller: Caller, record: KernelRecord) -> None:
-        """Raise `Forbidden` where a kernel that failed would be started again as somebody whom its owner is no more."""
+    async def _still_the_same(self, caller: Caller, record: KernelRecord) -> Identity:
+        """The owner of a kernel that failed as they are now.
+
+        Raises `Forbidden` where it would be started again as somebody whom its owner is no more.
+        """
         identity = await self.identity.map(caller, need=self.controller.proxies.get(record.proxy).identity)
         if identity.unix_user != record.unix_user:
             raise Forbidden("Your kernels do not run as the unix user of this one any more; start a new kernel.")
-        refused = await self.store.write(lambda tx: self._claimed(tx, identity))
-        if refused is not None:
-            raise refused
-
-    def _claimed(self, tx: Transaction, identity: Identity) -> LaunchRefused | None:
-        try:
-            self.identity.claim(tx, identity)
-        except LaunchRefused as error:  # returned, so that its line in the audit trail is committed
-            return error
-        return None
+        return identity
 
 
 def _kernel_id(given: object) -> str:

@@ -26,6 +26,7 @@ from hub_gateway.db.engine import Database
 from hub_gateway.db.models import Kernel, Setting, utcnow
 from hub_gateway.db.secrets import Vault
 from hub_gateway.errors import BadRequest, Conflict, Forbidden, LaunchRefused, NotFound
+from hub_gateway.identity.types import Identity
 from hub_gateway.kernels import failpoints
 from hub_gateway.kernels.admissions import Admitted, Admitter, Claim
 from hub_gateway.kernels.registration import proof_of, registration_of
@@ -302,11 +303,14 @@ class KernelStore:
 
         return await self.write(stop)
 
-    async def revive(self, kernel_id: str) -> Admitted:
-        """Admit a failed kernel once more, under the same id. Raises `Conflict`, `LaunchRefused`."""
+    async def revive(self, kernel_id: str, identity: Identity | None = None, claim: Claim | None = None) -> Admitted:
+        """Admit a failed kernel once more, under the same id, for its owner as they are now.
+
+        Raises `Conflict`, `LaunchRefused`.
+        """
         plan, _, _ = await self.plan(kernel_id)
         launch = await asyncio.to_thread(self.admitter.secrets, plan)
-        found = await self.write(lambda tx: self.admitter.revive(tx, kernel_id, launch))
+        found = await self.write(lambda tx: self.admitter.revive(tx, kernel_id, launch, identity, claim))
         if isinstance(found, LaunchRefused):
             raise found
         return found
