@@ -11,7 +11,6 @@ import zmq
 
 from hub_gateway import __version__
 from hub_gateway.audit import COMMITTED, AuditLog
-from hub_gateway.auth.delegation import Delegation
 from hub_gateway.db.engine import Database
 from hub_gateway.db.revision import prepare_at_start
 from hub_gateway.db.secrets import Vault
@@ -152,7 +151,6 @@ class Runtime:
             identity=identity,
             audit=audit,
             reports=Reports(parent=app),
-            delegation=Delegation(parent=app),
             web=WebSettings(
                 cookie_secret=cookie_secret,
                 max_body_bytes=app.max_body_bytes,

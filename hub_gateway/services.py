@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hub_gateway.auth.cache import LookupCache
-from hub_gateway.auth.delegation import Delegation
 
 if TYPE_CHECKING:
     from hub_gateway.auth.base import Authenticator
@@ -51,7 +50,6 @@ class Services:
     identity: IdentityPart | None = None
     audit: AuditPart | None = None
     reports: ReportsPart | None = None
-    delegation: Delegation = field(default_factory=Delegation)
     rooms: LookupCache[Mapping[str, Verdict]] = field(
         default_factory=lambda: LookupCache(10_000, lambda _: ROOM_SECONDS)
     )

@@ -63,6 +63,7 @@ class Policy(Base):
     valid_until: Mapped[datetime | None]
     weekly: Mapped[list[Any]] = mapped_column(JSON)
     note: Mapped[str] = mapped_column(Text)
+    delegated: Mapped[bool] = mapped_column(Boolean)
     approver: Mapped[str | None] = mapped_column(String(255))
     version: Mapped[int] = mapped_column(Integer)
     created_at: Mapped[datetime]

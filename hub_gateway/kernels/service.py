@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.orm import Session as Transaction
 from traitlets import Float, List, Unicode
 from traitlets.config import LoggingConfigurable
 
@@ -182,11 +182,31 @@ class KernelService(LoggingConfigurable):
 
     async def stop(self, kernel_id: str, reason: str = "") -> None:
         """Stop a kernel, whoever owns it. A `reason` (one sentence) is shown in its notebook."""
+        await self._ask_to_stop(kernel_id, reason)
+        await self._until_gone(kernel_id)
+
+    async def stop_for(self, actor: str, kernel_ids: Sequence[str], reason: str) -> frozenset[str]:
+        """Stop kernels of others, for somebody who stands in the audit trail with each; those that were there to stop.
+
+        Returns when they are gone, or at least certain to end.
+        """
+        asked = await asyncio.gather(*(self._ask_to_stop(kernel_id, reason, actor) for kernel_id in kernel_ids))
+        there = frozenset(record.id for record in asked if record is not None)
+        await asyncio.gather(*(self._until_gone(kernel_id) for kernel_id in there))
+        return there
+
+    async def _ask_to_stop(self, kernel_id: str, reason: str, actor: str = "") -> KernelRecord | None:
+        """Once this returns, the kernel is certain to end."""
         relay = self.controller.links.existing(kernel_id)
         if reason and relay is not None:
             relay.notify(reason)
-        await self.store.ask_to_stop(kernel_id, reason)
-        await self._end(kernel_id)
+        record = await self.store.ask_to_stop(kernel_id, reason, actor=actor)
+        self.controller.changed(kernel_id, stop=True)
+        return record
+
+    async def _until_gone(self, kernel_id: str) -> None:
+        with contextlib.suppress(Unavailable):  # it ends, whether or not that can be seen now
+            await self.controller.wait(kernel_id, lambda row: row is None or not row.live, self.stop_wait_seconds)
 
     async def restart(self, caller: Caller, kernel_id: str) -> KernelRecord:
         """Restart a kernel in place; a failed one is started anew. Returns when it is ready.
@@ -199,8 +219,8 @@ class KernelService(LoggingConfigurable):
                 raise Conflict("The kernel is being shut down; start a new one.")
             record = await self._until_ended(kernel_id)  # it failed just now; what is left of it is being removed
         if record.status is KernelStatus.FAILED:
-            await self._still_the_same(caller, record)
-            admitted = await self.store.revive(kernel_id)
+            identity = await self._still_the_same(caller, record)
+            admitted = await self.store.revive(kernel_id, identity, lambda tx: self.identity.claim(tx, identity))
             self.controller.renewed(kernel_id)
             self._begun(admitted)
             return admitted.record if admitted.verdict.outcome == "queued" else await self._until_running(kernel_id)
@@ -333,8 +353,7 @@ class KernelService(LoggingConfigurable):
         if kernel_id is None:
             return
         self.controller.changed(kernel_id, stop=True)
-        with contextlib.suppress(Unavailable):  # it ends, whether or not that can be seen now
-            await self.controller.wait(kernel_id, lambda row: row is None or not row.live, self.stop_wait_seconds)
+        await self._until_gone(kernel_id)
 
     async def _own(self, caller: Caller, kernel_id: str) -> KernelRecord:
         # Almost always the kernel is on the caller's list, which is at hand.
@@ -392,21 +411,15 @@ class KernelService(LoggingConfigurable):
             connections=connections,
         )
 
-    async def _still_the_same(self, caller: Caller, record: KernelRecord) -> None:
-        """Raise `Forbidden` where a kernel that failed would be started again as somebody whom its owner is no more."""
+    async def _still_the_same(self, caller: Caller, record: KernelRecord) -> Identity:
+        """The owner of a kernel that failed as they are now.
+
+        Raises `Forbidden` where it would be started again as somebody whom its owner is no more.
+        """
         identity = await self.identity.map(caller, need=self.controller.proxies.get(record.proxy).identity)
         if identity.unix_user != record.unix_user:
             raise Forbidden("Your kernels do not run as the unix user of this one any more; start a new kernel.")
-        refused = await self.store.write(lambda tx: self._claimed(tx, identity))
-        if refused is not None:
-            raise refused
-
-    def _claimed(self, tx: Transaction, identity: Identity) -> LaunchRefused | None:
-        try:
-            self.identity.claim(tx, identity)
-        except LaunchRefused as error:  # returned, so that its line in the audit trail is committed
-            return error
-        return None
+        return identity
 
 
 class _AlreadyOpen(Exception):

@@ -21,10 +21,12 @@ from sqlalchemy import Select, bindparam, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session as Transaction
 
+from hub_gateway import audit
 from hub_gateway.db.engine import Database
 from hub_gateway.db.models import Kernel, Setting, utcnow
 from hub_gateway.db.secrets import Vault
 from hub_gateway.errors import BadRequest, Conflict, Forbidden, LaunchRefused, NotFound
+from hub_gateway.identity.types import Identity
 from hub_gateway.kernels import failpoints
 from hub_gateway.kernels.admissions import Admitted, Admitter, Claim
 from hub_gateway.kernels.registration import proof_of, registration_of
@@ -273,10 +275,13 @@ class KernelStore:
         failpoints.hit("admit.after_commit")
         return found
 
-    async def ask_to_stop(self, kernel_id: str, reason: str = "") -> KernelRecord | None:
+    async def ask_to_stop(self, kernel_id: str, reason: str = "", *, actor: str = "") -> KernelRecord | None:
         """Set the target to stopped; a failed or queued kernel, which holds nothing, is stopped with it.
 
-        With a `reason` it ends as failed, so that its notebook says why.
+        With a `reason` it ends as failed, so that its notebook says why; one that has failed already says so itself,
+        and stays as it is. An `actor` is somebody who stops what belongs to others: the audit trail has it with the
+        stop, and what has failed goes off the lists, too. None for what does not exist; for an actor also for what
+        has been stopped before.
         """
         return await self.write(self.stopping(kernel_id, reason))
 
@@ -287,8 +292,22 @@ class KernelStore:
         status = KernelStatus.FAILED if reason else KernelStatus.STOPPED
         values: dict[str, Any] = {"message": reason} if reason else {}
 
+        def clear(tx: Transaction, message: str) -> bool:
+            """For an actor: whether there is anything left to stop, after what has failed is off the lists."""
+            found = tx.execute(BY_ID, {"kernel": kernel_id}).mappings().one_or_none()
+            if found is None or found["status"] == KernelStatus.STOPPED.value:
+                return False
+            if found["status"] == KernelStatus.FAILED.value:
+                gone = {"status": KernelStatus.STOPPED.value, "target": KernelTarget.STOPPED.value}
+                tx.execute(update(Kernel).where(Kernel.id == kernel_id).values(**gone))
+            detail = {"kernel": kernel_id, "message": message}
+            audit.append(tx, actor=actor, action="kernel.stop", subject=found["owner"], detail=detail)
+            return True
+
         def stop(tx: Transaction) -> KernelRecord | None:
             lock(tx)  # one that waits may be admitted at this moment
+            if actor and not clear(tx, reason):
+                return None
             wanted = update(Kernel).where(Kernel.id == kernel_id)
             if reason:  # whoever stops what has ended already has nothing to tell
                 wanted = wanted.where(Kernel.status != KernelStatus.FAILED.value, Kernel.target != "stopped")
@@ -300,11 +319,14 @@ class KernelStore:
 
         return stop
 
-    async def revive(self, kernel_id: str) -> Admitted:
-        """Admit a failed kernel once more, under the same id. Raises `Conflict`, `LaunchRefused`."""
+    async def revive(self, kernel_id: str, identity: Identity | None = None, claim: Claim | None = None) -> Admitted:
+        """Admit a failed kernel once more, under the same id, for its owner as they are now.
+
+        Raises `Conflict`, `LaunchRefused`.
+        """
         plan, _, _ = await self.plan(kernel_id)
         launch = await asyncio.to_thread(self.admitter.secrets, plan)
-        found = await self.write(lambda tx: self.admitter.revive(tx, kernel_id, launch))
+        found = await self.write(lambda tx: self.admitter.revive(tx, kernel_id, launch, identity, claim))
         if isinstance(found, LaunchRefused):
             raise found
         return found

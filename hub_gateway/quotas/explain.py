@@ -44,6 +44,8 @@ class LimitView:
     stops_at: datetime | None = None
     """When the newest kernels are stopped, if use stays above the hard limit."""
     origin: str = "policy"
+    delegated: bool = False
+    """Whether a lead has set it, beside what administrators have."""
     sentence: str = ""
     warning: str = ""
     """What happens if nothing is shut down, where something does."""
@@ -149,6 +151,7 @@ def limits(
                 state=_state(policy, used, burst),
                 stops_at=stops_at,
                 origin=policy.origin.value,
+                delegated=policy.delegated,
                 sentence=_said(policy, used),
                 warning=_ends(stops_at),
             )

@@ -258,11 +258,17 @@ class QuotaService(LoggingConfigurable):
         *,
         amount: float | None = None,
         until: datetime | None = None,
-        priority: int | None = None,
+        lead: bool = False,
     ) -> Request:
-        """Grant or refuse a request, once. Raises `NotFound`, `Conflict`, `BadRequest`."""
+        """Grant or refuse a request, once; as a `lead`, whose permission is for some only, or an administrator.
+
+        Raises `NotFound`, `Conflict` (also where a grant would have no effect), `BadRequest`, `Forbidden`.
+        """
+        enforced = self._enforced()
 
         def write(tx: Transaction) -> Request:
+            lock(tx)
+            others = self.admission.policies.all(tx)
             return requests.answer(
                 tx,
                 self.admission.policies,
@@ -272,7 +278,8 @@ class QuotaService(LoggingConfigurable):
                 text=text,
                 amount=amount,
                 until=until,
-                priority=priority,
+                lead=lead,
+                check=lambda grant: _refuse(check(grant, others, proxies=enforced, now=utcnow())),
             )
 
         return await self._change(write)

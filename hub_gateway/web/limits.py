@@ -114,15 +114,15 @@ class AnswerHandler(TenancyHandler):
         request = next((one for one in await self.quotas.requests(state="open") if one.id == number), None)
         if request is None:
             raise no_request()
-        priority = await authority.may_answer(request.owner)
+        await authority.may_answer(request.owner)
         until, now = body.moment("until"), utcnow()
         if until is not None and not now < until <= now + MAX_AHEAD:
             raise BadRequest("The field `until` must be a moment in the next 366 days.")
         more: dict[str, Any] = {"until": until}
         if body.found.get("amount") is not None:
             more["amount"] = await self._granted(body, request.policy)
-        if priority is not None:
-            more["priority"] = priority
+        if not authority.unlimited(QUOTAS_WRITE):
+            more["lead"] = True
         found = await self.quotas.answer(number, self.caller.name, grant, text, **more)
         self.write_json(plain(found))
 

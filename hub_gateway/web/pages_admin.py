@@ -169,9 +169,10 @@ class AnswerHandler(ConsoleHandler):
         found = next((one for one in await self.quotas.requests(state="open") if one.id == int(request_id)), None)
         if found is None:
             raise NotFound("There is no open request of that number that you may answer.")
-        priority = await authority.may_answer(found.owner)
+        await authority.may_answer(found.owner)
         grant = self.field("answer") == "grant"
-        await self.quotas.answer(found.id, self.caller.name, grant, self.field("text"), priority=priority)
+        lead = not authority.unlimited(QUOTAS_WRITE)
+        await self.quotas.answer(found.id, self.caller.name, grant, self.field("text"), lead=lead)
         self.done("admin/requests", f"Request {found.id} is {'granted' if grant else 'refused'}.")
 
 

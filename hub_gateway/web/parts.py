@@ -58,7 +58,7 @@ class QuotaPart(Protocol):
         *,
         amount: float | None = None,
         until: datetime | None = None,
-        priority: int | None = None,
+        lead: bool = False,
     ) -> Any: ...
 
     async def withdraw(self, request_id: int, owner: str) -> Any: ...
@@ -120,4 +120,6 @@ class ReportsPart(Protocol):
 
     def close_month(self, tx: Transaction, month: str, actor: str) -> Any: ...
 
-    def correct(self, tx: Transaction, entry: int, seconds: float, note: str, actor: str) -> Any: ...
+    def correct(
+        self, tx: Transaction, entry: int, seconds: float, note: str, actor: str, cost_center: str | None = None
+    ) -> Any: ...

@@ -313,6 +313,8 @@ class Reports:
         self.written.append(("close", month, actor))
         return {"month": month, "entries": 0}
 
-    def correct(self, tx: Any, entry: int, seconds: float, note: str, actor: str) -> Any:
-        self.written.append(("correct", entry, seconds, note, actor))
+    def correct(
+        self, tx: Any, entry: int, seconds: float, note: str, actor: str, cost_center: str | None = None
+    ) -> Any:
+        self.written.append(("correct", entry, seconds, note, actor, cost_center))
         return {"id": 2, "corrects": entry}

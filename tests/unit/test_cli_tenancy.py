@@ -171,7 +171,9 @@ async def test_usage(run: Run, server: WebServer) -> None:
     assert "2" in (await run("usage", "prices", "--core-hour=0.1", '--gpu-models={"a100": 2}'))[1]
     code, out, _ = await run("usage", "correct", "7", "--seconds=-60", "--note=a mistake")
     assert (code, out) == (0, "entry 7: corrected by -60 s\n")
-    assert [entry[0] for entry in reports.written] == ["close", "prices", "correct"]
+    code, out, _ = await run("usage", "correct", "7", "--cost-center=4711", "--note=the Hub was away")
+    assert (code, out) == (0, "entry 7: corrected by 0 s, billed to 4711\n")
+    assert [entry[0] for entry in reports.written] == ["close", "prices", "correct", "correct"]
     assert (await run("usage", "close", "2030-01", who="bob"))[0] == 1
 
 

@@ -23,7 +23,7 @@ from hub_gateway.auth.scopes import ADMIN, IDENTITY_WRITE, KERNELS_READ, LEDGER_
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.tenancy import IdentityClaim, LedgerMonth, SentForm
 from hub_gateway.demo.forms import Form, forms_of
-from hub_gateway.errors import Unavailable
+from hub_gateway.errors import LaunchRefused, Unavailable
 from hub_gateway.identity.mapper import IdentityMapper
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.kernels.store import KernelStore
@@ -459,7 +459,13 @@ async def test_a_lead_sees_and_grants_to_their_own_people_alone(console: Console
     assert (await lead.get("admin/people/carol")).text.replace("carol", "nobody") == (
         await lead.get("admin/people/nobody")
     ).text, "who is out of reach is like who does not exist"
+    assert "amount" not in [
+        field for one in forms_of((await lead.get("admin/people/bob")).text) for field in one.fields
+    ], "what administrators have set is not a lead's to raise"
+    await put(console.store, Policy("team", SubjectKind.GROUP, "analysts", hard=1, delegated=True))
     form = await form_of(lead, "admin/people/bob", "amount")
+    refused = await send(lead, form, policy="all", amount="4", reason="x")
+    assert refused.status_code == 403 and "The limit all is an administrator" in refused.text
     elsewhere = Form(form.action.replace("bob", "carol"), form.fields)
     assert (await send(lead, elsewhere, amount="4", reason="x")).status_code == 404
     assert "amount" not in [
@@ -470,9 +476,9 @@ async def test_a_lead_sees_and_grants_to_their_own_people_alone(console: Console
     given = await send(lead, form, amount="4", reason="A paper is due.")
     assert given.status_code == 303
     made = next(one for one in await quotas_of(console) if one.origin is Origin.GRANT)
-    assert (made.subject, made.hard, made.approver, made.priority) == ("bob", 4, "lea", 100)
+    assert (made.subject, made.hard, made.approver, made.delegated) == ("bob", 4, "lea", True)
     person = await lead.get("admin/people/bob")
-    assert "bob has more of all until" in person.text and made.name in person.text
+    assert "bob has more of team until" in person.text and made.name in person.text
     preview = await form_of(lead, f"admin/policies/{made.name}", "hard")
     assert (await send(lead, preview, do="preview", explain="carol")).status_code == 404
     previewed = await send(lead, preview, do="preview", explain="bob")
@@ -480,6 +486,45 @@ async def test_a_lead_sees_and_grants_to_their_own_people_alone(console: Console
     nobody = await console.login("bob")
     for name in PAGES:
         assert (await nobody.get(f"admin/{name}")).status_code == 404, name
+
+
+async def test_a_lead_divides_what_administrators_give_and_lifts_nothing(console: Console) -> None:
+    """Whatever the priority and the dates, and although the lead is one of the group."""
+    await put(console.store, Policy("all", SubjectKind.EVERYONE, hard=2))
+    await put(console.store, Policy("room", SubjectKind.GROUP, "analysts", hard=3))
+    lead = await console.login("lea", f"{QUOTAS_WRITE}!group=analysts")
+    form = await form_of(lead, "admin/policies/+new", "hard")
+    policy = {"subject": "group:analysts", "resource": "kernels", "counts": "each", "do": "save", "enabled": "on"}
+    made = await send(lead, form, **policy, name="lifted", hard="", priority="999999")
+    assert made.status_code == 303, made.text
+    assert (await send(lead, await form_of(lead, "admin/policies/room", "hard"), hard="9")).status_code == 403
+    for number in range(3):
+        await console.store.admit(new(number, "lea", groups=("analysts",)))
+    with pytest.raises(LaunchRefused, match="policy room"):
+        await console.store.admit(new(3, "lea", groups=("analysts",)))
+    lifted = await form_of(lead, "admin/policies/lifted", "hard")
+    assert (await send(lead, lifted, hard="1")).status_code == 303
+    await console.store.admit(new(4, "bob", groups=("analysts",)))
+    with pytest.raises(LaunchRefused, match="policy lifted"):
+        await console.store.admit(new(5, "bob", groups=("analysts",)))
+    admin = await console.login("admin", ADMIN)
+    assert (await send(admin, await form_of(admin, "admin/policies/lifted", "hard"), hard="2")).status_code == 303
+    assert [one.delegated for one in await quotas_of(console) if one.name == "lifted"] == [True], "it stays a lead's"
+
+
+async def test_who_may_not_come_in_any_more_changes_nothing(console: Console) -> None:
+    """Although the page was open, and the login still holds powers of ours."""
+    await put(console.store, Policy("all", SubjectKind.EVERYONE, hard=2))
+    admin = await console.login("admin", ADMIN)
+    form = await form_of(admin, "admin/policies/all", "hard")
+    authenticator = console.server.services.authenticator
+    authenticator.cache_seconds = 60.0  # type: ignore[attr-defined]
+    assert (await admin.get("admin/policies")).status_code == 200
+    for model in console.hub.tokens.values():
+        model["scopes"] = [ADMIN]
+    refused = await send(admin, form, hard="9")
+    assert refused.status_code == 403 and "may not use this gateway" in refused.text
+    assert [one.hard for one in await quotas_of(console)] == [2]
 
 
 async def quotas_of(console: Console) -> list[Policy]:
