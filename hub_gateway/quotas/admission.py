@@ -21,14 +21,14 @@ from hub_gateway.kernels.types import KernelStatus, Resources
 from hub_gateway.quotas import ledger, prices, sentences
 from hub_gateway.quotas.amounts import shown
 from hub_gateway.quotas.policies import MAINTENANCE, PolicyIndex, PolicyStore
+from hub_gateway.quotas.rates import EPSILON, prices_at, rate_of
 from hub_gateway.quotas.resolve import applicable, covers, window_bounds
 from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind, Verdict
 from hub_gateway.quotas.use import EVERYONE, Held, Holder, change, held_by, holders_of, lock
 
-__all__ = ["BURST", "QUEUED", "Admission", "Fit", "need_of", "scope_of"]
+__all__ = ["BURST", "QUEUED", "Admission", "Fit", "scope_of"]
 
 BURST = "burst"
-EPSILON = 1e-6
 QUEUED = KernelStatus.QUEUED.value
 _RESERVATIONS = cast(Table, Reservation.__table__)
 _RESERVE = insert(_RESERVATIONS).values(price_version=prices.CURRENT)
@@ -36,7 +36,10 @@ _RESERVE = insert(_RESERVATIONS).values(price_version=prices.CURRENT)
 
 @dataclass(frozen=True)
 class Fit:
-    """How a launch fits into one policy: what it needs, what is used, and up to which limit (None: no limit) now."""
+    """How a launch fits into one policy: what it needs, what is used, and up to which limit (None: no limit) now.
+
+    Of what is used up over time `need` is what it takes in an hour.
+    """
 
     policy: Policy
     need: float
@@ -46,29 +49,16 @@ class Fit:
     @property
     def fits(self) -> bool:
         """Whether it is within the limit."""
-        if self.limit is None:
+        if self.limit is None or self.need <= EPSILON:
             return True
         if self.policy.resource.timed:
             return self.used < self.limit - EPSILON
-        return self.need <= EPSILON or self.used + self.need <= self.limit + EPSILON
+        return self.used + self.need <= self.limit + EPSILON
 
     @property
     def hopeless(self) -> bool:
         """Whether it would not fit even if nothing were used."""
         return self.limit is not None and not self.policy.resource.timed and self.need > self.limit + EPSILON
-
-
-def need_of(policy: Policy, resources: Resources) -> float:
-    """What a kernel takes of a policy's resource, at one instant."""
-    if policy.resource in (Resource.KERNELS, Resource.STARTING):
-        return 1.0
-    if policy.resource is Resource.CPU:
-        return resources.cpu
-    if policy.resource is Resource.MEMORY:
-        return float(resources.memory)
-    if policy.resource is Resource.GPU and policy.gpu_model in ("", resources.gpu_model):
-        return float(resources.gpu)
-    return 0.0
 
 
 def scope_of(policy: Policy, owner: str, owner_kind: SubjectKind) -> Holder:
@@ -128,20 +118,20 @@ class Admission:
         """
         taken, notices = demand.resources, []
         for policy in applicable(self.policies.index(tx).of(demand), demand, now):
-            if policy.counts is not Counts.KERNEL or policy.hard is None or need_of(policy, taken) <= policy.hard:
+            if policy.counts is not Counts.KERNEL or policy.hard is None or rate_of(policy, taken) <= policy.hard:
                 continue
             limit = shown(policy.resource, policy.hard, policy.gpu_model)
             # Of no cores or no memory a resource manager understands: as much as there is.
             nothing = policy.hard < 1 if policy.resource is Resource.MEMORY else policy.hard <= 0
             useless = nothing and policy.resource is not Resource.GPU
-            if useless or need_of(policy, replace(least, gpu_model=taken.gpu_model)) > policy.hard:
+            if useless or rate_of(policy, replace(least, gpu_model=taken.gpu_model)) > policy.hard:
                 error = LaunchRefused(
                     f"A kernel of {demand.kernelspec} needs more than the {limit} that one kernel may take "
                     f"(policy {policy.name}); choose another kernel, or ask the administrator."
                 )
                 error.policy = policy.name
                 raise error
-            asked = shown(policy.resource, need_of(policy, taken), policy.gpu_model)
+            asked = shown(policy.resource, rate_of(policy, taken), policy.gpu_model)
             notices.append(f"The kernel gets {limit} and not {asked}: one may not take more (policy {policy.name}).")
             if policy.resource is Resource.CPU:
                 taken = replace(taken, cpu=policy.hard)
@@ -157,15 +147,23 @@ class Admission:
         if not policies:
             return []
         held = held_by(tx, holders_of(demand.owner, demand.owner_kind, demand.groups))
-        return [self._fit(tx, policy, demand, held, now) for policy in policies]
+        cost = prices_at(tx, policies, now)
+        return [
+            self._fit(tx, policy, demand, held, now, rate_of(policy, demand.resources, cost)) for policy in policies
+        ]
 
     def _fit(
-        self, tx: Transaction, policy: Policy, demand: Demand, held: dict[Holder, list[Held]], now: datetime
+        self,
+        tx: Transaction,
+        policy: Policy,
+        demand: Demand,
+        held: dict[Holder, list[Held]],
+        now: datetime,
+        need: float,
     ) -> Fit:
         scope = scope_of(policy, demand.owner, demand.owner_kind)
         used = self.used(tx, policy, scope, held.get(scope, ()), now)
         limit = policy.hard
-        need = need_of(policy, demand.resources)
         if limit is not None and policy.burst is not None and used + need > limit:
             limit = self.burst_limit(tx, policy, scope, now)
         return Fit(policy, need, used, limit)

@@ -16,8 +16,9 @@ from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.db.tenancy import PolicyState
 from hub_gateway.kernels.types import KernelTarget, Resources
 from hub_gateway.quotas import sentences
-from hub_gateway.quotas.admission import Admission, need_of, scope_of
+from hub_gateway.quotas.admission import Admission, scope_of
 from hub_gateway.quotas.amounts import shown
+from hub_gateway.quotas.rates import EPSILON, prices_of, rate_of
 from hub_gateway.quotas.resolve import applicable
 from hub_gateway.quotas.types import Counts, Demand, Policy, SubjectKind
 from hub_gateway.quotas.use import Holder, held_by, lock
@@ -25,7 +26,6 @@ from hub_gateway.quotas.use import Holder, held_by, lock
 __all__ = ["Notice", "Stop", "enforce"]
 
 SOFT, OVER = "soft", "over"
-EPSILON = 1e-6
 _OPEN = cast(Table, Reservation.__table__)
 _HELD = select(_OPEN, Kernel.target).join(Kernel, Kernel.id == _OPEN.c.kernel_id).where(_OPEN.c.released_at.is_(None))
 
@@ -56,6 +56,8 @@ class _Held:
     id: str
     since: datetime
     demand: Demand
+    price: int
+    """The version of the price list by which it is billed."""
     going: bool
     """Whether it is being stopped already, for whatever reason."""
 
@@ -70,10 +72,11 @@ def enforce(tx: Transaction, admission: Admission, now: datetime) -> tuple[list[
     index = admission.policies.index(tx)
     if not any(_watched(policy) for policy in index.by_name.values()):
         return [], []
+    prices = prices_of(tx, index.by_name.values())
     held: dict[tuple[str, Holder], list[_Held]] = defaultdict(list)
     for kernel in _kernels(tx):
         for policy in applicable(index.of(kernel.demand), kernel.demand, now):
-            if _watched(policy) and (policy.resource.timed or need_of(policy, kernel.demand.resources) > 0):
+            if _watched(policy) and rate_of(policy, kernel.demand.resources, prices(kernel.price)) > EPSILON:
                 scope = scope_of(policy, kernel.demand.owner, kernel.demand.owner_kind)
                 held[policy.name, scope].append(kernel)
     notices: list[Notice] = []
@@ -127,7 +130,7 @@ def _kernels(tx: Transaction) -> list[_Held]:
             Resources(row["cpu"], row["memory"], row["gpu"], row["gpu_model"]),
         )
         going = row["target"] != KernelTarget.RUNNING.value
-        found.append(_Held(row["kernel_id"], row["created_at"], demand, going))
+        found.append(_Held(row["kernel_id"], row["created_at"], demand, row["price_version"], going))
     return found
 
 
@@ -177,7 +180,7 @@ def _over(
     known = _state(tx, policy, scope, OVER)
     staying = [kernel for kernel in kernels if not kernel.going]
     if not policy.resource.timed:
-        used -= sum(need_of(policy, kernel.demand.resources) for kernel in kernels if kernel.going)
+        used -= sum(rate_of(policy, kernel.demand.resources) for kernel in kernels if kernel.going)
     over = limit is not None and (used >= limit - EPSILON if policy.resource.timed else used > limit + EPSILON)
     if policy.grace_seconds is None or limit is None or not over or not staying:
         if known is not None:
@@ -210,7 +213,7 @@ def _over(
         if not policy.resource.timed:
             if used <= limit + EPSILON:
                 break
-            used -= need_of(policy, kernel.demand.resources)
+            used -= rate_of(policy, kernel.demand.resources)
         sentence = (
             f"This kernel was stopped: {what}, for longer than the grace of {sentences.span(policy.grace_seconds)}."
         )

@@ -21,8 +21,10 @@ from hub_gateway.kernels.rows import KERNELS, record_of
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
 from hub_gateway.metrics import METRICS
 from hub_gateway.quotas import sentences
-from hub_gateway.quotas.admission import Fit, need_of, scope_of
+from hub_gateway.quotas.admission import Fit, scope_of
 from hub_gateway.quotas.policies import PolicyIndex
+from hub_gateway.quotas.prices import Prices
+from hub_gateway.quotas.rates import EPSILON, prices_at, rate_of
 from hub_gateway.quotas.resolve import applicable
 from hub_gateway.quotas.types import Counts, Demand
 from hub_gateway.quotas.use import Holder, lock
@@ -119,8 +121,9 @@ class _Walk:
     Whoever is blocked in a line keeps those behind from what they need of it; whoever needs something else passes.
     """
 
-    def __init__(self, index: PolicyIndex, now: datetime) -> None:
+    def __init__(self, index: PolicyIndex, prices: Prices, now: datetime) -> None:
         self._index = index
+        self._prices = prices
         self._now = now
         self._needs: dict[Demand, frozenset[Line]] = {}
         self._blocking: set[Line] = set()
@@ -136,7 +139,7 @@ class _Walk:
                 for policy in applicable(self._index.of(demand), demand, self._now)
                 if policy.counts is not Counts.KERNEL
                 and policy.hard is not None
-                and (policy.resource.timed or need_of(policy, demand.resources) > 0)
+                and rate_of(policy, demand.resources, self._prices) > EPSILON
             )
         return not self._blocking.isdisjoint(needs)
 
@@ -145,6 +148,11 @@ class _Walk:
         line = _line(self._index, name, demand)
         if line is not None:
             self._blocking.add(line)
+
+
+def _walk(tx: Transaction, admitter: Admitter, now: datetime) -> _Walk:
+    index = admitter.admission.policies.index(tx)
+    return _Walk(index, prices_at(tx, index.by_name.values(), now), now)
 
 
 def _line(index: PolicyIndex, name: str, demand: Demand) -> Line | None:
@@ -158,7 +166,7 @@ def _overdue(record: KernelRecord, now: datetime) -> bool:
 
 def due(tx: Transaction, admitter: Admitter, now: datetime, *, half_life: float) -> bool:
     """Whether `dispatch` would change anything. Only reads, and so holds nobody up."""
-    walk = _Walk(admitter.admission.policies.index(tx), now)
+    walk = _walk(tx, admitter, now)
     for record in _ordered(tx, now, half_life):
         demand = admitter.demand(record)
         if _overdue(record, now):
@@ -176,7 +184,7 @@ def dispatch(tx: Transaction, admitter: Admitter, now: datetime, *, half_life: f
     """Admit what fits now, in order, and end what waited too long, or can never be admitted any more."""
     lock(tx)
     admitted, expired = [], []
-    walk = _Walk(admitter.admission.policies.index(tx), now)
+    walk = _walk(tx, admitter, now)
     for record in _ordered(tx, now, half_life):
         demand = admitter.demand(record)
         if _overdue(record, now):
