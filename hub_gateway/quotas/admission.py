@@ -20,15 +20,18 @@ from hub_gateway.errors import LaunchRefused
 from hub_gateway.kernels.types import KernelStatus, Resources
 from hub_gateway.quotas import ledger, prices, sentences
 from hub_gateway.quotas.amounts import shown
+from hub_gateway.quotas.holders import Room, frees_in, holdings, shares
 from hub_gateway.quotas.policies import MAINTENANCE, PolicyIndex, PolicyStore
 from hub_gateway.quotas.rates import EPSILON, prices_at, rate_of
 from hub_gateway.quotas.resolve import applicable, covers, window_bounds
-from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind, Verdict
-from hub_gateway.quotas.use import EVERYONE, Held, Holder, change, held_by, holders_of, lock
+from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind, Verdict, WindowKind
+from hub_gateway.quotas.use import Held, Holder, change, held_by, holders_of, lock, scope_of
 
-__all__ = ["BURST", "QUEUED", "Admission", "Fit", "scope_of"]
+__all__ = ["BURST", "QUEUED", "Admission", "Fit"]
 
 BURST = "burst"
+HALVINGS = 10
+"""How exactly it is told when a rolling window has room: to a thousandth of the window."""
 QUEUED = KernelStatus.QUEUED.value
 _RESERVATIONS = cast(Table, Reservation.__table__)
 _RESERVE = insert(_RESERVATIONS).values(price_version=prices.CURRENT)
@@ -59,17 +62,6 @@ class Fit:
     def hopeless(self) -> bool:
         """Whether it would not fit even if nothing were used."""
         return self.limit is not None and not self.policy.resource.timed and self.need > self.limit + EPSILON
-
-
-def scope_of(policy: Policy, owner: str, owner_kind: SubjectKind) -> Holder:
-    """Whose use is compared with a policy."""
-    if policy.counts is not Counts.TOGETHER:
-        return owner_kind.value, owner
-    if policy.subject_kind is SubjectKind.EVERYONE:
-        return policy.subject_kind.value, EVERYONE
-    if policy.subject_kind is SubjectKind.GROUP:
-        return policy.subject_kind.value, policy.subject
-    return owner_kind.value, owner
 
 
 class Admission:
@@ -168,10 +160,19 @@ class Admission:
             limit = self.burst_limit(tx, policy, scope, now)
         return Fit(policy, need, used, limit)
 
-    def used(self, tx: Transaction, policy: Policy, scope: Holder, held: Sequence[Held], now: datetime) -> float:
-        """What is used of a policy by its scope, in the base unit."""
+    def used(
+        self,
+        tx: Transaction,
+        policy: Policy,
+        scope: Holder,
+        held: Sequence[Held],
+        now: datetime,
+        *,
+        since: datetime | None = None,
+    ) -> float:
+        """What is used of a policy by its scope, in the base unit; of what is used up over time `since` then only."""
         if policy.resource.timed:
-            start, _ = window_bounds(policy, now)
+            start = since or window_bounds(policy, now)[0]
             kind, name = scope
             return ledger.timed_use(
                 tx,
@@ -222,15 +223,50 @@ class Admission:
     def _blocked(self, tx: Transaction, demand: Demand, blocked: list[Fit], now: datetime) -> Verdict:
         refusing = [fit for fit in blocked if fit.policy.action is Action.REJECT or fit.hopeless]
         if refusing:
-            sentence = sentences.refusal(tx, demand, refusing[0], now, self.where)
-            return Verdict("refused", policy=refusing[0].policy.name, sentence=sentence)
+            fit = refusing[0]
+            room = Room() if fit.hopeless else self.room(tx, fit, demand, now)
+            sentence = sentences.refusal(demand, fit, room, now, self.where)
+            return Verdict("refused", policy=fit.policy.name, sentence=sentence, frees_in=room.frees_in)
+        room = self.room(tx, blocked[0], demand, now)
         deadlines = [fit.policy.queue_seconds for fit in blocked if fit.policy.queue_seconds is not None]
         return Verdict(
             "queued",
             policy=blocked[0].policy.name,
-            sentence=sentences.waiting(tx, demand, blocked[0], now),
+            sentence=sentences.waiting(demand, blocked[0], room, now),
             deadline=now + timedelta(seconds=min(deadlines)) if deadlines else None,
+            frees_in=room.frees_in,
         )
+
+    def room(self, tx: Transaction, fit: Fit, demand: Demand, now: datetime) -> Room:
+        """Who holds what a launch needs of a policy, and when some of it comes free."""
+        policy = fit.policy
+        own = holdings(tx, policy, demand, own=True)
+        others, more = shares(tx, policy, demand, limit=sentences.NAMED)
+        if policy.resource.timed:
+            return Room(own, others, more, self._anew_in(tx, fit, demand, now))
+        oldest = holdings(tx, policy, demand) if others else own
+        return Room(own, others, more, frees_in(tx, oldest, now))
+
+    def _anew_in(self, tx: Transaction, fit: Fit, demand: Demand, now: datetime) -> timedelta | None:
+        """When there is time again: at the end of a calendar window, or when enough of a rolling one has grown old.
+
+        That is if nothing of it runs until then.
+        """
+        policy = fit.policy
+        begin, end = window_bounds(policy, now)
+        if not fit.limit or fit.limit <= EPSILON:
+            return None
+        if policy.window is WindowKind.CALENDAR:
+            return end - now
+        scope = scope_of(policy, demand.owner, demand.owner_kind)
+        early, late = begin, now
+        for _ in range(HALVINGS):
+            middle = early + (late - early) / 2
+            if self.used(tx, policy, scope, (), now, since=middle) < fit.limit - EPSILON:
+                late = middle
+            else:
+                early = middle
+        return late - begin
 
     # Reserving
 

@@ -16,12 +16,12 @@ from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.db.tenancy import PolicyState
 from hub_gateway.kernels.types import KernelTarget, Resources
 from hub_gateway.quotas import sentences
-from hub_gateway.quotas.admission import Admission, scope_of
+from hub_gateway.quotas.admission import Admission
 from hub_gateway.quotas.amounts import shown
 from hub_gateway.quotas.rates import EPSILON, prices_of, rate_of
 from hub_gateway.quotas.resolve import applicable
 from hub_gateway.quotas.types import Counts, Demand, Policy, SubjectKind
-from hub_gateway.quotas.use import Holder, held_by, lock
+from hub_gateway.quotas.use import Holder, held_by, lock, scope_of
 
 __all__ = ["Notice", "Stop", "enforce"]
 

@@ -17,13 +17,12 @@ from hub_gateway.db.models import Reservation
 from hub_gateway.db.tenancy import AuditEntry, LedgerEntry
 from hub_gateway.errors import BadRequest
 from hub_gateway.kernels.types import Resources
-from hub_gateway.quotas.admission import scope_of
 from hub_gateway.quotas.policies import PolicyIndex
 from hub_gateway.quotas.prices import Prices, all_prices
 from hub_gateway.quotas.rates import EPSILON, prices_then, rate_of
 from hub_gateway.quotas.resolve import applicable, covers, window_bounds
 from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind
-from hub_gateway.quotas.use import Holder
+from hub_gateway.quotas.use import Holder, scope_of
 
 __all__ = ["Simulation", "UserOutcome", "simulate"]
 
