@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import cast
+from typing import TypeAlias, cast
 
 from sqlalchemy import Table, delete, insert, select, update
 from sqlalchemy.orm import Session as Transaction
@@ -27,12 +27,14 @@ from hub_gateway.quotas.resolve import applicable, covers, window_bounds
 from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind, Verdict, WindowKind
 from hub_gateway.quotas.use import Held, Holder, change, held_by, holders_of, lock, scope_of
 
-__all__ = ["BURST", "QUEUED", "Admission", "Fit"]
+__all__ = ["BURST", "QUEUED", "Admission", "Burst", "Fit", "burst_after"]
 
 BURST = "burst"
 HALVINGS = 10
 """How exactly it is told when a rolling window has room: to a thousandth of the window."""
 QUEUED = KernelStatus.QUEUED.value
+Burst: TypeAlias = tuple[datetime, datetime | None]
+"""Since when use is above a hard limit with a burst, and (where it no longer is) until when it was."""
 _RESERVATIONS = cast(Table, Reservation.__table__)
 _RESERVE = insert(_RESERVATIONS).values(price_version=prices.CURRENT)
 
@@ -62,6 +64,20 @@ class Fit:
     def hopeless(self) -> bool:
         """Whether it would not fit even if nothing were used."""
         return self.limit is not None and not self.policy.resource.timed and self.need > self.limit + EPSILON
+
+
+def burst_after(known: Burst | None, over: bool, now: datetime) -> Burst | None:
+    """A burst as it stands when use is seen above the hard limit (`over`), or not; None: there was none lately."""
+    if known is None:
+        return (now, None) if over else None
+    since, until = known
+    if over and until is not None:
+        spent = until - since
+        # What was not recovered meanwhile is spent already.
+        return (now if now - until >= spent else now - spent), None
+    if not over and until is None:
+        return since, now
+    return known
 
 
 class Admission:
@@ -157,7 +173,8 @@ class Admission:
         used = self.used(tx, policy, scope, held.get(scope, ()), now)
         limit = policy.hard
         if limit is not None and policy.burst is not None and used + need > limit:
-            limit = self.burst_limit(tx, policy, scope, now)
+            state = tx.get(PolicyState, (policy.id, ":".join(scope), BURST))
+            limit = self.burst_limit(policy, None if state is None else (state.since, state.until), now)
         return Fit(policy, need, used, limit)
 
     def used(
@@ -189,19 +206,20 @@ class Admission:
             mine = (row for row in mine if row.gpu_model == policy.gpu_model)
         return float(sum(getattr(row, policy.resource.value) for row in mine))
 
-    def burst_limit(self, tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> float:
+    @staticmethod
+    def burst_limit(policy: Policy, burst: Burst | None, now: datetime) -> float:
         """Up to which a scope may use a policy with a burst now: the burst while it lasts, else the hard limit."""
         assert policy.hard is not None and policy.burst is not None
-        lasts = timedelta(seconds=policy.burst_seconds or 0)
-        state = tx.get(PolicyState, (policy.id, ":".join(scope), BURST))
-        if state is None:
+        if burst is None:
             return policy.burst
-        if state.until is not None:
-            spent = min(state.until - state.since, lasts)
-            if now - state.until >= spent or spent < lasts:
+        lasts = timedelta(seconds=policy.burst_seconds or 0)
+        since, until = burst
+        if until is not None:
+            spent = min(until - since, lasts)
+            if now - until >= spent or spent < lasts:
                 return policy.burst
             return policy.hard
-        return policy.burst if now - state.since < lasts else policy.hard
+        return policy.burst if now - since < lasts else policy.hard
 
     def _behind(self, tx: Transaction, index: PolicyIndex, fits: list[Fit], kernel_id: str | None) -> Fit | None:
         """The policy for which others wait already, so that this launch has to wait behind them."""
@@ -378,21 +396,19 @@ class Admission:
 
     def _note_bursts(self, tx: Transaction, demand: Demand, now: datetime) -> None:
         """Remember when use went above a hard limit with a burst, and when it came back."""
-        policies = [one for one in self.policies.index(tx).of(demand) if one.burst is not None]
-        if not policies:
+        index = self.policies.index(tx)
+        if not any(one.burst is not None for one in index.of(demand)):
             return
-        held = held_by(tx, holders_of(demand.owner, demand.owner_kind, demand.groups))
-        for policy in applicable(policies, demand, now):
+        # Only of what counts: under a grant the policy below it is not in its burst.
+        policies = [one for one in applicable(index.of(demand), demand, now) if one.burst is not None]
+        held = held_by(tx, holders_of(demand.owner, demand.owner_kind, demand.groups)) if policies else {}
+        for policy in policies:
             scope = scope_of(policy, demand.owner, demand.owner_kind)
             over = self.used(tx, policy, scope, held.get(scope, ()), now) > (policy.hard or 0.0) + EPSILON
             state = tx.get(PolicyState, (policy.id, ":".join(scope), BURST))
-            if over and state is None:
-                tx.add(PolicyState(policy_id=policy.id, subject=":".join(scope), state=BURST, since=now))
-            elif over and state is not None and state.until is not None:
-                spent = state.until - state.since
-                # What was not recovered meanwhile is spent already.
-                state.since = now if now - state.until >= spent else now - spent
-                state.until = None
-            elif not over and state is not None and state.until is None:
-                state.until = now
+            after = burst_after(None if state is None else (state.since, state.until), over, now)
+            if after is not None and state is None:
+                tx.add(PolicyState(policy_id=policy.id, subject=":".join(scope), state=BURST, since=after[0]))
+            elif after is not None and state is not None:
+                state.since, state.until = after
         tx.flush()

@@ -89,10 +89,11 @@ class Room:
         return len(self.own) + sum(one.kernels for one in self.others) + self.more
 
 
-def in_group(tx: Transaction, group: str) -> ColumnElement[bool]:
-    """Whether a reservation's owner was in a group at launch."""
-    member = text(f"({_MEMBER[tx.get_bind().dialect.name]})")
-    return member.bindparams(quoted=json.dumps(group), group_name=group)  # type: ignore[return-value]
+def in_group(tx: Transaction, group: str, number: int = 0) -> ColumnElement[bool]:
+    """Whether a reservation's owner was in a group at launch. `number` tells several in one statement apart."""
+    quoted, name = f"quoted_{number}", f"group_{number}"
+    member = _MEMBER[tx.get_bind().dialect.name].replace(":quoted", f":{quoted}").replace(":group_name", f":{name}")
+    return text(f"({member})").bindparams(**{quoted: json.dumps(group), name: group})  # type: ignore[return-value]
 
 
 def _counting(tx: Transaction, policy: Policy, demand: Demand) -> list[ColumnElement[bool]]:
