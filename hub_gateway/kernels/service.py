@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.orm import Session as Transaction
 from traitlets import Float, List, Unicode
 from traitlets.config import LoggingConfigurable
 

@@ -283,9 +283,11 @@ class KernelStore:
         stop, and what has failed goes off the lists, too. None for what does not exist; for an actor also for what
         has been stopped before.
         """
-        return await self.write(self.stopping(kernel_id, reason))
+        return await self.write(self.stopping(kernel_id, reason, actor))
 
-    def stopping(self, kernel_id: str, reason: str = "") -> Callable[[Transaction], KernelRecord | None]:
+    def stopping(
+        self, kernel_id: str, reason: str = "", actor: str = ""
+    ) -> Callable[[Transaction], KernelRecord | None]:
         """What `ask_to_stop` writes, for whoever writes more in the same transaction."""
         holds_nothing = (KernelStatus.FAILED.value, KernelStatus.QUEUED.value)
         target = KernelTarget.ENDED if reason else KernelTarget.STOPPED
