@@ -27,6 +27,7 @@ from hub_gateway.kernels.reaper import Reaper
 from hub_gateway.kernels.reconcile import Exit, Reconciler, Timing, state_of, with_stderr
 from hub_gateway.kernels.store import Activity, KernelStore, number, storable
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
+from hub_gateway.kernels.waiting import WaitingRequests
 from hub_gateway.kernels.workqueue import WorkQueue
 from hub_gateway.proxies.base import AgentSettings, Phase, PhaseReport
 from hub_gateway.proxies.registry import Proxies
@@ -147,7 +148,8 @@ class Controller(LoggingConfigurable):
         super().__init__(**kwargs)
         self.store = KernelStore(db, vault, instance=instance, lease_seconds=self.lease_seconds, admission=admission)
         self.leases = Leases(self.store, replica=replica)
-        self.links = Links(make_relay, self._event, self.store.link_facts, self._unlinked)
+        self.waiting = WaitingRequests(db, vault, on_swallowed)
+        self.links = Links(make_relay, self._event, self.store.link_facts, self._unlinked, self.waiting)
         self.proxies = proxies
         self.service_url = service_url
         self.gateway_id = ""
@@ -208,6 +210,7 @@ class Controller(LoggingConfigurable):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._queue.close()
+        await self.waiting.close()
         try:
             await self.flush()
             await self.leases.close()
@@ -346,6 +349,7 @@ class Controller(LoggingConfigurable):
             if kernel_id not in self._queue:
                 self._queue.add(kernel_id)
         await self._serve_websockets()
+        await self.links.restore_all()
 
     async def _serve_websockets(self) -> None:
         """Link the relays that websockets wait at, also of kernels that another replica drives (nobody tells us).
@@ -409,6 +413,7 @@ class Controller(LoggingConfigurable):
         # Before the rows are read: whatever is here already has its row by then.
         relays, waited = list(self.links), set(self._changed)
         now: datetime = utcnow()
+        await self.waiting.forget_stopped()
         await self.store.age_out(
             now - timedelta(seconds=self.failed_seconds), now - timedelta(seconds=self.history_seconds)
         )

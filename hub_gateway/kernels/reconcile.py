@@ -327,7 +327,7 @@ class Reconciler:
         relay = self.links.relay(record.id)
         if relay.linked:
             await _answers(relay)  # what the agent sent before has arrived when its answer has
-        relay.fail(how.sentence, tail_lines(how.stderr_tail))
+        relay.fail(how.sentence, tail_lines(how.stderr_tail), ran=record.status is KernelStatus.RUNNING)
         return await self._stop(record, lease, ended=True)
 
     async def _stop(self, record: KernelRecord, lease: Lease, *, ended: bool = False) -> float | None:

@@ -195,7 +195,10 @@ class KernelService(LoggingConfigurable):
 
     async def relay(self, caller: Caller, kernel_id: str) -> KernelRelay:
         """The relay for a websocket: also while the kernel starts (it waits) or has failed (it says so)."""
-        return self._relay_of(await self._own(caller, kernel_id))
+        relay = self._relay_of(await self._own(caller, kernel_id))
+        if not relay.linked:
+            await self.controller.links.restore(kernel_id)
+        return relay
 
     def _relay_of(self, record: KernelRecord) -> KernelRelay:
         links = self.controller.links

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
+from hub_gateway.db.engine import Database
+from hub_gateway.db.models import WaitingRequest
 from tests.harness.gateway import ROOT, GatewayProcess
 from tests.harness.jupyter_server import JupyterServer
 from tests.harness.notebook import Message, Notebook
@@ -15,6 +19,13 @@ from tests.harness.waiting import until
 LINES = 20_000
 ONE_BATCH = 512
 """Messages in one link frame: what was written and not yet reported when the gateway died may come again."""
+ONE_AT_A_TIME = """
+policies:
+- name: one
+  subject: everyone
+  hard: 1
+  action: queue
+"""
 PRINT = f"for i in range({LINES}): print(i, flush=True)"
 
 
@@ -85,6 +96,126 @@ def test_no_output_is_lost_when_the_gateway_is_killed(gateway: GatewayProcess, s
         assert again <= allowed, f"{again} lines came twice; at most {allowed} may"
         assert notebook.execute("print(secret)").text == "42\n"
     assert len(gateway.agents()) == 1
+
+
+def waiting_requests(gateway: GatewayProcess) -> list[str]:
+    """What is stored of requests that wait for a kernel."""
+    db = Database(gateway.db_url)
+    try:
+        with db.engine.connect() as connection:
+            return list(connection.execute(select(WaitingRequest.frames)).scalars())
+    finally:
+        db.engine.dispose()
+
+
+def run_cell(notebook: Notebook, code: str) -> str:
+    content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
+    return notebook.send("execute_request", content)
+
+
+def killed(gateway: GatewayProcess) -> None:
+    gateway.kill()
+    gateway.start()
+
+
+def stopped(gateway: GatewayProcess) -> None:
+    assert gateway.stop(timeout=60) == 0  # it first waits for what a launch is doing
+    gateway.start()
+
+
+@pytest.mark.parametrize(("end", "later"), [(killed, False), (killed, True), (stopped, False)])
+def test_a_cell_that_waits_for_its_kernel_survives_the_gateway(
+    make_gateway: Callable[..., GatewayProcess], tmp_path: Path, end: Callable[[GatewayProcess], None], later: bool
+) -> None:
+    """It runs once, and its client gets all of it, whether it comes back before the cell runs or after it."""
+    slow, go, ran = tmp_path / "python", tmp_path / "go", tmp_path / "ran"
+    slow.write_text(f'#!/bin/sh\nwhile ! test -e {go}; do sleep 0.05; done\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    gateway = make_gateway(config=f"c.LocalProxy.python = {str(slow)!r}\n").start()
+    kernel_id = start_kernel(gateway)
+    code = f"print('this ran', open({str(ran)!r}, 'a').write('x'))"
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice"), session="s", v1=True) as notebook:
+        first, second = run_cell(notebook, code), run_cell(notebook, "print('second')")
+        stored = until(lambda: (waiting_requests(gateway) or [""])[1:] and waiting_requests(gateway), "both to be kept")
+    assert len(stored) == 2 and not any("this ran" in one for one in stored), "what users run is nobody's business"
+    end(gateway)
+
+    def back() -> Notebook:
+        return Notebook(gateway.ws_url, kernel_id, gateway.headers("alice"), session="s", v1=True)
+
+    if later:
+        go.touch()
+        until(ran.exists, "the cell to run")
+    with back() as notebook:
+        go.touch()
+        result, after = notebook.collect(first), notebook.collect(second)
+        assert (result.status, result.text) == ("ok", "this ran 1\n")
+        assert (after.status, after.text) == ("ok", "second\n")
+        assert notebook.execute("print('third')").text == "third\n"
+    assert ran.read_text() == "x"
+    until(lambda: not waiting_requests(gateway), "nothing to be kept any more")
+    assert len(gateway.agents()) == 1
+
+
+@pytest.mark.parametrize("end", [killed, stopped])
+def test_a_cell_of_a_queued_kernel_survives_the_gateway(
+    make_gateway: Callable[..., GatewayProcess], tmp_path: Path, end: Callable[[GatewayProcess], None]
+) -> None:
+    policies = tmp_path / "policies.yaml"
+    policies.write_text(ONE_AT_A_TIME)
+    gateway = make_gateway(config=f"c.QuotaService.initial_policies = {str(policies)!r}\n").start()
+    holder = start_kernel(gateway)
+    kernel_id = start_kernel(gateway)
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice"), session="s", v1=True) as notebook:
+        cell = run_cell(notebook, "print('at last')")
+        until(lambda: waiting_requests(gateway), "it to be kept")
+    end(gateway)
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice"), session="s", v1=True) as notebook:
+        with gateway.client("alice") as client:
+            assert client.delete(f"/api/kernels/{holder}").status_code == 204
+        result = notebook.collect(cell)
+        assert (result.status, result.text) == ("ok", "at last\n")
+
+
+def test_a_cell_whose_kernel_never_comes_is_told_so_after_a_restart(
+    make_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    """Also where the kernel fails before its client is back."""
+    slow, go = tmp_path / "python", tmp_path / "go"
+    slow.write_text(f"#!/bin/sh\nwhile ! test -e {go}; do sleep 0.05; done\necho no such module >&2\nexit 1\n")
+    slow.chmod(0o755)
+    gateway = make_gateway(config=f"c.LocalProxy.python = {str(slow)!r}\n").start()
+    kernel_id = start_kernel(gateway)
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice"), session="s", v1=True) as notebook:
+        cell = run_cell(notebook, "print('never')")
+        until(lambda: waiting_requests(gateway), "it to be kept")
+    killed(gateway)
+    go.touch()
+
+    def dead() -> bool:
+        with gateway.client("alice") as client:
+            return bool(client.get(f"/api/kernels/{kernel_id}").json().get("execution_state") == "dead")
+
+    until(dead, "the kernel to have failed")
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice"), session="s", v1=True) as notebook:
+        result = notebook.collect(cell)
+        assert result.status == "error" and "no such module" in str(result.of_type("error")[0]["content"])
+    until(lambda: not waiting_requests(gateway), "nothing to be kept any more")
+
+
+def test_a_client_whose_kernel_was_lost_with_the_gateway_is_not_left_waiting(gateway: GatewayProcess) -> None:
+    """Its cell ran, and nobody is left who knows of it; JupyterLab would show it as running for ever."""
+    kernel_id = start_kernel(gateway)
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice"), session="s", v1=True) as notebook:
+        notebook.execute("import time")
+        run_cell(notebook, "time.sleep(600)")
+    agents = gateway.agents()
+    gateway.kill()
+    for agent in agents:
+        agent.kill()
+    gateway.start()
+    with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice"), session="s", v1=True) as notebook:
+        until(lambda: notebook.receive()["content"].get("execution_state") == "dead", "to be told", timeout=60)
 
 
 def test_output_waits_for_a_client_that_is_away(gateway: GatewayProcess) -> None:

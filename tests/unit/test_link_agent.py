@@ -23,7 +23,7 @@ import zmq
 
 from hub_gateway.errors import Conflict, LaunchFailed, PayloadTooLarge, Unavailable
 from hub_gateway.kernels.types import ExecutionState
-from hub_gateway.link import Dialect
+from hub_gateway.link import Dialect, codec
 from hub_gateway.link.sinks import Delivery
 from hub_gateway.proxies.tagged import tail
 from tests.harness.link import (
@@ -83,6 +83,41 @@ async def test_what_a_client_sends_early_is_executed_once_the_kernel_is_up(start
     assert sink.states()[0] == "starting"
     assert not [m for m in sink.messages if m["header"]["msg_type"] == "iopub_welcome"]
     assert gateway.event("ready") and gateway.relay.ready
+
+
+@pytest.mark.parametrize("early", [True, False])
+async def test_what_is_sent_twice_runs_once(start: Start, early: bool) -> None:
+    """A gateway that takes over cannot know what the one before has sent. It makes no difference who sends it."""
+    gateway = await start(IPYTHON).connect(ready=not early)
+    sink = gateway.attach(Collector())
+    first = gateway.send(sink, "n = globals().get('n', 0) + 1")
+    link = gateway.relay._link
+    assert link is not None
+    header = {"msg_id": first, "msg_type": "execute_request", "session": sink.session, "username": "", "version": "5.3"}
+    other = await start(to=gateway.agent).connect(epoch=2)
+    parts = [json.dumps(header).encode(), b"{}", b"{}", json.dumps({"code": "n = 100", "silent": False}).encode()]
+    other.relay.restore([("k", codec.encode_request(sink.session.encode(), 0, sink.session.encode(), parts))])
+    await eventually(lambda: not other.relay._kept, "the agent to have it")
+    await eventually(lambda: sink.finished(first), "the cell to end")
+    again = gateway.attach(Collector())
+    await gateway.execute(again, "print(n)")
+    assert again.text() == "1\n"
+    assert (await gateway.relay.ping())["counters"]["repeated_requests"] == 1
+
+
+async def test_an_answer_waits_for_a_client_that_is_not_back_yet(start: Start) -> None:
+    """Of a request that an earlier gateway was given, to an agent that has never heard of its session."""
+    gateway = await start(IPYTHON).connect()
+    settled: list[str] = []
+    gateway.relay.on_settled = settled.extend
+    header = {"msg_id": "m1", "msg_type": "execute_request", "session": "away", "username": "", "version": "5.3"}
+    parts = [json.dumps(header).encode(), b"{}", b"{}", json.dumps({"code": "print(6 * 7)", "silent": False}).encode()]
+    gateway.relay.restore([("k", codec.encode_request(b"away", 0, b"away", parts))])
+    await eventually(lambda: settled == ["k"], "the agent to have it")
+    await gateway.execute(gateway.attach(Collector()), "pass")
+    sink = gateway.attach(Collector("away"))
+    await eventually(lambda: sink.finished("m1"), "its end")
+    assert sink.text() == "42\n" and sink.of("m1", "execute_reply")
 
 
 @pytest.mark.parametrize("argv", [IPYTHON, STOCK_IPYTHON], ids=["ours", "stock"])
