@@ -14,6 +14,7 @@ from hub_gateway.db.models import WaitingRequest
 from tests.harness.gateway import ROOT, GatewayProcess
 from tests.harness.jupyter_server import JupyterServer
 from tests.harness.notebook import Message, Notebook
+from tests.harness.output import numbers, repeated
 from tests.harness.waiting import until
 
 LINES = 20_000
@@ -26,26 +27,14 @@ policies:
   hard: 1
   action: queue
 """
-PRINT = f"for i in range({LINES}): print(i, flush=True)"
-
-
-def numbers(messages: list[Message]) -> list[int]:
-    """The numbers that the cell printed, in the order in which they came."""
-    text = "".join(m["content"]["text"] for m in messages if m["header"]["msg_type"] == "stream")
-    return [int(line) for line in text.split()]
-
-
-def repeated(found: list[int]) -> int:
-    """How many numbers came twice; fails if any is missing or out of order beyond one repeated run."""
-    position, again = 0, 0
-    for number in found:
-        if number == position:
-            position += 1
-        else:
-            assert number < position, f"{number} came before {position}: output was lost"
-            again += 1
-    assert position == LINES, f"only {position} of {LINES} lines came"
-    return again
+PRINT = """
+import os
+for i in range({lines}):
+    print(i, flush=True)
+    while i == 19_000 and not os.path.exists({go!r}):
+        pass
+open({ended!r}, "w").close()
+"""
 
 
 COMPANION = "--ServerApp.kernel_websocket_connection_class=hub_gateway.companion.NumberedGatewayConnection"
@@ -74,24 +63,28 @@ def start_kernel(gateway: GatewayProcess, user: str = "alice", name: str = "pyth
         return kernel_id
 
 
-def test_no_output_is_lost_when_the_gateway_is_killed(gateway: GatewayProcess, server: JupyterServer) -> None:
+def test_no_output_is_lost_when_the_gateway_is_killed(
+    gateway: GatewayProcess, server: JupyterServer, tmp_path: Path
+) -> None:
     """The single-user server's own client reconnects; every line, every idle and every variable is there."""
     kernel_id = server.open_notebook("python")
+    go, ended = tmp_path / "go", tmp_path / "ended"
     # Numbers are for the v1 form, which JupyterLab speaks; the stock class knows the old one only.
     with Notebook(server.ws_url, kernel_id, server.headers, v1=server.exactly_once) as notebook:
         notebook.execute("secret = 42")
-        running = notebook.send(
-            "execute_request",
-            {"code": PRINT, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False},
-        )
+        running = run_cell(notebook, PRINT.format(lines=LINES, go=str(go), ended=str(ended)))
         messages: list[Message] = []
-        while len(numbers(messages)) < 3000:
+        lines = 0
+        while lines < 3000:
             messages.append(notebook.receive())
+            lines += len(numbers(messages[-1:]))
         gateway.kill()
+        assert not ended.exists(), "the cell was at its end before the gateway was killed"
+        go.touch()
         gateway.start()
         result = notebook.collect(running, timeout=120)
         assert result.status == "ok"
-        again = repeated(numbers(messages + result.messages))
+        again = repeated(numbers(messages + result.messages), LINES)
         allowed = 0 if server.exactly_once else ONE_BATCH
         assert again <= allowed, f"{again} lines came twice; at most {allowed} may"
         assert notebook.execute("print(secret)").text == "42\n"
