@@ -26,6 +26,7 @@ from hub_gateway.kernels.types import ExecutionState
 from hub_gateway.link import Dialect, codec
 from hub_gateway.link.sinks import Delivery
 from hub_gateway.proxies.tagged import tail
+from tests.harness import waiting
 from tests.harness.link import (
     FLOOD,
     IPYTHON,
@@ -523,10 +524,12 @@ def stranger(agent: RunningAgent, *, plain: bool = False) -> zmq.Socket[bytes]:
 async def test_an_unknown_peer_is_refused_and_counted(start: Start) -> None:
     gateway = await start().connect()
     strangers = [stranger(gateway.agent), stranger(gateway.agent, plain=True)]
-    counters: dict[str, int] = {}
-    while counters.get("refused_peers", 0) < 1 or counters.get("failed_handshakes", 0) < 2:
+
+    async def counted() -> bool:
         counters = (await gateway.relay.ping())["counters"]
-        await asyncio.sleep(0.01)
+        return bool(counters["refused_peers"] >= 1 and counters["failed_handshakes"] >= 2)
+
+    await waiting.eventually(counted, "both to be counted")
     for sock in strangers:
         assert not sock.poll(0)
         sock.close(0)
