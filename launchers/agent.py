@@ -20,6 +20,7 @@ import functools
 import json
 import os
 import signal
+import stat
 import struct
 import sys
 import time
@@ -122,7 +123,8 @@ class Settings:
 
     DEFAULTS: Dict[str, Any] = {
         "listen": "127.0.0.1",
-        "transport": "ipc",
+        "transport": "auto",
+        "kernel_encryption": "none",
         "register_url": "",
         "ring_bytes": 256 * 2**20,
         "ring_messages": 1000000,
@@ -148,7 +150,6 @@ class Settings:
         self.epoch = int(document.get("epoch", 0))
         self.kernel_name = str(document.get("kernel_name") or "")
         self.interrupt_mode = str(document.get("interrupt_mode") or "signal")
-        self.kernel_encryption = str(document.get("kernel_encryption") or "none")
         self.cwd: Optional[str] = document.get("cwd") or None
         self.runtime_dir = os.path.abspath(self._text(document, "runtime_dir"))
         argv, env = document.get("argv"), document.get("env", {})
@@ -165,7 +166,8 @@ class Settings:
             if agent.get(name) is not None:
                 values[name] = type(default)(agent[name])
         self.listen: str = values["listen"]
-        self.transport: str = values["transport"]
+        self.transport: str = values["transport"]  # auto until the directories are made
+        self.kernel_encryption: str = values["kernel_encryption"]
         self.register_url: str = values["register_url"]
         self.ring_bytes: int = values["ring_bytes"]
         self.ring_messages: int = values["ring_messages"]
@@ -2220,14 +2222,46 @@ def post_registration(settings: Settings, text: str) -> None:
 
 
 def make_directories(settings: Settings) -> str:
-    """Make the runtime directory; returns the directory for ipc sockets, whose paths must be short."""
+    """Make the runtime directory; returns the directory for ipc sockets, whose paths must be short.
+
+    Says in the settings which transport it is to be, where that was left open.
+    """
     os.makedirs(settings.runtime_dir, 0o700, exist_ok=True)
     os.chmod(settings.runtime_dir, 0o700)
-    if settings.transport != "ipc" or len(os.fsencode(settings.runtime_dir)) + len("/g1000-5") <= PATH_LIMIT:
+    if settings.transport == "tcp":
+        return settings.runtime_dir
+    short = len(os.fsencode(settings.runtime_dir)) + len("/g1000-5") <= PATH_LIMIT
+    if short and (settings.transport == "ipc" or has_sockets(settings.runtime_dir)):
+        settings.transport = "ipc"
         return settings.runtime_dir
     directory = os.path.join("/tmp", "hg-" + os.urandom(8).hex())  # noqa: S108 - new, and 0700
     os.mkdir(directory, 0o700)
-    return directory
+    if settings.transport == "ipc" or has_sockets(directory):
+        settings.transport = "ipc"
+        return directory
+    os.rmdir(directory)
+    settings.transport = "tcp"
+    how = "encrypted" if settings.kernel_encryption == "curve" else "signed, but not encrypted: it does not know CURVE"
+    where = settings.runtime_dir
+    log("no unix socket can be made in %s or /tmp; the kernel is reached by loopback (%s)" % (where, how))
+    return settings.runtime_dir
+
+
+def has_sockets(directory: str) -> bool:
+    """Whether unix sockets can be made in a directory, which not every network file system can."""
+    path = os.path.join(directory, "g0")
+    try:
+        if sys.platform.startswith("linux"):
+            os.mknod(path, 0o600 | stat.S_IFSOCK)  # as binding does; the module socket would cost time before the start
+        else:
+            import socket
+
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(path)
+        os.unlink(path)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def remove_files(settings: Settings, directory: str) -> None:

@@ -17,7 +17,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import case
@@ -260,7 +260,9 @@ class Reconciler:
             kernelspec=record.kernelspec,
             argv=plan.argv,
             env=plan.env,
-            agent=self.agent(record.id, token, public),
+            agent=replace(
+                self.agent(record.id, token, public), transport=plan.transport, kernel_encryption=plan.encryption
+            ),
             cwd=plan.cwd,
             unix_user=record.unix_user,
             interrupt_mode=plan.interrupt_mode,

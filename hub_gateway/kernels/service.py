@@ -407,4 +407,6 @@ def _plan(spec: Spec, wanted: CreateKernel, client: Mapping[str, str], *, kernel
         cwd=wanted.cwd or client.get("KERNEL_WORKING_DIR") or None,
         interrupt_mode=spec.interrupt_mode,
         config=spec.proxy_config,
+        transport=spec.transport,
+        encryption=spec.encryption,
     )

@@ -37,6 +37,7 @@ from tests.harness.link import (
     Gateway,
     RunningAgent,
     eventually,
+    load_agent,
 )
 
 
@@ -888,6 +889,29 @@ async def test_buffers_up_to_the_limit_pass_both_ways_and_more_are_told(start: S
     assert [len(found["buffers"]) for found in sink.of(msg_id, "display_data")] == [250, 0, 0]
     [notice] = [found["content"]["text"] for found in sink.of(msg_id, "stream")]
     assert "The 251 binary buffers of a message (display_data) were left out" in notice
+
+
+@pytest.mark.parametrize(("sockets", "transport"), [(True, "ipc"), (False, "tcp")])
+def test_the_agent_finds_out_whether_ipc_is_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sockets: bool, transport: str
+) -> None:
+    """Not every network file system has sockets."""
+    agent = load_agent()
+    document = {
+        "version": 1,
+        "kernel_id": "k",
+        "gateway_id": "g",
+        "argv": ["x"],
+        "runtime_dir": str(tmp_path / "run"),
+        "agent": {"client_public_key": "x", "launch_token": "x"},
+    }
+    settings = agent.Settings(document)
+    if not sockets:
+        monkeypatch.setattr(agent, "has_sockets", lambda directory: False)
+    directory = agent.make_directories(settings)
+    assert settings.transport == transport
+    assert agent.has_sockets(directory) is sockets and not list(Path(directory).iterdir())
+    os.rmdir(directory)
 
 
 async def test_loopback_with_curve_where_ipc_is_not_possible(start: Start) -> None:
