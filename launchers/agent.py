@@ -20,6 +20,7 @@ import functools
 import json
 import os
 import signal
+import stat
 import struct
 import sys
 import time
@@ -49,6 +50,7 @@ RETAIN_MESSAGES = 10000
 JOINED_TEXT = 1024 * 1024
 QUEUE_BYTES = 16 * 2**20
 MAX_SESSIONS = 1000
+MAX_HAD = 10000
 PEER_SECONDS = 30.0
 STATE_SECONDS = 0.05
 LINGER_SECONDS = 60.0
@@ -121,7 +123,8 @@ class Settings:
 
     DEFAULTS: Dict[str, Any] = {
         "listen": "127.0.0.1",
-        "transport": "ipc",
+        "transport": "auto",
+        "kernel_encryption": "none",
         "register_url": "",
         "ring_bytes": 256 * 2**20,
         "ring_messages": 1000000,
@@ -147,7 +150,6 @@ class Settings:
         self.epoch = int(document.get("epoch", 0))
         self.kernel_name = str(document.get("kernel_name") or "")
         self.interrupt_mode = str(document.get("interrupt_mode") or "signal")
-        self.kernel_encryption = str(document.get("kernel_encryption") or "none")
         self.cwd: Optional[str] = document.get("cwd") or None
         self.runtime_dir = os.path.abspath(self._text(document, "runtime_dir"))
         argv, env = document.get("argv"), document.get("env", {})
@@ -164,7 +166,8 @@ class Settings:
             if agent.get(name) is not None:
                 values[name] = type(default)(agent[name])
         self.listen: str = values["listen"]
-        self.transport: str = values["transport"]
+        self.transport: str = values["transport"]  # auto until the directories are made
+        self.kernel_encryption: str = values["kernel_encryption"]
         self.register_url: str = values["register_url"]
         self.ring_bytes: int = values["ring_bytes"]
         self.ring_messages: int = values["ring_messages"]
@@ -441,6 +444,13 @@ def load_dict(data: bytes) -> Dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def digest_of(data: bytes) -> bytes:
+    """A hash by which something long is known again."""
+    import hashlib
+
+    return hashlib.sha256(data).digest()
 
 
 def text_of(source: Dict[str, Any], name: str) -> str:
@@ -988,11 +998,7 @@ class Outlet:
         start = after if after is not None and 0 <= after <= ring.seq else None
         session = self.sessions.get(name)
         if session is None:
-            if len(self.sessions) >= MAX_SESSIONS:
-                away = [one for one in self.sessions.values() if one.state == "away"]
-                if away:
-                    self.forget(min(away, key=lambda one: one.away_since))
-            session = self.sessions[name] = Session(name, ring.seq if start is None else start)
+            session = self._admit(name, ring.seq if start is None else start)
         else:
             old = session.peer
             self._unlink(session)
@@ -1017,6 +1023,19 @@ class Outlet:
         }
         self.event(peer, dict(session.facts, event="attaching", seq=ring.seq), name)
         self.pump(peer)
+
+    def expect(self, name: bytes) -> None:
+        """A session whose client is away, and for which there will be something: keep what comes from now on."""
+        if name not in self.sessions:
+            self._admit(name, self.ring.seq)
+
+    def _admit(self, name: bytes, cursor: int) -> Session:
+        if len(self.sessions) >= MAX_SESSIONS:
+            away = [one for one in self.sessions.values() if one.state == "away"]
+            if away:
+                self.forget(min(away, key=lambda one: one.away_since))
+        session = self.sessions[name] = Session(name, cursor)
+        return session
 
     def _unlink(self, session: Session) -> None:
         peer = session.peer
@@ -1268,6 +1287,7 @@ class Agent:
         self.busy: Set[str] = set()
         self.pending: Dict[str, Pending] = {}
         self.origins: Dict[bytes, bytes] = {}
+        self.had: Dict[bytes, None] = {}  # the newest messages of clients, in the order in which they came
         self.queue: List[Tuple[bytes, int, Frames]] = []
         self.queued = 0
         self.ready_at = 0.0
@@ -1284,6 +1304,7 @@ class Agent:
         self.waiting: List[Tuple[bytes, Any, str]] = []
         self.last_exit: Optional[Event] = None
         self.counters = {"refused_peers": 0, "failed_handshakes": 0, "bad_frames": 0, "unrouted_replies": 0}
+        self.counters["repeated_requests"] = 0
         self.sockets: Optional[KernelSockets] = None
         self.wake = -1
 
@@ -1665,7 +1686,7 @@ class Agent:
         self.answer_waiting("restart")
         queue, self.queue, self.queued = self.queue, [], 0
         for session, channel, parts in queue:
-            self.request(session, channel, parts)
+            self.request(session, channel, parts, waited=True)
         self.tell_state()
         if self.sockets is not None:
             self.sockets.watch_end()
@@ -1706,13 +1727,27 @@ class Agent:
                 # A new connection, or one that was forgotten: ask it to introduce itself.
                 self.transmit([name, b"", b'\x03{"event": "greet"}'])
 
+    def is_new(self, session: bytes, msg_id: str) -> bool:
+        """Whether a client's message has not come before: a gateway that cannot know sends it again."""
+        if not msg_id:
+            return True
+        name = msg_id.encode("utf-8", "replace")
+        key = session + b"\0" + (name if len(name) < 200 else digest_of(name))
+        if key in self.had:
+            self.counters["repeated_requests"] += 1
+            return False
+        self.had[key] = None
+        if len(self.had) > MAX_HAD:
+            del self.had[next(iter(self.had))]
+        return True
+
     def remember_origin(self, origin: bytes, session: bytes) -> None:
         if self.origins.get(origin) != session:
             self.origins[origin] = session
             if len(self.origins) > MAX_SESSIONS:
                 del self.origins[next(iter(self.origins))]
 
-    def request(self, session: bytes, channel: int, parts: Frames, unaware: bool = False) -> None:
+    def request(self, session: bytes, channel: int, parts: Frames, unaware: bool = False, waited: bool = False) -> None:
         """Pass a client's message on to the kernel, or keep it until there is one.
 
         What was meant for a kernel that died is not for the next one: the cells before it died with it.
@@ -1720,6 +1755,8 @@ class Agent:
         self.activity = time.time()
         header = load_dict(parts[0])
         msg_type, msg_id = text_of(header, "msg_type"), text_of(header, "msg_id")
+        if not waited and not self.is_new(session, msg_id):
+            return
         if self.phase in ("dead", "stopping"):
             text = self.epitaph() if self.phase == "dead" else "The kernel is being shut down."
             self.conclude(Pending(session, channel, parts[0], msg_type), "error", text)
@@ -1791,6 +1828,8 @@ class Agent:
         op, after = call["op"], call.get("after")
         if op == "attach" and name and (after is None or isinstance(after, int)):
             self.outlet.attach(peer, name, after, bool(call.get("keep", True)), call.get("id"))
+        elif op == "expect" and name:
+            self.outlet.expect(name)
         elif op == "pause":
             self.outlet.pause(peer, name)
         elif op == "detach":
@@ -2053,7 +2092,7 @@ class Agent:
         self.answer_waiting("restart", self.epitaph(), "failed")
         queue, self.queue, self.queued = self.queue, [], 0
         for session, channel, parts in queue:
-            self.request(session, channel, parts)
+            self.request(session, channel, parts, waited=True)
         self.tell_dead({one[0] for one in queue if text_of(load_dict(one[2][0]), "msg_type") == "execute_request"})
         self.tell_state()
         self.after("linger", self.settings.linger_seconds, self.finish)
@@ -2183,14 +2222,46 @@ def post_registration(settings: Settings, text: str) -> None:
 
 
 def make_directories(settings: Settings) -> str:
-    """Make the runtime directory; returns the directory for ipc sockets, whose paths must be short."""
+    """Make the runtime directory; returns the directory for ipc sockets, whose paths must be short.
+
+    Says in the settings which transport it is to be, where that was left open.
+    """
     os.makedirs(settings.runtime_dir, 0o700, exist_ok=True)
     os.chmod(settings.runtime_dir, 0o700)
-    if settings.transport != "ipc" or len(os.fsencode(settings.runtime_dir)) + len("/g1000-5") <= PATH_LIMIT:
+    if settings.transport == "tcp":
+        return settings.runtime_dir
+    short = len(os.fsencode(settings.runtime_dir)) + len("/g1000-5") <= PATH_LIMIT
+    if short and (settings.transport == "ipc" or has_sockets(settings.runtime_dir)):
+        settings.transport = "ipc"
         return settings.runtime_dir
     directory = os.path.join("/tmp", "hg-" + os.urandom(8).hex())  # noqa: S108 - new, and 0700
     os.mkdir(directory, 0o700)
-    return directory
+    if settings.transport == "ipc" or has_sockets(directory):
+        settings.transport = "ipc"
+        return directory
+    os.rmdir(directory)
+    settings.transport = "tcp"
+    how = "encrypted" if settings.kernel_encryption == "curve" else "signed, but not encrypted: it does not know CURVE"
+    where = settings.runtime_dir
+    log("no unix socket can be made in %s or /tmp; the kernel is reached by loopback (%s)" % (where, how))
+    return settings.runtime_dir
+
+
+def has_sockets(directory: str) -> bool:
+    """Whether unix sockets can be made in a directory, which not every network file system can."""
+    path = os.path.join(directory, "g0")
+    try:
+        if sys.platform.startswith("linux"):
+            os.mknod(path, 0o600 | stat.S_IFSOCK)  # as binding does; the module socket would cost time before the start
+        else:
+            import socket
+
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(path)
+        os.unlink(path)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def remove_files(settings: Settings, directory: str) -> None:

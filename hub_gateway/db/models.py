@@ -22,6 +22,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Text,
+    UniqueConstraint,
     false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -35,6 +36,7 @@ __all__ = [
     "Session",
     "Setting",
     "UTCDateTime",
+    "WaitingRequest",
     "utcnow",
 ]
 
@@ -188,6 +190,21 @@ class Reservation(Base):
     cost_center: Mapped[str] = mapped_column(String(255), server_default="")
     price_version: Mapped[int] = mapped_column(Integer, server_default="0")
     billed_from: Mapped[datetime | None]
+
+
+class WaitingRequest(Base):
+    """A client's request that waits for its kernel; see `hub_gateway.kernels.waiting`.
+
+    `frames` is a ciphertext, `key` a hash of the client's session and the request's id, `id` gives the order.
+    """
+
+    __tablename__ = "waiting_requests"
+    __table_args__ = (UniqueConstraint("kernel_id", "key"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    kernel_id: Mapped[str] = mapped_column(ForeignKey("kernels.id", ondelete="CASCADE"))
+    key: Mapped[str] = mapped_column(String(64))
+    frames: Mapped[str] = mapped_column(Text)
 
 
 class Session(Base):

@@ -29,6 +29,7 @@ from hub_gateway.kernels.reaper import Reaper
 from hub_gateway.kernels.reconcile import Exit, Reconciler, Timing, state_of, with_stderr
 from hub_gateway.kernels.store import Activity, KernelStore, number, storable
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, KernelTarget
+from hub_gateway.kernels.waiting import WaitingRequests
 from hub_gateway.kernels.workqueue import WorkQueue
 from hub_gateway.proxies.base import AgentSettings, Phase, PhaseReport
 from hub_gateway.proxies.registry import Proxies
@@ -165,7 +166,8 @@ class Controller(LoggingConfigurable):
         super().__init__(**kwargs)
         self.store = KernelStore(db, vault, instance=instance, lease_seconds=self.lease_seconds, admission=admission)
         self.leases = Leases(self.store, replica=replica)
-        self.links = Links(make_relay, self._event, self.store.link_facts, self._unlinked)
+        self.waiting = WaitingRequests(db, vault, on_swallowed)
+        self.links = Links(make_relay, self._event, self.store.link_facts, self._unlinked, self.waiting)
         self.proxies = proxies
         self.service_url = service_url
         self.gateway_id = ""
@@ -237,6 +239,7 @@ class Controller(LoggingConfigurable):
         self._closing = True
         await end([*self._tasks, *self._looking])
         await self._queue.close()
+        await self.waiting.close()
         try:
             await self.flush()
             await self.leases.close()
@@ -384,6 +387,7 @@ class Controller(LoggingConfigurable):
             if kernel_id not in self._queue:
                 self._queue.add(kernel_id)
         await self._serve_websockets()
+        await self.links.restore_all()
 
     async def _serve_websockets(self) -> None:
         """Link the relays that websockets wait at, also of kernels that another replica drives (nobody tells us).
@@ -459,6 +463,7 @@ class Controller(LoggingConfigurable):
         # Before the rows are read: whatever is here already has its row by then.
         relays, waited = list(self.links), {*self._changed, *self._proxy_of}
         now: datetime = utcnow()
+        await self.waiting.forget_stopped()
         await self.store.age_out(
             now - timedelta(seconds=self.failed_seconds), now - timedelta(seconds=self.history_seconds)
         )

@@ -17,7 +17,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import case
@@ -278,7 +278,9 @@ class Reconciler:
             kernelspec=record.kernelspec,
             argv=plan.argv,
             env=plan.env,
-            agent=self.agent(record.id, token, public),
+            agent=replace(
+                self.agent(record.id, token, public), transport=plan.transport, kernel_encryption=plan.encryption
+            ),
             cwd=plan.cwd,
             unix_user=record.unix_user,
             interrupt_mode=plan.interrupt_mode,
@@ -346,7 +348,7 @@ class Reconciler:
         relay = self.links.relay(record.id)
         if relay.linked:
             await _answers(relay)  # what the agent sent before has arrived when its answer has
-        relay.fail(how.sentence, tail_lines(how.stderr_tail))
+        relay.fail(how.sentence, tail_lines(how.stderr_tail), ran=record.status is KernelStatus.RUNNING)
         return await self._stop(record, lease, ended=True)
 
     async def _stop(self, record: KernelRecord, lease: Lease, *, ended: bool = False) -> float | None:

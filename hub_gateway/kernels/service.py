@@ -239,7 +239,10 @@ class KernelService(LoggingConfigurable):
 
     async def relay(self, caller: Caller, kernel_id: str) -> KernelRelay:
         """The relay for a websocket: also while the kernel starts (it waits) or has failed (it says so)."""
-        return self._relay_of(await self._own(caller, kernel_id))
+        relay = self._relay_of(await self._own(caller, kernel_id))
+        if not relay.linked:
+            await self.controller.links.restore(kernel_id)
+        return relay
 
     def _relay_of(self, record: KernelRecord) -> KernelRelay:
         links = self.controller.links
@@ -471,4 +474,6 @@ def _plan(spec: Spec, wanted: CreateKernel, client: Mapping[str, str], *, kernel
         cwd=wanted.cwd or client.get("KERNEL_WORKING_DIR") or None,
         interrupt_mode=spec.interrupt_mode,
         config=spec.proxy_config,
+        transport=spec.transport,
+        encryption=spec.encryption,
     )

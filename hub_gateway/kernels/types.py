@@ -141,6 +141,9 @@ class LaunchPlan:
     cwd: str | None = None
     interrupt_mode: Literal["signal", "message"] = "signal"
     config: Mapping[str, JSON] = field(default_factory=dict)
+    transport: Literal["auto", "ipc", "tcp"] = "auto"
+    encryption: Literal["none", "curve"] = "none"
+    """What the kernel understands."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,10 @@ class AgentSettings:
     register_url: str = ""
     """Where to post the registration; empty where the proxy reads it itself."""
     listen: str = "127.0.0.1"
-    transport: Literal["ipc", "tcp"] = "ipc"
+    transport: Literal["auto", "ipc", "tcp"] = "auto"
+    """Between the agent and its kernel; `auto` is ipc where the node's file system has sockets."""
+    kernel_encryption: Literal["none", "curve"] = "none"
+    """What the kernel understands; used with tcp."""
     ring_bytes: int = 256 * 2**20
     ring_messages: int = 1_000_000
     window_bytes: int = 4 * 2**20

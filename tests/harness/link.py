@@ -191,7 +191,6 @@ class RunningAgent:
             "runtime_dir": self.runtime_dir,
             "kernel_name": "test",
             "interrupt_mode": settings.pop("interrupt_mode", "signal"),
-            "kernel_encryption": settings.pop("kernel_encryption", "none"),
             "agent": {"client_public_key": PUBLIC, "launch_token": "token", **settings},
         }
         self.log = Path(self.runtime_dir, "kernel.log")

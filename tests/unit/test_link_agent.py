@@ -23,9 +23,10 @@ import zmq
 
 from hub_gateway.errors import Conflict, LaunchFailed, PayloadTooLarge, Unavailable
 from hub_gateway.kernels.types import ExecutionState
-from hub_gateway.link import Dialect, relay
+from hub_gateway.link import Dialect, codec, relay
 from hub_gateway.link.sinks import Delivery
 from hub_gateway.proxies.tagged import tail
+from tests.harness import waiting
 from tests.harness.link import (
     FLOOD,
     IPYTHON,
@@ -36,6 +37,7 @@ from tests.harness.link import (
     Gateway,
     RunningAgent,
     eventually,
+    load_agent,
 )
 
 
@@ -83,6 +85,41 @@ async def test_what_a_client_sends_early_is_executed_once_the_kernel_is_up(start
     assert sink.states()[0] == "starting"
     assert not [m for m in sink.messages if m["header"]["msg_type"] == "iopub_welcome"]
     assert gateway.event("ready") and gateway.relay.ready
+
+
+@pytest.mark.parametrize("early", [True, False])
+async def test_what_is_sent_twice_runs_once(start: Start, early: bool) -> None:
+    """A gateway that takes over cannot know what the one before has sent. It makes no difference who sends it."""
+    gateway = await start(IPYTHON).connect(ready=not early)
+    sink = gateway.attach(Collector())
+    first = gateway.send(sink, "n = globals().get('n', 0) + 1")
+    link = gateway.relay._link
+    assert link is not None
+    header = {"msg_id": first, "msg_type": "execute_request", "session": sink.session, "username": "", "version": "5.3"}
+    other = await start(to=gateway.agent).connect(epoch=2)
+    parts = [json.dumps(header).encode(), b"{}", b"{}", json.dumps({"code": "n = 100", "silent": False}).encode()]
+    other.relay.restore([("k", codec.encode_request(sink.session.encode(), 0, sink.session.encode(), parts))])
+    await eventually(lambda: not other.relay._kept, "the agent to have it")
+    await eventually(lambda: sink.finished(first), "the cell to end")
+    again = gateway.attach(Collector())
+    await gateway.execute(again, "print(n)")
+    assert again.text() == "1\n"
+    assert (await gateway.relay.ping())["counters"]["repeated_requests"] == 1
+
+
+async def test_an_answer_waits_for_a_client_that_is_not_back_yet(start: Start) -> None:
+    """Of a request that an earlier gateway was given, to an agent that has never heard of its session."""
+    gateway = await start(IPYTHON).connect()
+    settled: list[str] = []
+    gateway.relay.on_settled = settled.extend
+    header = {"msg_id": "m1", "msg_type": "execute_request", "session": "away", "username": "", "version": "5.3"}
+    parts = [json.dumps(header).encode(), b"{}", b"{}", json.dumps({"code": "print(6 * 7)", "silent": False}).encode()]
+    gateway.relay.restore([("k", codec.encode_request(b"away", 0, b"away", parts))])
+    await eventually(lambda: settled == ["k"], "the agent to have it")
+    await gateway.execute(gateway.attach(Collector()), "pass")
+    sink = gateway.attach(Collector("away"))
+    await eventually(lambda: sink.finished("m1"), "its end")
+    assert sink.text() == "42\n" and sink.of("m1", "execute_reply")
 
 
 @pytest.mark.parametrize("argv", [IPYTHON, STOCK_IPYTHON], ids=["ours", "stock"])
@@ -489,10 +526,12 @@ def stranger(agent: RunningAgent, *, plain: bool = False) -> zmq.Socket[bytes]:
 async def test_an_unknown_peer_is_refused_and_counted(start: Start) -> None:
     gateway = await start().connect()
     strangers = [stranger(gateway.agent), stranger(gateway.agent, plain=True)]
-    counters: dict[str, int] = {}
-    while counters.get("refused_peers", 0) < 1 or counters.get("failed_handshakes", 0) < 2:
+
+    async def counted() -> bool:
         counters = (await gateway.relay.ping())["counters"]
-        await asyncio.sleep(0.01)
+        return bool(counters["refused_peers"] >= 1 and counters["failed_handshakes"] >= 2)
+
+    await waiting.eventually(counted, "both to be counted")
     for sock in strangers:
         assert not sock.poll(0)
         sock.close(0)
@@ -922,6 +961,29 @@ async def test_buffers_up_to_the_limit_pass_both_ways_and_more_are_told(start: S
     assert [len(found["buffers"]) for found in sink.of(msg_id, "display_data")] == [250, 0, 0]
     [notice] = [found["content"]["text"] for found in sink.of(msg_id, "stream")]
     assert "The 251 binary buffers of a message (display_data) were left out" in notice
+
+
+@pytest.mark.parametrize(("sockets", "transport"), [(True, "ipc"), (False, "tcp")])
+def test_the_agent_finds_out_whether_ipc_is_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sockets: bool, transport: str
+) -> None:
+    """Not every network file system has sockets."""
+    agent = load_agent()
+    document = {
+        "version": 1,
+        "kernel_id": "k",
+        "gateway_id": "g",
+        "argv": ["x"],
+        "runtime_dir": str(tmp_path / "run"),
+        "agent": {"client_public_key": "x", "launch_token": "x"},
+    }
+    settings = agent.Settings(document)
+    if not sockets:
+        monkeypatch.setattr(agent, "has_sockets", lambda directory: False)
+    directory = agent.make_directories(settings)
+    assert settings.transport == transport
+    assert agent.has_sockets(directory) is sockets and not list(Path(directory).iterdir())
+    os.rmdir(directory)
 
 
 async def test_loopback_with_curve_where_ipc_is_not_possible(start: Start) -> None:
