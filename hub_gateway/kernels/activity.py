@@ -92,7 +92,9 @@ class ActivityReporter(LoggingConfigurable):
                     await self._post(user, body)
                 except GatewayError as error:
                     self._on_swallowed("activity")
-                    self.log.warning("The Hub does not take the activity of %s: %s", user, error.message)
+                    self.log.warning(
+                        "The Hub does not take the activity of %s: %s", user, error.message, extra={"user": user}
+                    )
                 else:
                     self._reported[user] = newest
 

@@ -43,6 +43,7 @@ from hub_gateway.kernels.types import (
     NewKernel,
     isoformat,
 )
+from hub_gateway.logs import about
 from hub_gateway.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ class KernelService(LoggingConfigurable):
             self.identity.claim(tx, identity)
 
         admitted = await self.store.admit(new, claim, also)
-        self.log.info("Kernel %s (%s) %s for %s", key, spec.name, admitted.verdict.outcome, new.owner)
+        said = (key, spec.name, admitted.verdict.outcome, new.owner)
+        self.log.info("Kernel %s (%s) %s for %s", *said, extra=about(new))
         return admitted
 
     def _begun(self, admitted: Admitted) -> KernelRecord:
