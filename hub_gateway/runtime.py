@@ -158,7 +158,6 @@ class Runtime:
                 max_body_bytes=app.max_body_bytes,
                 max_message_bytes=app.max_message_bytes,
                 ws_ping_interval=app.ws_ping_interval,
-                ws_backlog_bytes=app.ws_backlog_bytes,
                 replica=app.replica,
             ),
         )

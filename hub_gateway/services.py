@@ -30,9 +30,7 @@ class WebSettings:
     max_body_bytes: int = 1 * 2**20
     max_message_bytes: int = 512 * 2**20
     ws_ping_interval: float = 30.0
-    ws_backlog_bytes: int = 4 * 2**20
     replica: str = ""
-    trusted_origins: tuple[str, ...] = ()
 
 
 @dataclass

@@ -456,7 +456,7 @@ def _plan(spec: Spec, wanted: CreateKernel, client: Mapping[str, str], *, kernel
     return LaunchPlan(
         argv=tuple(filled(argument) for argument in spec.argv),
         env=kernel_environment(spec.env, client, kernel_id=kernel_id, username=username),
-        cwd=wanted.cwd or client.get("KERNEL_WORKING_DIR") or None,
+        cwd=client.get("KERNEL_WORKING_DIR") or None,
         interrupt_mode=spec.interrupt_mode,
         config=spec.proxy_config,
     )

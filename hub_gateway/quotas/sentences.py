@@ -67,7 +67,6 @@ def holdings(tx: Transaction, policy: Policy, demand: Demand, *, limit: int = 20
             Kernel.owner,
             Kernel.kernelspec,
             Kernel.path,
-            Kernel.name,
             Reservation.created_at,
             Reservation.proxy,
             Reservation.queue,
@@ -82,11 +81,11 @@ def holdings(tx: Transaction, policy: Policy, demand: Demand, *, limit: int = 20
     if not together:
         open_ones = open_ones.where(Reservation.owner == demand.owner)
     found = []
-    for key, owner, kernelspec, path, name, since, proxy, queue, groups in tx.execute(open_ones):
+    for key, owner, kernelspec, path, since, proxy, queue, groups in tx.execute(open_ones):
         if together and policy.subject_kind is SubjectKind.GROUP and policy.subject not in (groups or ()):
             continue
         if covers(policy, kernelspec, proxy, queue):
-            found.append(Holding(key, owner, kernelspec, (path or name or "").rpartition("/")[2] or kernelspec, since))
+            found.append(Holding(key, owner, kernelspec, (path or "").rpartition("/")[2] or kernelspec, since))
     return found
 
 
