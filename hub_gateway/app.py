@@ -18,9 +18,8 @@ from urllib.parse import urlsplit
 
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_core.application import JupyterApp
-from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
-from traitlets import Bool, CaselessStrEnum, Float, Integer, TraitError, Unicode, default, validate
+from traitlets import Bool, CaselessStrEnum, Float, Integer, List, TraitError, Unicode, default, validate
 
 from hub_gateway import __version__
 from hub_gateway.cli import subcommands
@@ -28,6 +27,7 @@ from hub_gateway.errors import BadRequest, GatewayError
 from hub_gateway.logs import configure_logging
 from hub_gateway.runtime import Runtime
 from hub_gateway.statedir import StateDir
+from hub_gateway.web.server import GatewayServer
 
 __all__ = ["HubGateway", "main"]
 
@@ -85,9 +85,23 @@ class HubGateway(JupyterApp):
     ).tag(config=True)
     certfile = Unicode(help="TLS certificate (PEM). Empty: plain HTTP, as behind the Hub's proxy.").tag(config=True)
     keyfile = Unicode(help="Key of `certfile`.").tag(config=True)
-    trust_xheaders = Bool(True, help="Whether to believe X-Forwarded-For and X-Scheme. The Hub's proxy sets them.").tag(
-        config=True
-    )
+    trust_xheaders = Bool(
+        help="""Whether to believe X-Forwarded-For, X-Forwarded-Proto and X-Scheme. By default True with a Hub, whose
+        proxy sets them, and False stand-alone, where any client could choose its own address with them.
+
+        The limit on guessed tokens, the log and the audit trail go by that address. Set it to True where a proxy of
+        your own stands in front of a stand-alone gateway, and let nobody reach the gateway around it.
+        """
+    ).tag(config=True)
+    trusted_proxies = List(
+        Unicode(),
+        help="""Addresses of proxies between people and the proxy that calls this gateway, such as a load balancer in
+        front of the Hub's.
+
+        The address of a request is the last one in X-Forwarded-For that is not one of these.
+        Example: `c.HubGateway.trusted_proxies = ["10.0.0.5"]`
+        """,
+    ).tag(config=True)
 
     state_dir = Unicode(
         help="""Directory (mode 0700) for what must outlive the gateway: the SQLite database, keys, kernels' logs.
@@ -222,6 +236,10 @@ class HubGateway(JupyterApp):
     def _default_replica(self) -> str:
         return f"{socket.gethostname()}:{Path(self.state_dir).expanduser().absolute()}"
 
+    @default("trust_xheaders")
+    def _default_trust_xheaders(self) -> bool:
+        return not self.token_file
+
     @default("follow_parent")
     def _default_follow_parent(self) -> bool:
         # Only a service that the Hub starts itself is told where to send its OAuth callbacks *and* is its child.
@@ -322,9 +340,10 @@ class HubGateway(JupyterApp):
         runtime = Runtime(self, state, instance=uuid.uuid4().hex)
         try:
             application = await runtime.open(port=sockets[0].getsockname()[1])
-            server = HTTPServer(
+            server = GatewayServer(
                 application,
                 xheaders=self.trust_xheaders,
+                trusted_downstream=self.trusted_proxies,
                 max_buffer_size=max(self.max_message_bytes, self.max_body_bytes) + 2**20,
                 max_body_size=self.max_body_bytes,
                 ssl_options=tls,

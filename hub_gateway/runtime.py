@@ -159,7 +159,6 @@ class Runtime:
                 websockets_per_kernel=app.websockets_per_kernel,
                 websockets_per_user=app.websockets_per_user,
                 ws_ping_interval=app.ws_ping_interval,
-                ws_backlog_bytes=app.ws_backlog_bytes,
                 replica=app.replica,
             ),
         )

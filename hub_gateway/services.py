@@ -32,9 +32,7 @@ class WebSettings:
     websockets_per_kernel: int = 100
     websockets_per_user: int = 500
     ws_ping_interval: float = 30.0
-    ws_backlog_bytes: int = 4 * 2**20
     replica: str = ""
-    trusted_origins: tuple[str, ...] = ()
 
 
 @dataclass

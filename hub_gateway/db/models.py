@@ -114,7 +114,6 @@ class Kernel(Base):
     kernelspec: Mapped[str] = mapped_column(String(255))
     proxy: Mapped[str] = mapped_column(String(64))
     unix_user: Mapped[str | None] = mapped_column(String(255))
-    name: Mapped[str | None] = mapped_column(Text)
     path: Mapped[str | None] = mapped_column(Text)
 
     status: Mapped[str] = mapped_column(String(16))

@@ -111,7 +111,6 @@ class Admitter:
             "principal": new.principal,
             "identity_rule": new.identity_rule,
             "cost_center": new.cost_center,
-            "name": new.name,
             "path": new.path,
             "target": KernelTarget.RUNNING.value,
             "execution_state": ExecutionState.STARTING.value,

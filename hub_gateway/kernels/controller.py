@@ -319,12 +319,19 @@ class Controller(LoggingConfigurable):
 
     def _failed(self, kernel_id: str, error: Exception) -> None:
         self._on_swallowed("controller")
+        about = self._about(kernel_id)
         if isinstance(error, GatewayError):
-            self.log.warning("Kernel %s: %s (%s); trying again", kernel_id, error.message, error.hint or error.code)
+            said = (kernel_id, error.message, error.hint or error.code)
+            self.log.warning("Kernel %s: %s (%s); trying again", *said, extra=about)
         elif isinstance(error, asyncio.TimeoutError):
-            self.log.warning("Kernel %s: its resource manager does not answer in time; trying again", kernel_id)
+            self.log.warning(
+                "Kernel %s: its resource manager does not answer in time; trying again", kernel_id, extra=about
+            )
         else:
-            self.log.error("Kernel %s: unexpected %r; trying again", kernel_id, error, exc_info=error)
+            self.log.error("Kernel %s: unexpected %r; trying again", kernel_id, error, exc_info=error, extra=about)
+
+    def _about(self, kernel_id: str) -> dict[str, str | None]:
+        return {"kernel_id": kernel_id, "proxy": self._proxy_of.get(kernel_id)}
 
     def _ended(self, kernel_id: str) -> None:
         """A proxy saw an agent end: it is asked at once what that means for the kernel."""
@@ -340,12 +347,15 @@ class Controller(LoggingConfigurable):
                 await self._poll_some([record])
         except GatewayError as error:
             self._on_swallowed("poll")
-            self.log.info("Kernel %s is looked at by the next poll: %s", kernel_id, error.message)
+            self.log.info(
+                "Kernel %s is looked at by the next poll: %s", kernel_id, error.message, extra=self._about(kernel_id)
+            )
 
     def _unlinked(self, kernel_id: str, error: GatewayError) -> None:
         """Websockets wait for a link that cannot be made now; the next scan tries again."""
         self._on_swallowed("controller")
-        self.log.warning("Kernel %s is not linked yet: %s (%s)", kernel_id, error.message, error.hint or error.code)
+        said = (kernel_id, error.message, error.hint or error.code)
+        self.log.warning("Kernel %s is not linked yet: %s (%s)", *said, extra=self._about(kernel_id))
         self._queue.add(kernel_id)
 
     def _event(self, kernel_id: str, event: Mapping[str, Any]) -> None:
@@ -444,7 +454,9 @@ class Controller(LoggingConfigurable):
                 reports = await within(self.proxies.get(name).poll(states), self.poll_seconds)
             except (GatewayError, OSError, asyncio.TimeoutError) as error:
                 self._on_swallowed("poll")
-                self.log.warning("The resource manager of proxy %s does not answer: %r", name, error)
+                self.log.warning(
+                    "The resource manager of proxy %s does not answer: %r", name, error, extra={"proxy": name}
+                )
                 return {}
             tell(reports)
             return reports

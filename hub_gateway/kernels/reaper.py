@@ -58,7 +58,7 @@ class Reaper:
             objects = await within(proxy.owned(self.gateway_id), self.timeout)
         except (GatewayError, OSError, asyncio.TimeoutError) as error:
             self._on_swallowed("reaper")
-            self.log.warning("Proxy %s cannot be searched for leftovers: %s", name, _said(error))
+            self.log.warning("Proxy %s cannot be searched for leftovers: %s", name, _said(error), extra={"proxy": name})
             return
         # Read after the cluster was: an object without a row now has had one, or never will.
         known = await self.store.some({one.kernel_id for one in objects})
@@ -74,14 +74,24 @@ class Reaper:
 
         async def end(leftover: ClusterObject) -> None:
             async with slots:
-                self.log.warning("Ending a leftover of kernel %s: %s", leftover.kernel_id, leftover.description)
+                what = (leftover.kernel_id, leftover.description)
+                self.log.warning("Ending a leftover of kernel %s: %s", *what, extra=_about(name, leftover))
                 await within(proxy.terminate(leftover.state), self.timeout)
 
         for leftover, error in zip(due, await asyncio.gather(*map(end, due), return_exceptions=True), strict=True):
             if isinstance(error, Exception):
                 self._on_swallowed("reaper")
                 what = (leftover.kernel_id, leftover.description, _said(error))
-                self.log.warning("A leftover of kernel %s (%s) is not ended: %s", *what, exc_info=_defect(error))
+                self.log.warning(
+                    "A leftover of kernel %s (%s) is not ended: %s",
+                    *what,
+                    exc_info=_defect(error),
+                    extra=_about(name, leftover),
+                )
+
+
+def _about(proxy: str, found: ClusterObject) -> dict[str, str]:
+    return {"kernel_id": found.kernel_id, "proxy": proxy}
 
 
 def _said(error: Exception) -> str:

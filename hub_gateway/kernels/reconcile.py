@@ -30,6 +30,7 @@ from hub_gateway.kernels.leases import Lease, LeaseLost, Leases
 from hub_gateway.kernels.links import Links
 from hub_gateway.kernels.store import KernelStore, addressable, number, storable
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, KernelTarget
+from hub_gateway.logs import about
 from hub_gateway.metrics import METRICS
 from hub_gateway.proxies.base import AgentSettings, LaunchRequest, Phase, PhaseReport, ProcessProxy, State
 from hub_gateway.proxies.registry import Proxies
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["Exit", "Reconciler", "Timing", "state_of"]
 
 STILL_LAUNCHING_SECONDS = 0.5
+STDERR = " Last lines of stderr: "
+"""Between a sentence and what the kernel wrote."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class Reconciler:
             return await self._supervise(record, lease)
         except LeaseLost:
             self.forget(kernel_id)
-            self.log.warning("Another replica drives kernel %s now", kernel_id)
+            self.log.warning("Another replica drives kernel %s now", kernel_id, extra=about(record))
             return None
 
     def settle(self, kernel_id: str, record: KernelRecord | None) -> None:
@@ -333,7 +336,9 @@ class Reconciler:
         return await self._fail(record, lease, await self._post_mortem(record, report, when))
 
     async def _fail(self, record: KernelRecord, lease: Lease, how: Exit) -> float | None:
-        self.log.warning("Kernel %s of %s failed: %s", record.id, record.owner, how.sentence)
+        # Without what the kernel wrote, which is its user's.
+        said = how.sentence.partition(STDERR)[0]
+        self.log.warning("Kernel %s of %s failed: %s", record.id, record.owner, said, extra=about(record))
         await self.leases.update(
             lease,
             status=KernelStatus.STOPPING.value,
@@ -361,7 +366,10 @@ class Reconciler:
                 await within(relay.shutdown(), self.timing.stop)
             except (GatewayError, asyncio.TimeoutError) as error:
                 self.log.info(
-                    "Kernel %s did not end when asked (%s); ending it", record.id, str(error) or type(error).__name__
+                    "Kernel %s did not end when asked (%s); ending it",
+                    record.id,
+                    str(error) or type(error).__name__,
+                    extra=about(record),
                 )
             self.links.disconnect(record.id)  # asked once, whatever else has to be repeated
         if memory is not None and memory.launching is not None and not memory.launching.done():
@@ -422,7 +430,8 @@ class Reconciler:
             logs = proxy.logs(state_of(record, self.gateway_id), 20)
             lines = storable(await within(logs, self.timing.ask))
         except (GatewayError, OSError, asyncio.TimeoutError) as error:
-            self.log.info("No logs of kernel %s: %s", record.id, str(error) or type(error).__name__)
+            why = str(error) or type(error).__name__
+            self.log.info("No logs of kernel %s: %s", record.id, why, extra=about(record))
             lines = ""
         return Exit(with_stderr(storable(sentence), lines), number(code), lines)
 
@@ -455,7 +464,7 @@ def tail_lines(text: str, lines: int = 20) -> list[str]:
 def with_stderr(sentence: str, tail: str) -> str:
     """A sentence, followed by the last lines of stderr where there are any."""
     lines = tail_lines(tail.strip(), 5)
-    return sentence if not lines else f"{sentence} Last lines of stderr: {' / '.join(lines)}"
+    return sentence if not lines else f"{sentence}{STDERR}{' / '.join(lines)}"
 
 
 def _recorded(state: State) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from hub_gateway.kernels.types import (
     NewKernel,
     isoformat,
 )
+from hub_gateway.logs import about
 from hub_gateway.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -162,7 +163,8 @@ class KernelService(LoggingConfigurable):
             self.identity.claim(tx, identity)
 
         admitted = await self.store.admit(new, claim, also)
-        self.log.info("Kernel %s (%s) %s for %s", key, spec.name, admitted.verdict.outcome, new.owner)
+        said = (key, spec.name, admitted.verdict.outcome, new.owner)
+        self.log.info("Kernel %s (%s) %s for %s", *said, extra=about(new))
         return admitted
 
     def _begun(self, admitted: Admitted) -> KernelRecord:
@@ -471,7 +473,7 @@ def _plan(spec: Spec, wanted: CreateKernel, client: Mapping[str, str], *, kernel
     return LaunchPlan(
         argv=tuple(filled(argument) for argument in spec.argv),
         env=kernel_environment(spec.env, client, kernel_id=kernel_id, username=username),
-        cwd=wanted.cwd or client.get("KERNEL_WORKING_DIR") or None,
+        cwd=client.get("KERNEL_WORKING_DIR") or None,
         interrupt_mode=spec.interrupt_mode,
         config=spec.proxy_config,
         transport=spec.transport,

@@ -132,7 +132,6 @@ def holdings(
             kernel.owner,
             kernel.kernelspec,
             kernel.path,
-            kernel.name,
             reservation.created_at,
             _AMOUNTS[policy.resource],
         )
@@ -144,8 +143,8 @@ def holdings(
     if own:
         found = found.where(reservation.owner == demand.owner)
     return [
-        Holding(key, owner, spec, (path or name or "").rpartition("/")[2] or spec, since, float(amount))
-        for key, owner, spec, path, name, since, amount in tx.execute(found)
+        Holding(key, owner, spec, (path or "").rpartition("/")[2] or spec, since, float(amount))
+        for key, owner, spec, path, since, amount in tx.execute(found)
     ]
 
 

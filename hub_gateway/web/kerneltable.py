@@ -41,7 +41,6 @@ _COLUMNS = (
     Kernel.queue_reason,
     Kernel.principal,
     Kernel.unix_user,
-    Kernel.name,
     Kernel.path,
     Kernel.message,
     Kernel.restarts,
@@ -97,7 +96,6 @@ class KernelRow:
     queue_reason: str
     principal: str | None
     unix_user: str | None
-    name: str | None
     path: str | None
     message: str
     restarts: int
@@ -217,7 +215,7 @@ def _conditions(tx: Transaction, wanted: KernelFilter) -> list[ColumnElement[boo
     if wanted.kernelspec is not None:
         found.append(Kernel.kernelspec == wanted.kernelspec)
     if wanted.query is not None:
-        searched = (Kernel.id, Kernel.owner, Kernel.kernelspec, Kernel.path, Kernel.name, Kernel.principal)
+        searched = (Kernel.id, Kernel.owner, Kernel.kernelspec, Kernel.path, Kernel.principal)
         found.append(or_(*(column.icontains(wanted.query, autoescape=True) for column in searched)))
     return found
 

@@ -32,7 +32,6 @@ def upgrade() -> None:
         sa.Column("kernelspec", sa.String(255), nullable=False),
         sa.Column("proxy", sa.String(64), nullable=False),
         sa.Column("unix_user", sa.String(255), nullable=True),
-        sa.Column("name", sa.Text(), nullable=True),
         sa.Column("path", sa.Text(), nullable=True),
         sa.Column("status", sa.String(16), nullable=False),
         sa.Column("target", sa.String(16), nullable=False),

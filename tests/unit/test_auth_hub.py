@@ -319,6 +319,9 @@ async def test_activity_is_reported(hub: FakeHub, made: HubService) -> None:
     body: dict[str, Any] = {"last_activity": "2030-01-01T00:00:00.000000Z", "servers": {}}
     await made.report_activity("alice", body)
     assert hub.activity == [("alice", body)]
+    hub.servers["alice"] = {"other"}
+    with pytest.raises(Unavailable):
+        await made.report_activity("alice", {**body, "servers": {"gone": {}}})
     hub.service_token = "changed"
     with pytest.raises(Unavailable):
         await made.report_activity("alice", body)

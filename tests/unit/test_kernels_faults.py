@@ -382,6 +382,19 @@ async def test_how_a_kernel_died_is_known_though_it_did_before_it_was_taken_over
         await assert_nothing_left(later, state_dir)
 
 
+async def test_what_a_kernel_wrote_is_its_users_and_not_in_the_log(
+    make_gateway: Callable[..., MiniGateway], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with make_gateway() as gateway:
+        gateway.controller.log.propagate = True
+        record = await gateway.start(ALICE, "dies")
+        assert "libcudart" in record.message
+    assert "libcudart" not in caplog.text
+    (line,) = (one for one in caplog.records if "failed: The kernel died" in one.getMessage())
+    named = {"kernel_id": record.id, "user": "alice", "proxy": "failing"}
+    assert named.items() <= line.__dict__.items() and "exit code 3" in line.getMessage()
+
+
 async def test_a_restart_just_after_a_failure_waits_for_its_end(make_gateway: Callable[..., MiniGateway]) -> None:
     async with make_gateway() as gateway:
         record = await gateway.start(ALICE)

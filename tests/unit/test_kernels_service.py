@@ -378,6 +378,32 @@ async def test_activity_is_reported_once_and_per_server(gateway: MiniGateway, ro
     assert await reporter.report() == 1
 
 
+async def test_a_server_that_is_gone_keeps_no_other_from_being_spared(gateway: MiniGateway) -> None:
+    """The Hub refuses all of a report that names a server which it does not know."""
+    await gateway.controller._queue.close()
+    for server in ("", "gone", "lab"):
+        await running(gateway, Caller("alice", server=server))
+    taken: list[tuple[str, Any]] = []
+    asked: list[Any] = []
+
+    async def report(user: str, news: Any) -> None:
+        asked.append(news)
+        if "gone" in news.get("servers", {}):
+            raise Unavailable("No such server 'gone' for user alice.")
+        taken.append((user, news))
+
+    reporter = ActivityReporter(service=gateway.service, report=report)
+    await reporter.report()
+    assert {name for _, news in taken for name in news.get("servers", {})} == {"", "lab"}
+    assert any("last_activity" in news for _, news in taken)
+    assert await reporter.report() == 0
+    asked.clear()
+    for record in await gateway.service.list(ALICE):
+        await become(gateway, record.id, last_activity=utcnow())
+    assert await reporter.report() == 1
+    assert len(asked) == 1 and set(asked[0]["servers"]) == {"", "lab"}  # it is not asked about again
+
+
 @pytest.mark.parametrize("where", ["activity", "culler"])
 async def test_a_loop_survives_what_nobody_thought_of(gateway: MiniGateway, where: str) -> None:
     calls, swallowed = 0, []
