@@ -28,6 +28,7 @@ from hub_gateway.identity.mapper import Identity, IdentityMapper
 from hub_gateway.kernels.admissions import Admitted
 from hub_gateway.kernels.controller import SAME_MOMENT, Controller
 from hub_gateway.kernels.environment import client_environment, kernel_environment, notebook_of
+from hub_gateway.kernels.notices import NoticeBoard
 from hub_gateway.kernels.reconcile import tail_lines
 from hub_gateway.kernels.resources import wished
 from hub_gateway.kernels.sessions import Sessions
@@ -85,6 +86,7 @@ class KernelService(LoggingConfigurable):
         self.specs = specs
         self.identity = identity or IdentityMapper(parent=self, db=self.store.db)
         self.sessions = Sessions(self.store)
+        self.notices = NoticeBoard(self.store.db, controller.links)
 
     # Kernels
 
@@ -107,7 +109,7 @@ class KernelService(LoggingConfigurable):
             METRICS.launches.labels("refused" if isinstance(error, LaunchRefused) else "failed").inc()
             raise
         METRICS.launches.labels(admitted.verdict.outcome).inc()
-        return self._begun(admitted)
+        return await self._begun(admitted)
 
     async def _admit(self, caller: Caller, wanted: CreateKernel, kernel_id: str | None) -> Admitted:
         username = caller.name
@@ -140,13 +142,11 @@ class KernelService(LoggingConfigurable):
         self.log.info("Kernel %s (%s) %s for %s", key, spec.name, admitted.verdict.outcome, new.owner)
         return admitted
 
-    def _begun(self, admitted: Admitted) -> KernelRecord:
+    async def _begun(self, admitted: Admitted) -> KernelRecord:
         """Have an admitted kernel started, and tell its user what there is to tell."""
         record = admitted.record
-        relay = self.controller.links.relay(record.id) if admitted.notices else None
-        for notice in admitted.notices:
-            assert relay is not None
-            relay.notify(notice)
+        if admitted.notices:
+            await self.notices.give(record.id)
         if record.status is not KernelStatus.QUEUED:
             self.controller.changed(record.id)
         return record
@@ -197,7 +197,7 @@ class KernelService(LoggingConfigurable):
             identity = await self._still_the_same(caller, record)
             admitted = await self.store.revive(kernel_id, identity, lambda tx: self.identity.claim(tx, identity))
             self.controller.renewed(kernel_id)
-            self._begun(admitted)
+            await self._begun(admitted)
             return admitted.record if admitted.verdict.outcome == "queued" else await self._until_running(kernel_id)
         if record.status is not KernelStatus.RUNNING:
             raise Conflict(f"The kernel is {record.status.value}; wait until it runs, then restart it.")
