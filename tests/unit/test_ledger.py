@@ -90,6 +90,16 @@ async def test_prices_are_those_of_the_launch(quota_store: KernelStore) -> None:
         await quota_store.write(lambda tx: prices.set_prices(tx, "admin", kernel_hour=-1))
 
 
+async def test_prices_are_kept_as_they_are_given(quota_store: KernelStore) -> None:
+    """Also those of which a thousandth is nothing."""
+    rates = {"kernel_hour": 0.00001, "core_hour": 0.0125, "gib_hour": 0.0004, "gpu_models": {"a100": 1.23456}}
+    await quota_store.write(lambda tx: prices.set_prices(tx, "admin", **rates) and None)
+    kept = (await quota_store.db.read(prices.all_prices))[1]
+    assert {name: getattr(kept, name) for name in rates} == rates
+    await ran(quota_store, 1, at(1), at(1, 10), resources=Resources(memory=GIB))
+    assert (await made(quota_store, "user", at(1), at(2))).total.cost == pytest.approx(10 * (0.0004 + 0.00001))
+
+
 @pytest.mark.parametrize("change", [delete(LedgerEntry), update(LedgerEntry).values(seconds=0.0)])
 async def test_the_database_refuses_changes(quota_store: KernelStore, change: Any) -> None:
     await ran(quota_store, 1, at(1), at(2))
