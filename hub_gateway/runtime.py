@@ -129,7 +129,7 @@ class Runtime:
         self._quotas = QuotaRunner(
             parent=app,
             service=kernels,
-            notifier=Notifier(parent=app, links=controller.links),
+            notifier=Notifier(parent=app),
             audit_days=audit.retention_days,
         )
         quotas = QuotaService(

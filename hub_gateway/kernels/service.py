@@ -29,6 +29,7 @@ from hub_gateway.identity.mapper import Identity, IdentityMapper
 from hub_gateway.kernels.admissions import Admitted, Claim
 from hub_gateway.kernels.controller import SAME_MOMENT, Controller
 from hub_gateway.kernels.environment import client_environment, kernel_environment, notebook_of
+from hub_gateway.kernels.notices import NoticeBoard
 from hub_gateway.kernels.reconcile import tail_lines
 from hub_gateway.kernels.resources import wished
 from hub_gateway.kernels.sessions import SessionRow, Sessions
@@ -87,6 +88,7 @@ class KernelService(LoggingConfigurable):
         self.specs = specs
         self.identity = identity or IdentityMapper(parent=self, db=self.store.db)
         self.sessions = Sessions(self.store)
+        self.notices = NoticeBoard(self.store.db, controller.links)
 
     # Kernels
 
@@ -121,7 +123,7 @@ class KernelService(LoggingConfigurable):
             METRICS.launches.labels("refused" if isinstance(error, LaunchRefused) else "failed").inc()
             raise
         METRICS.launches.labels(admitted.verdict.outcome).inc()
-        return self._begun(admitted)
+        return await self._begun(admitted)
 
     async def _admit(
         self,
@@ -167,13 +169,11 @@ class KernelService(LoggingConfigurable):
         self.log.info("Kernel %s (%s) %s for %s", *said, extra=about(new))
         return admitted
 
-    def _begun(self, admitted: Admitted) -> KernelRecord:
+    async def _begun(self, admitted: Admitted) -> KernelRecord:
         """Have an admitted kernel started, and tell its user what there is to tell."""
         record = admitted.record
-        relay = self.controller.links.relay(record.id) if admitted.notices else None
-        for notice in admitted.notices:
-            assert relay is not None
-            relay.notify(notice)
+        if admitted.notices:
+            await self.notices.give(record.id)
         if record.status is not KernelStatus.QUEUED:
             self.controller.changed(record.id, proxy=record.proxy)
         return record
@@ -225,7 +225,7 @@ class KernelService(LoggingConfigurable):
             identity = await self._still_the_same(caller, record)
             admitted = await self.store.revive(kernel_id, identity, lambda tx: self.identity.claim(tx, identity))
             self.controller.renewed(kernel_id)
-            self._begun(admitted)
+            await self._begun(admitted)
             return admitted.record if admitted.verdict.outcome == "queued" else await self._until_running(kernel_id)
         if record.status is not KernelStatus.RUNNING:
             raise Conflict(f"The kernel is {record.status.value}; wait until it runs, then restart it.")

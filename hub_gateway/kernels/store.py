@@ -27,7 +27,7 @@ from hub_gateway.db.models import Kernel, Setting, utcnow
 from hub_gateway.db.secrets import Vault
 from hub_gateway.errors import BadRequest, Conflict, Forbidden, LaunchRefused, NotFound
 from hub_gateway.identity.types import Identity
-from hub_gateway.kernels import failpoints
+from hub_gateway.kernels import failpoints, notices
 from hub_gateway.kernels.admissions import Admitted, Admitter, Claim
 from hub_gateway.kernels.registration import proof_of, registration_of
 from hub_gateway.kernels.rows import (
@@ -104,6 +104,13 @@ def addressable(host: str, port: int, key: str) -> bool:
     except ValueError:
         name = _HOSTNAME.fullmatch(host) is not None
     return name and len(host) <= 255 and 0 < port < 65536 and len(key) == 40 and key.isascii() and key.isprintable()
+
+
+def _noted(tx: Transaction, found: Admitted | LaunchRefused) -> Admitted | LaunchRefused:
+    """What there is to say of an admission is kept for the notebook."""
+    if isinstance(found, Admitted) and found.notices:
+        notices.add(tx, [found.record.id], found.notices)
+    return found
 
 
 @dataclass(frozen=True)
@@ -258,7 +265,7 @@ class KernelStore:
         launch = await asyncio.to_thread(self.admitter.secrets, new.plan)
 
         def write(tx: Transaction) -> Admitted | LaunchRefused:
-            made = self.admitter.admit(tx, new, launch, claim)
+            made = _noted(tx, self.admitter.admit(tx, new, launch, claim))
             if isinstance(made, Admitted):
                 also(tx, made.record)
             return made
@@ -328,7 +335,7 @@ class KernelStore:
         """
         plan, _, _ = await self.plan(kernel_id)
         launch = await asyncio.to_thread(self.admitter.secrets, plan)
-        found = await self.write(lambda tx: self.admitter.revive(tx, kernel_id, launch, identity, claim))
+        found = await self.write(lambda tx: _noted(tx, self.admitter.revive(tx, kernel_id, launch, identity, claim)))
         if isinstance(found, LaunchRefused):
             raise found
         return found

@@ -17,7 +17,7 @@ from hub_gateway.link import codec, messages, wire
 from hub_gateway.link.client import AgentLink
 from hub_gateway.link.codec import Batch, Event, Large
 from hub_gateway.link.progress import Progress, Request, msg_id_of
-from hub_gateway.link.sinks import Client, Delivery, Sink, Standby, mark_of, number_of
+from hub_gateway.link.sinks import Client, Delivery, Notice, Sink, Standby, mark_of, number_of
 from hub_gateway.link.wire import Dialect
 
 __all__ = ["KernelRelay"]
@@ -131,8 +131,8 @@ class KernelRelay:
         self._lost_until = 0.0
         self._ran = False
         self._attachments = 0
-        self._notices: list[str] = []
-        """What is still to be told to the first notebook that comes."""
+        self._notices: list[Notice] = []
+        """What no notebook has shown yet; whoever comes gets it."""
         self._ack_handle: asyncio.Handle | None = None
         self._ack_soon = False
         self._unacked = [0, 0]
@@ -178,13 +178,13 @@ class KernelRelay:
 
     def _serve(self, sink: Sink) -> None:
         client = Client(sink)
+        client.notices = list(self._notices)
         served = self._clients.get(client.key)
         if served is not None:
             served.sink.on_flushed = None
             self._stand_by(served.sink)
             self._count("replaced", 1)
             self._acknowledge()  # what the one before has is not for this one
-        client.notices, self._notices = self._notices, []
         self._clients[client.key] = client
         self.attached_once = True
         sink.on_flushed = lambda seq: self._on_flushed(client, seq)
@@ -397,24 +397,37 @@ class KernelRelay:
         if not self.ready:
             self._progress.announce(text)
 
-    def notify(self, text: str) -> None:
-        """Show a sentence once in every notebook: under the cell that runs, or else under the next that is run."""
-        notice = f"[{text}]\n"
+    def notify(self, text: str, on_shown: Callable[[], None] | None = None) -> Notice:
+        """Show a sentence once in every notebook: under the cell that runs, or else under the next that is run.
+
+        Notebooks that come later get it, too, until one has shown it; then `on_shown` is called.
+        """
+        notice = Notice(f"[{text}]\n", on_shown)
         for client in self._clients.values():
             if client.cell is not None and self.execution_state is ExecutionState.BUSY:
-                self._tell(client, _IOPUB, messages.stream(notice, client.cell))
+                self._show(client, notice, client.cell)
             else:
                 client.notices.append(notice)
                 del client.notices[:-MAX_NOTICES]
-        if not self._clients:
+        if not notice.shown:
             self._notices.append(notice)
-        del self._notices[:-MAX_NOTICES]
+            del self._notices[:-MAX_NOTICES]
+        return notice
+
+    def withdraw(self, notice: Notice) -> None:
+        """Give a notice to nobody who comes from now on: it was shown elsewhere."""
+        if notice in self._notices:
+            self._notices.remove(notice)
+
+    def _show(self, client: Client, notice: Notice, header: bytes) -> None:
+        self._tell(client, _IOPUB, messages.stream(notice.show(), header))
+        self.withdraw(notice)
 
     def _cell_begins(self, client: Client, header: bytes) -> None:
         client.cell = header
-        for notice in client.notices:
-            self._tell(client, _IOPUB, messages.stream(notice, header))
-        client.notices.clear()
+        waiting, client.notices = client.notices, []
+        for notice in waiting:
+            self._show(client, notice, header)
 
     def fail(self, text: str, stderr_lines: list[str], *, ran: bool = False) -> None:
         """There is no kernel: what has no reply yet, and what comes, gets the reason. A later `ready` lifts it.

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from hub_gateway.link.wire import Dialect, Notes
 
-__all__ = ["Client", "Delivery", "Sink", "Standby", "mark_of", "number_of"]
+__all__ = ["Client", "Delivery", "Notice", "Sink", "Standby", "mark_of", "number_of"]
 
 _SEQ = 2**40 - 1
 _MARKS = 2**19 - 1
@@ -102,6 +102,24 @@ class Delivery(enum.Enum):
     MOVED = "moved"  # its session is served by another replica: this websocket is a remnant
 
 
+class Notice:
+    """A sentence for every notebook; `on_shown` is called when the first of them gets to show it."""
+
+    __slots__ = ("_on_shown", "shown", "text")
+
+    def __init__(self, text: str, on_shown: Callable[[], None] | None = None) -> None:
+        self.text = text
+        self.shown = False
+        self._on_shown = on_shown
+
+    def show(self) -> str:
+        """What a notebook is to show, which it does now."""
+        if not self.shown and self._on_shown is not None:
+            self._on_shown()
+        self.shown = True
+        return self.text
+
+
 class Client:
     """A relay's record of one sink."""
 
@@ -123,7 +141,7 @@ class Client:
         self.noted = (False, False)
         self.cell: bytes | None = None
         """Header of the last cell that it ran."""
-        self.notices: list[str] = []
+        self.notices: list[Notice] = []
 
     def after(self, mark: int) -> int | None:
         """From where it is to be served: what it got from us counts for more than what it said at the start.

@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway import audit
+from hub_gateway.db.among import among
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.tenancy import QuotaRequest
 from hub_gateway.errors import BadRequest, Conflict, NotFound, TooManyRequests
@@ -20,7 +21,7 @@ from hub_gateway.quotas.resolve import concerns
 from hub_gateway.quotas.types import Counts, Demand, Policy, Resource
 from hub_gateway.quotas.use import lock
 
-__all__ = ["Request", "answer", "find", "open_request", "withdraw"]
+__all__ = ["Request", "answer", "find", "get", "open_request", "withdraw"]
 
 MOST_OPEN = 10
 
@@ -69,14 +70,32 @@ def _request(row: QuotaRequest) -> Request:
     )
 
 
-def find(tx: Transaction, state: str | None = None, owner: str | None = None, limit: int = 500) -> Sequence[Request]:
-    """Requests, newest first."""
+def find(
+    tx: Transaction,
+    state: str | None = None,
+    owner: str | None = None,
+    *,
+    owners: Collection[str] | None = None,
+    before: int | None = None,
+    limit: int = 500,
+) -> Sequence[Request]:
+    """Requests, newest first; of one owner, of some owners, with numbers before one."""
     statement = select(QuotaRequest).order_by(QuotaRequest.id.desc()).limit(limit)
+    if owners is not None:
+        statement = statement.where(among(tx, QuotaRequest.owner, owners))
+    if before is not None:
+        statement = statement.where(QuotaRequest.id < before)
     if state is not None:
         statement = statement.where(QuotaRequest.state == state)
     if owner is not None:
         statement = statement.where(QuotaRequest.owner == owner)
     return [_request(row) for row in tx.scalars(statement)]
+
+
+def get(tx: Transaction, request_id: int) -> Request | None:
+    """One request."""
+    row = tx.get(QuotaRequest, request_id)
+    return None if row is None else _request(row)
 
 
 def open_request(

@@ -232,9 +232,21 @@ class QuotaService(LoggingConfigurable):
 
     # Requests
 
-    async def requests(self, state: str | None = None, owner: str | None = None) -> Sequence[Request]:
-        """Requests for more, newest first."""
-        return await self.db.read(lambda tx: requests.find(tx, state, owner))
+    async def requests(
+        self,
+        state: str | None = None,
+        owner: str | None = None,
+        *,
+        owners: Collection[str] | None = None,
+        before: int | None = None,
+        limit: int = 500,
+    ) -> Sequence[Request]:
+        """Requests for more, newest first; of one owner, of some owners (None: of all), with numbers before one."""
+        return await self.db.read(lambda tx: requests.find(tx, state, owner, owners=owners, before=before, limit=limit))
+
+    async def request(self, request_id: int) -> Request | None:
+        """One request."""
+        return await self.db.read(lambda tx: requests.get(tx, request_id))
 
     async def open_request(
         self, owner: str, groups: Collection[str], policy: str, amount: float, until: datetime, reason: str

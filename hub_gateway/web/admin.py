@@ -10,6 +10,7 @@ from sqlalchemy import func, select
 
 from hub_gateway.auth.people import PeoplePage, Person
 from hub_gateway.auth.scopes import KERNELS_READ, KERNELS_STOP, MAINTENANCE_WRITE, QUOTAS_READ, require
+from hub_gateway.db.among import among
 from hub_gateway.db.models import Kernel
 from hub_gateway.errors import GatewayError, NotFound
 from hub_gateway.kernels.types import KernelStatus
@@ -21,7 +22,6 @@ from hub_gateway.web.kerneltable import (
     SORTS,
     KernelFilter,
     KernelPage,
-    among,
     kernel_page,
     owners_of,
 )

@@ -32,6 +32,11 @@ class Reach:
     everything: bool
     owners: frozenset[str] = frozenset()
 
+    @property
+    def among(self) -> frozenset[str] | None:
+        """The owners among whom is to be looked, None for all."""
+        return None if self.everything else self.owners
+
     def over(self, owner: str) -> bool:
         """Whether it covers what that owner has."""
         return self.everything or owner in self.owners

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ColumnElement, String, and_, bindparam, func, or_, select, text
+from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session as Transaction
 
+from hub_gateway.db.among import among
 from hub_gateway.db.models import Kernel
 from hub_gateway.errors import BadRequest
 from hub_gateway.kernels.types import JSON, KernelStatus, isoformat
@@ -151,24 +151,6 @@ async def owners_of(services: Services, kernel_ids: Iterable[str]) -> dict[str, 
             )
         }
     )
-
-
-def among(tx: Transaction, column: Any, names: Iterable[str]) -> ColumnElement[bool]:
-    """`column IN names`, however many they are: one parameter."""
-    listed = list(names)
-    if tx.get_bind().dialect.name == "sqlite":
-        # IN (?, ?, ...) has a limit of parameters, and every length is a statement of its own.
-        table = text("SELECT value FROM json_each(:hg_names)").bindparams(hg_names=json.dumps(listed))
-        found: ColumnElement[bool] = column.in_(table.columns(value=String).scalar_subquery())
-    else:
-        found = column == func.any(bindparam("hg_names", listed, type_=_array()))
-    return found
-
-
-def _array() -> Any:
-    from sqlalchemy.dialects.postgresql import ARRAY
-
-    return ARRAY(String)
 
 
 def _read(tx: Transaction, wanted: KernelFilter, after: Sequence[Any] | None) -> KernelPage:

@@ -43,7 +43,17 @@ class QuotaPart(Protocol):
 
     async def queue(self) -> Sequence[Any]: ...
 
-    async def requests(self, state: str | None = None, owner: str | None = None) -> Sequence[Any]: ...
+    async def requests(
+        self,
+        state: str | None = None,
+        owner: str | None = None,
+        *,
+        owners: Collection[str] | None = None,
+        before: int | None = None,
+        limit: int = 500,
+    ) -> Sequence[Any]: ...
+
+    async def request(self, request_id: int) -> Any: ...
 
     async def open_request(
         self, owner: str, groups: Collection[str], policy: str, amount: float, until: datetime, reason: str

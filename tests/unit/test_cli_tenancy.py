@@ -87,6 +87,10 @@ async def test_a_limit_is_set_shown_changed_and_deleted(run: Run, quotas: Quotas
     assert (changed.hard, changed.soft, changed.note, changed.priority) == (12, 8, "kept", 3), "the rest is as it was"
     await run("quota", "set", "all", "--soft=none", "--disabled")
     assert quotas.kept["all"].soft is None and not quotas.kept["all"].enabled
+    await run("quota", "set", "all", "--hard=13")
+    assert quotas.kept["all"].hard == 13 and not quotas.kept["all"].enabled, "it stays switched off"
+    await run("quota", "set", "all", "--enabled")
+    assert quotas.kept["all"].enabled
     shown = json.loads((await run("quota", "show", "bob-one", "--json"))[1])
     assert shown["hard"] == 1 and shown["version"] == 1
     assert (await run("quota", "delete", "bob-one"))[0] == 0 and "bob-one" not in quotas.kept

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import DatabaseError
 
-from hub_gateway.db.models import Reservation, utcnow
+from hub_gateway.db.models import Kernel, Reservation, utcnow
 from hub_gateway.db.tenancy import LedgerEntry
 from hub_gateway.errors import BadRequest, Conflict, NotFound
 from hub_gateway.kernels.store import KernelStore
-from hub_gateway.kernels.types import Resources
+from hub_gateway.kernels.types import KernelStatus, Resources
 from hub_gateway.quotas import ledger, prices
 from hub_gateway.quotas.reports import BY, Report, Reports, Row, report
 from tests.harness.quotas import begin, new, release
@@ -88,6 +88,16 @@ async def test_prices_are_those_of_the_launch(quota_store: KernelStore) -> None:
         await quota_store.write(lambda tx: prices.set_prices(tx, "admin", valid_from=past, kernel_hour=1))
     with pytest.raises(BadRequest, match="negative"):
         await quota_store.write(lambda tx: prices.set_prices(tx, "admin", kernel_hour=-1))
+
+
+async def test_prices_are_kept_as_they_are_given(quota_store: KernelStore) -> None:
+    """Also those of which a thousandth is nothing."""
+    rates = {"kernel_hour": 0.00001, "core_hour": 0.0125, "gib_hour": 0.0004, "gpu_models": {"a100": 1.23456}}
+    await quota_store.write(lambda tx: prices.set_prices(tx, "admin", **rates) and None)
+    kept = (await quota_store.db.read(prices.all_prices))[1]
+    assert {name: getattr(kept, name) for name in rates} == rates
+    await ran(quota_store, 1, at(1), at(1, 10), resources=Resources(memory=GIB))
+    assert (await made(quota_store, "user", at(1), at(2))).total.cost == pytest.approx(10 * (0.0004 + 0.00001))
 
 
 @pytest.mark.parametrize("change", [delete(LedgerEntry), update(LedgerEntry).values(seconds=0.0)])
@@ -164,7 +174,7 @@ def test_intervals_split_by_days_sum_up(lives: list[tuple[int, int, bool]], boun
 
 
 async def test_sums_equal_lifetimes(quota_store: KernelStore) -> None:
-    """Through restarts of failed kernels, months that are closed meanwhile, and whatever is still open."""
+    """Through kernels that failed and were started again, months closed meanwhile, and whatever is still open."""
     lived = timedelta()
     for number in range(1, 8):
         start, stop = at(number, number), at(number + 20, 2 * number)
@@ -173,8 +183,16 @@ async def test_sums_equal_lifetimes(quota_store: KernelStore) -> None:
     await quota_store.write(lambda tx: ledger.close_month(tx, "2028-02", "admin", now=at(1, month=3)))
     for number in (3, 6):
         await release(quota_store, f"k{number}", at(10, month=3))
+    for number in (1, 2):
+        # It died long ago; between its lives nobody pays.
+        failed = update(Kernel).where(Kernel.id == f"k{number}").values(status=KernelStatus.FAILED.value)
+        await quota_store.write(lambda tx, failed=failed: tx.execute(failed) and None)
+        await quota_store.revive(f"k{number}")
+        await begin(quota_store, f"k{number}", at(12, month=3))
+        await release(quota_store, f"k{number}", at(12, 5 * number, month=3))
+        lived += timedelta(hours=5 * number)
     found = await made(quota_store, "user", at(1, month=1), at(1, month=6))
-    assert found.total.kernels == 7
+    assert found.total.kernels == 9, "who is started again is another kernel on the bill"
     assert found.total.kernel_hours == lived.total_seconds() / 3600
     billed = await quota_store.db.read(lambda tx: tx.execute(select(func.sum(LedgerEntry.seconds))).scalar_one())
     assert billed == lived.total_seconds()

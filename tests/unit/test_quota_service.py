@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import insert
 
 from hub_gateway import audit
 from hub_gateway.auth.base import Caller
 from hub_gateway.auth.people import FilePeople, GroupInfo, NoPeople, People
 from hub_gateway.db.models import utcnow
+from hub_gateway.db.tenancy import QuotaRequest
 from hub_gateway.errors import BadRequest, Conflict, Forbidden, LaunchRefused, NotFound, Unavailable
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.kernels.store import KernelStore
@@ -332,6 +334,29 @@ async def test_a_lead_grants_more_of_what_leads_have_set(service: QuotaService, 
         await quota_store.admit(new(number, groups=("lab",)))
     with pytest.raises(LaunchRefused, match="policy all"):
         await quota_store.admit(new(4, groups=("lab",)))
+
+
+async def test_no_request_is_too_old_to_be_seen_and_answered(service: QuotaService, quota_store: KernelStore) -> None:
+    await put(quota_store, Policy("all", SubjectKind.EVERYONE, hard=1))
+    until = utcnow() + timedelta(days=1)
+    first = await service.open_request("bob", [], "all", 3, until, "please")
+    row = {
+        "groups": [],
+        "policy": "all",
+        "amount": 2.0,
+        "until": until,
+        "reason": "",
+        "created_at": until,
+        "answer": "",
+    }
+    many = [{**row, "owner": f"u{number % 9}", "state": "open"} for number in range(600)]
+    await quota_store.write(lambda tx: tx.execute(insert(QuotaRequest), many) and None)
+    assert [one.id for one in await service.requests(owners=["bob", "nobody"])] == [first.id]
+    assert await service.request(first.id) == first and await service.request(10**6) is None
+    newest = await service.requests(limit=600)
+    older = await service.requests(before=newest[-1].id)
+    assert len(newest) == 600 and [one.owner for one in older] == ["bob"]
+    assert (await service.answer(first.id, "admin", True, "")).state == "granted"
 
 
 async def test_a_service_can_be_granted_more(service: QuotaService, quota_store: KernelStore) -> None:

@@ -287,11 +287,11 @@ async def test_a_webhook_hears_of_it_and_one_that_fails_disturbs_nobody(tmp_path
     before = failed._value.get()
     for status in (200, 500):
         notifier = Notifier(webhook_url=f"http://127.0.0.1:{port}/{status}", webhook_token_file=str(tmp_path / "token"))
-        notifier.tell("bob", "gpus", "soft", "Too many.", ["k1"])
+        notifier.tell("bob", "gpus", "soft", "Too many.")
         await notifier.close()
     server.stop()
     gone = Notifier(webhook_url="http://127.0.0.1:9/", webhook_token_file=str(tmp_path / "missing"))
-    gone.tell("bob", "gpus", "soft", "Too many.", [])
+    gone.tell("bob", "gpus", "soft", "Too many.")
     await gone.close()
     assert [one["sentence"] for one in heard] == ["Too many."] * 2 and heard[0]["authorization"] == "Bearer secret"
     assert failed._value.get() == before + 2
@@ -319,7 +319,7 @@ async def test_an_e_mail_hears_of_it() -> None:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     notifier = Notifier(smtp_server=f"127.0.0.1:{port}", smtp_starttls=False, mail_to="{user}@example.org")
-    notifier.tell("bob", "gpus", "soft", "You hold 3 GPUs.", [])
+    notifier.tell("bob", "gpus", "soft", "You hold 3 GPUs.")
     await notifier.close()
     await eventually(lambda: any(b"You hold 3 GPUs." in line for line in said), "the mail")
     assert any(b"bob@example.org" in line for line in said)
@@ -327,7 +327,7 @@ async def test_an_e_mail_hears_of_it() -> None:
     await server.wait_closed()
     failed = METRICS.notices.labels("email", "failed")
     before = failed._value.get()
-    notifier.tell("bob", "gpus", "soft", "You hold 4 GPUs.", [])  # nobody listens any more
-    notifier.tell("bob\nBcc: all@example.org", "gpus", "soft", "You hold 4 GPUs.", [])
+    notifier.tell("bob", "gpus", "soft", "You hold 4 GPUs.")  # nobody listens any more
+    notifier.tell("bob\nBcc: all@example.org", "gpus", "soft", "You hold 4 GPUs.")
     await notifier.close()
     assert failed._value.get() == before + 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import html
+import re
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -13,7 +14,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, insert, select
 from traitlets.config import Config, Configurable
 
 from hub_gateway import audit
@@ -21,7 +22,7 @@ from hub_gateway.audit import AuditLog
 from hub_gateway.auth.hub import HubService
 from hub_gateway.auth.scopes import ADMIN, IDENTITY_WRITE, KERNELS_READ, LEDGER_WRITE, QUOTAS_WRITE
 from hub_gateway.db.models import utcnow
-from hub_gateway.db.tenancy import IdentityClaim, LedgerMonth, SentForm
+from hub_gateway.db.tenancy import IdentityClaim, LedgerMonth, QuotaRequest, SentForm
 from hub_gateway.demo.forms import Form, forms_of
 from hub_gateway.errors import LaunchRefused, Unavailable
 from hub_gateway.identity.mapper import IdentityMapper
@@ -510,6 +511,28 @@ async def test_a_lead_divides_what_administrators_give_and_lifts_nothing(console
     admin = await console.login("admin", ADMIN)
     assert (await send(admin, await form_of(admin, "admin/policies/lifted", "hard"), hard="2")).status_code == 303
     assert [one.delegated for one in await quotas_of(console) if one.name == "lifted"] == [True], "it stays a lead's"
+
+
+async def test_requests_are_paged_and_the_oldest_is_answered(console: Console) -> None:
+    """A lead's people are looked for in the database: others who ask a lot hide nobody."""
+    await put(console.store, Policy("team", SubjectKind.GROUP, "analysts", hard=1, delegated=True))
+    until = utcnow() + timedelta(days=1)
+    service = console.server.services.quotas
+    assert service is not None
+    await service.open_request("bob", ["analysts"], "team", 3, until, "A deadline.")
+    row = {"groups": [], "policy": "team", "amount": 2.0, "until": until, "reason": "", "created_at": until}
+    many = [{**row, "owner": "carol", "state": "open", "answer": ""} for _ in range(510)]
+    await console.store.write(lambda tx: tx.execute(insert(QuotaRequest), many) and None)
+    admin, page = await console.login("admin", ADMIN), "admin/requests?state=open"
+    for _ in range(5):
+        found = await admin.get(page)
+        assert found.status_code == 200 and "A deadline." not in found.text
+        page = f"admin/requests{html.unescape(re.findall('href=.([^ ]*before=[0-9]+)', found.text)[-1])}"
+    assert "A deadline." in (await admin.get(page)).text
+    lead = await console.login("lea", f"{QUOTAS_WRITE}!group=analysts")
+    form = await form_of(lead, "admin/requests", "text")
+    assert (await send(lead, form, answer="grant", text="good luck")).status_code == 303
+    assert [one.subject for one in await quotas_of(console) if one.origin is Origin.GRANT] == ["bob"]
 
 
 async def test_who_may_not_come_in_any_more_changes_nothing(console: Console) -> None:
