@@ -295,7 +295,7 @@ def heard(sink: Collector) -> list[tuple[str, str]]:
     return [(message["parent_header"]["msg_id"], message["content"]["text"]) for message in found]
 
 
-def test_a_notice_stands_once_under_the_next_cell_of_every_notebook(relay: KernelRelay) -> None:
+async def test_a_notice_stands_once_under_the_next_cell_of_every_notebook(relay: KernelRelay) -> None:
     one, two = Collector(), Collector()
     relay.attach(one)
     relay.attach(two)
@@ -308,7 +308,7 @@ def test_a_notice_stands_once_under_the_next_cell_of_every_notebook(relay: Kerne
     assert heard(two) == [("other", "[Too many.]\n")]
 
 
-def test_a_notice_stands_under_the_cell_that_runs(relay: KernelRelay) -> None:
+async def test_a_notice_stands_under_the_cell_that_runs(relay: KernelRelay) -> None:
     sink = Collector()
     relay.attach(sink)
     run(relay, sink, "long")
@@ -318,7 +318,7 @@ def test_a_notice_stands_under_the_cell_that_runs(relay: KernelRelay) -> None:
     assert heard(sink) == [("long", "[Too many.]\n")]
 
 
-def test_notices_wait_for_a_notebook_and_do_not_pile_up(relay: KernelRelay) -> None:
+async def test_notices_wait_for_a_notebook_and_do_not_pile_up(relay: KernelRelay) -> None:
     for number in range(20):
         relay.notify(f"{number}.")
     late = Collector()
