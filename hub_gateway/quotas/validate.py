@@ -9,14 +9,25 @@ from fnmatch import fnmatchcase
 from typing import Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from hub_gateway.quotas.resolve import slot
+from hub_gateway.kernels.types import Resources
+from hub_gateway.quotas.resolve import covers, slot
 from hub_gateway.quotas.types import Action, Counts, ObjectKind, Origin, Policy, Resource, SubjectKind, WindowKind
 
-__all__ = ["Problem", "check", "check_all"]
+__all__ = ["Problem", "SpecFacts", "check", "check_all"]
 
 ENFORCED = {Resource.CPU: "cpu", Resource.MEMORY: "memory", Resource.GPU: "gpu"}
+STATED = {Resource.CPU: "cpu", Resource.CORE_HOURS: "cpu", Resource.MEMORY: "memory"}
 MAX_WINDOW = 366 * 86400
 ONE = (SubjectKind.USER, SubjectKind.SERVICE)
+
+
+@dataclass(frozen=True)
+class SpecFacts:
+    """What policies are held against of a kernelspec: its process proxy, queue and resources."""
+
+    proxy: str
+    queue: str
+    usual: Resources
 
 
 @dataclass(frozen=True)
@@ -34,11 +45,16 @@ def check(
     *,
     known_groups: Collection[str] | None = None,
     proxies: Mapping[str, frozenset[str]] | None = None,
+    specs: Mapping[str, SpecFacts] | None = None,
     now: datetime | None = None,
 ) -> list[Problem]:
-    """What is wrong with a policy. `others` are all the others; `proxies` says what each can enforce."""
+    """What is wrong with a policy. `others` are all the others; `proxies` says what each can enforce.
+
+    `specs` are the kernelspecs, by name.
+    """
     found = [Problem("error", policy.name, sentence) for sentence in _errors(policy)]
-    found += [Problem("error", policy.name, sentence) for sentence in _unenforced(policy, proxies or {})]
+    found += _unenforced(policy, proxies or {}, specs or {})
+    found += _unstated(policy, specs or {})
     if policy.subject_kind is SubjectKind.GROUP and known_groups is not None and policy.subject not in known_groups:
         sentence = f"The Hub knows no group {policy.subject}; the policy {policy.name} is about nobody until it does."
         found.append(Problem("warning", policy.name, sentence))
@@ -111,16 +127,59 @@ def _meaning(policy: Policy) -> Iterable[str]:
         yield f"The grant {name} must be for one user or service, and have an end."
 
 
-def _unenforced(policy: Policy, proxies: Mapping[str, frozenset[str]]) -> Iterable[str]:
-    if policy.object_kind is not ObjectKind.PROXY or policy.resource not in ENFORCED:
+def _unenforced(
+    policy: Policy, proxies: Mapping[str, frozenset[str]], specs: Mapping[str, SpecFacts]
+) -> Iterable[Problem]:
+    if policy.resource not in ENFORCED or policy.hard is None:
         return
-    needed = ENFORCED[policy.resource]
-    matching = [name for name in proxies if fnmatchcase(name, policy.object)]
-    if matching and not any(needed in proxies[name] for name in matching):
-        yield (
-            f"The policy {policy.name} limits {needed} of {' and '.join(sorted(matching))}, which cannot enforce it; "
-            "limit the number of kernels there."
+    needed, name = ENFORCED[policy.resource], policy.name
+    if policy.object_kind is ObjectKind.PROXY:
+        about = {one for one in proxies if fnmatchcase(one, policy.object)}
+        if about and not any(needed in proxies[one] for one in about):
+            yield Problem(
+                "error",
+                name,
+                f"The policy {name} limits {needed} of {_listed(about)}, which cannot enforce it; limit the number of "
+                "kernels there.",
+            )
+            return
+    else:
+        about = {specs[one].proxy for one in _specs_of(policy, specs)} & set(proxies) if specs else set(proxies)
+    loose = {one for one in about if needed not in proxies[one]}
+    if loose:
+        yield Problem(
+            "warning",
+            name,
+            f"The policy {name} limits {needed}, which {_listed(loose)} cannot enforce: kernels there count by what "
+            "they reserve, and may take more; limit the number of kernels there, too.",
         )
+
+
+def _unstated(policy: Policy, specs: Mapping[str, SpecFacts]) -> Iterable[Problem]:
+    """Kernelspecs that do not say what a policy limits."""
+    what = STATED.get(policy.resource)
+    if what is None or policy.hard is None or policy.counts is Counts.KERNEL or not policy.enabled:
+        return
+    silent = [one for one in _specs_of(policy, specs) if not getattr(specs[one].usual, what)]
+    if silent:
+        one = len(silent) == 1
+        yield Problem(
+            "warning",
+            policy.name,
+            f"The kernelspec{'' if one else 's'} {_listed(silent)} {'states' if one else 'state'} no {what}, which the "
+            f"policy {policy.name} limits: launches of {'it' if one else 'them'} are refused; write "
+            f"metadata.hub_gateway.resources into kernel.json, or set KernelSpecs.default_resources.",
+        )
+
+
+def _specs_of(policy: Policy, specs: Mapping[str, SpecFacts]) -> list[str]:
+    """The kernelspecs that a policy is about."""
+    return sorted(name for name, one in specs.items() if covers(policy, name, one.proxy, one.queue))
+
+
+def _listed(names: Iterable[str]) -> str:
+    words = sorted(names)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _together(policy: Policy, other: Policy) -> Iterable[Problem]:
