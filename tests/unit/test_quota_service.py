@@ -22,6 +22,7 @@ from hub_gateway.kernels.types import Resources
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.quotas import ledger
 from hub_gateway.quotas.document import document, policies_of
+from hub_gateway.quotas.queue import dispatch
 from hub_gateway.quotas.service import QuotaService
 from hub_gateway.quotas.simulate import _Meter
 from hub_gateway.quotas.types import (
@@ -336,6 +337,29 @@ async def test_simulate_replays_what_happened(service: QuotaService, quota_store
     with pytest.raises(LaunchRefused):
         await quota_store.admit(new(9, owner="dora"))
     assert (await service.simulate([], 1)).admitted_again == 1
+
+
+async def test_a_replay_knows_what_was_asked_for_in_vain(service: QuotaService, quota_store: KernelStore) -> None:
+    """By who was refused, and by who waited until its deadline; but not by who came during maintenance."""
+    gpus = {"resource": Resource.GPU, "hard": 2, "action": Action.QUEUE, "queue_seconds": 60}
+    pool = Policy("pool", SubjectKind.EVERYONE, counts=Counts.TOGETHER, **gpus)
+    await put(quota_store, pool)
+    await put(quota_store, Policy("none", USER, "dora", hard=0))
+    await quota_store.admit(new(1, owner="alice", resources=Resources(gpu=2)))
+    await quota_store.admit(new(2, queue="research", resources=Resources(gpu=2)))
+    with pytest.raises(LaunchRefused):
+        await quota_store.admit(new(3, owner="dora", queue="research", resources=Resources(gpu=2)))
+    later = utcnow() + timedelta(minutes=2)
+    found = await quota_store.write(lambda tx: dispatch(tx, quota_store.admitter, later, half_life=86400.0))
+    assert found.expired == ("k2",)
+    await service.set_maintenance("New disks.", "admin")
+    with pytest.raises(LaunchRefused):
+        await quota_store.admit(new(4, owner="carol"))
+    one = Policy("one", SubjectKind.EVERYONE, resource=Resource.GPU, hard=1)
+    in_queue = {"object_kind": ObjectKind.QUEUE, "object": "research"}
+    for policy, refused in ((one, 3), (dataclasses.replace(one, **in_queue), 2)):
+        again = await service.simulate([policy], 1)
+        assert (again.launches, again.refused) == (3, refused), policy
 
 
 async def test_simulate_says_how_many_of_whom(service: QuotaService, quota_store: KernelStore) -> None:
