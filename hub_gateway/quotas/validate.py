@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -63,6 +63,8 @@ def check(
     for other in others:
         if other.name != policy.name:
             found += _together(policy, other)
+            found += _overlapping(policy, other, proxies or {}, specs or {})
+            found += _never(policy, other)
     return found
 
 
@@ -206,6 +208,57 @@ def _together(policy: Policy, other: Policy) -> Iterable[Problem]:
         if level == "error"
         else f"The policies {first} and {second} say the same; delete one.",
     )
+
+
+def _overlapping(
+    policy: Policy, other: Policy, proxies: Mapping[str, frozenset[str]], specs: Mapping[str, SpecFacts]
+) -> Iterable[Problem]:
+    """Two globs that are about the same kernelspecs or proxies: none replaces the other, which is easily overlooked."""
+    kind = policy.object_kind
+    if kind not in (ObjectKind.KERNELSPEC, ObjectKind.PROXY) or policy.object == other.object:
+        return
+    same_subject = (policy.subject_kind, policy.subject) == (other.subject_kind, other.subject)
+    if not same_subject or slot(replace(policy, object=other.object)) != slot(other):
+        return
+    if not (policy.enabled and other.enabled and _same_time(policy, other)):
+        return
+    known = specs if kind is ObjectKind.KERNELSPEC else proxies
+    both = [one for one in known if fnmatchcase(one, policy.object) and fnmatchcase(one, other.object)]
+    if both:
+        first, second = sorted((policy.name, other.name))
+        yield Problem(
+            "warning",
+            policy.name,
+            f"The policies {first} and {second} are both about {kind.value} {_listed(both)}; a launch must fit into "
+            "both, so the lower limit decides.",
+        )
+
+
+def _never(policy: Policy, other: Policy) -> Iterable[Problem]:
+    """A policy in whose place another one counts whenever it could; whichever of the two is set last."""
+    for loser, winner in ((policy, other), (other, policy)):
+        if slot(loser) != slot(winner) or Counts.TOGETHER is loser.counts or not (loser.enabled and winner.enabled):
+            continue
+        same = (loser.subject_kind, loser.subject) == (winner.subject_kind, winner.subject)
+        if winner.subject_kind is not SubjectKind.EVERYONE and not same:
+            continue
+        if loser.priority >= winner.priority or not _always(winner, loser):
+            continue
+        yield Problem(
+            "warning",
+            policy.name,
+            f"The policy {loser.name} never counts: {winner.name}, with the priority {winner.priority} above "
+            f"{loser.priority}, counts in its place; give {loser.name} a higher priority, or delete it.",
+        )
+
+
+def _always(winner: Policy, loser: Policy) -> bool:
+    """Whether one holds whenever the other does."""
+    if winner.weekly and (winner.weekly, winner.timezone) != (loser.weekly, loser.timezone):
+        return False
+    begins, ends = winner.valid_from, winner.valid_until
+    early = begins is None or (loser.valid_from is not None and begins <= loser.valid_from)
+    return early and (ends is None or (loser.valid_until is not None and loser.valid_until <= ends))
 
 
 def _same_time(one: Policy, other: Policy) -> bool:
