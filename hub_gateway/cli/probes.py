@@ -22,11 +22,15 @@ from hub_gateway.app import HubGateway
 from hub_gateway.auth.scopes import SERVICE_SCOPES
 from hub_gateway.db import migrate
 from hub_gateway.db.engine import Database
+from hub_gateway.db.models import utcnow
 from hub_gateway.db.secrets import Vault, VaultError
 from hub_gateway.errors import GatewayError
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.proxies.base import Finding
 from hub_gateway.proxies.registry import Proxies
+from hub_gateway.quotas.policies import PolicyStore
+from hub_gateway.quotas.service import spec_facts
+from hub_gateway.quotas.validate import check_all
 from hub_gateway.statedir import StateDir
 
 __all__ = ["everything", "websocket_url_trap"]
@@ -46,6 +50,8 @@ async def everything(gateway: HubGateway) -> AsyncIterator[Finding]:
         yield finding
     yield await asyncio.to_thread(database, gateway)
     async for finding in kernelspecs(gateway):
+        yield finding
+    async for finding in limits(gateway):
         yield finding
     yield await agent(sys.executable)
     async for finding in proxies(gateway):
@@ -276,6 +282,32 @@ async def kernelspecs(gateway: HubGateway) -> AsyncIterator[Finding]:
         )
     usable = sorted(set(found) - set(missing))
     yield Finding("ok", "kernelspecs", f"{', '.join(usable) or 'none'} can be started here")
+
+
+async def limits(gateway: HubGateway) -> AsyncIterator[Finding]:
+    """What is odd about the policies, beside each other, the kernelspecs and what process proxies enforce."""
+    try:
+        db = Database(gateway.db_url, pool_size=1)
+    except GatewayError:
+        return  # which the database's own probe has said
+    registry = Proxies(parent=gateway, state_dir=gateway.state_dir)
+    try:
+        if (db.sqlite and not Path(str(db.url.database)).exists()) or await asyncio.to_thread(
+            migrate.current, db
+        ) is None:
+            return
+        await asyncio.to_thread(migrate.check_revision, db)
+        policies = await db.read(PolicyStore().all)
+        specs = await spec_facts(KernelSpecs(parent=gateway, base_url=gateway.base_url), registry)
+        enforced = {name: proxy.enforces for name, proxy in registry.all()}
+    except GatewayError:
+        return
+    finally:
+        await registry.close()
+        await db.close()
+    for problem in check_all(policies, proxies=enforced, specs=specs, now=utcnow()):
+        yield Finding(problem.level, "limits", problem.sentence, "see docs/howto/limits.md")
+    yield Finding("ok", "limits", f"{len(policies)} polic{'y' if len(policies) == 1 else 'ies'}")
 
 
 async def proxies(gateway: HubGateway) -> AsyncIterator[Finding]:

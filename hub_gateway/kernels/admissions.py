@@ -33,7 +33,7 @@ from hub_gateway.quotas.admission import Admission
 from hub_gateway.quotas.types import Demand, SubjectKind, Verdict
 from hub_gateway.quotas.use import lock
 
-__all__ = ["Admitted", "Admitter", "Claim", "demand_of"]
+__all__ = ["Admitted", "Admitter", "Claim", "demand_of", "tell_refusal"]
 
 _WAITS = KERNELS.insert().returning(*COLUMNS)
 _STARTS = _WAITS.values(lease_until=db_now() + bindparam("lease_seconds"))
@@ -61,6 +61,23 @@ def demand_of(new: NewKernel) -> Demand:
         proxy=new.proxy,
         queue=new.queue,
         resources=new.resources,
+    )
+
+
+def tell_refusal(tx: Transaction, demand: Demand, policy: str, sentence: str, **more: str) -> None:
+    """Write a launch that was refused into the audit trail, with all that it takes to ask again what becomes of it."""
+    detail = {
+        **more,
+        "kernelspec": demand.kernelspec,
+        "proxy": demand.proxy,
+        "queue": demand.queue,
+        "policy": policy,
+        "groups": sorted(demand.groups),
+        "resources": asdict(demand.resources),
+        "sentence": sentence,
+    }
+    audit.append(
+        tx, actor=demand.owner, action="kernel.refused", subject=demand.owner, outcome="refused", detail=detail
     )
 
 
@@ -178,7 +195,7 @@ class Admitter:
                 claim(tx)
         except LaunchRefused as error:
             return self._refused(tx, demand, error, error.policy)
-        verdict = self._anew(tx, demand, now)
+        demand, verdict = self._anew(tx, demand, now)
         if verdict.outcome == "refused":
             return self._refused(tx, demand, LaunchRefused(verdict.sentence), verdict.policy)
         tx.execute(
@@ -195,6 +212,8 @@ class Admitter:
                 last_activity=now,
                 restarts=Kernel.restarts + 1,
                 **whose,
+                cpu=demand.resources.cpu,
+                memory=demand.resources.memory,
                 **self._next_launch(),
                 **self._stands(verdict, now),
                 **launch,
@@ -207,9 +226,10 @@ class Admitter:
     def dequeue(self, tx: Transaction, record: KernelRecord, now: datetime) -> Verdict:
         """Admit a queued kernel if there is room now; else what it waits for is written."""
         demand = self.demand(record)
-        verdict = self._anew(tx, demand, now, kernel_id=record.id)
+        demand, verdict = self._anew(tx, demand, now, kernel_id=record.id)
         if verdict.outcome == "admitted":
             values = self._stands(verdict, now) | {"epoch": Kernel.epoch + 1, "launch_epoch": Kernel.epoch + 1}
+            values |= {"cpu": demand.resources.cpu, "memory": demand.resources.memory}
             tx.execute(update(Kernel).where(Kernel.id == record.id).values(**values))
             self._reserve(tx, demand, record, now, again=True)  # it may have been alive before, and failed
         elif verdict.outcome == "queued":
@@ -219,13 +239,18 @@ class Admitter:
                 tx.execute(update(Kernel).where(Kernel.id == record.id).values(**changed))
         return verdict
 
-    def _anew(self, tx: Transaction, demand: Demand, now: datetime, *, kernel_id: str | None = None) -> Verdict:
-        """Decide about a kernel that was made earlier: limits of one kernel that are lower now refuse it."""
+    def _anew(
+        self, tx: Transaction, demand: Demand, now: datetime, *, kernel_id: str | None = None
+    ) -> tuple[Demand, Verdict]:
+        """Decide about a kernel that was made earlier: limits of one kernel that are lower now refuse it.
+
+        What it did not state it gets by the limits that hold now.
+        """
         try:
-            self.admission.clamped(tx, demand, demand.resources, now)
+            demand, _ = self.admission.clamped(tx, demand, demand.resources, now)
         except LaunchRefused as error:
-            return Verdict("refused", policy=error.policy, sentence=error.message)
-        return self.admission.decide(tx, demand, now, kernel_id=kernel_id)
+            return demand, Verdict("refused", policy=error.policy, sentence=error.message)
+        return demand, self.admission.decide(tx, demand, now, kernel_id=kernel_id)
 
     def demand(self, record: KernelRecord) -> Demand:
         """What a kernel that was made earlier asks for."""
@@ -289,17 +314,7 @@ class Admitter:
         }
 
     def _refused(self, tx: Transaction, demand: Demand, error: LaunchRefused, policy: str) -> LaunchRefused:
-        detail = {
-            "kernelspec": demand.kernelspec,
-            "proxy": demand.proxy,
-            "policy": policy,
-            "groups": sorted(demand.groups),
-            "resources": asdict(demand.resources),
-            "sentence": error.message,
-        }
-        audit.append(
-            tx, actor=demand.owner, action="kernel.refused", subject=demand.owner, outcome="refused", detail=detail
-        )
+        tell_refusal(tx, demand, policy, error.message)
         error.policy = policy
         broken = self.admission.policies.index(tx).by_name.get(policy)
         if broken is not None:

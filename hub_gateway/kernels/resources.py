@@ -18,6 +18,9 @@ WISHES = ("KERNEL_CPUS", "KERNEL_MEMORY", "KERNEL_GPUS", "KERNEL_GPU_MODEL", "KE
 """The variables by which a client asks for something else; Enterprise Gateway's names."""
 
 
+NOTHING = Resources()
+
+
 @dataclass(frozen=True)
 class Bounds:
     """A kernelspec's resources: the usual ones, the most that may be wished for, the least that it needs.
@@ -35,8 +38,11 @@ class Bounds:
     queues: tuple[str, ...] = ()
 
 
-def bounds_of(options: Mapping[str, Any]) -> Bounds:
-    """The bounds that a kernelspec's `metadata.hub_gateway` sets. Raises `BadRequest`."""
+def bounds_of(options: Mapping[str, Any], default: Resources = NOTHING) -> Bounds:
+    """The bounds that a kernelspec's `metadata.hub_gateway` sets; cores and memory of `default` where it states none.
+
+    Raises `BadRequest`.
+    """
 
     def part(name: str) -> dict[str, Any]:
         found = options.get(name) or {}
@@ -56,9 +62,14 @@ def bounds_of(options: Mapping[str, Any]) -> Bounds:
         return tuple(found)
 
     written = part("resources")
-    usual = resources_of(written, "resources")
-    most = resources_of({**written, **part("resources_max")}, "resources_max")
+    highest = part("resources_max")
     least = resources_of(part("resources_min"), "resources_min")
+    for name in ("cpu", "memory"):
+        if not written.get(name) and (amount := getattr(default, name)):
+            amount = max(amount, getattr(least, name))
+            written[name] = min(amount, getattr(resources_of(highest, "resources_max"), name) or amount)
+    usual = resources_of(written, "resources")
+    most = resources_of({**written, **highest}, "resources_max")
     for name in ("cpu", "memory", "gpu"):
         low, normal, high = (getattr(one, name) for one in (least, usual, most))
         if not low <= normal <= high:

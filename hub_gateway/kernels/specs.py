@@ -13,13 +13,14 @@ from typing import Any, Literal, cast
 from urllib.parse import quote
 
 from jupyter_client.kernelspec import KernelSpecManager
-from traitlets import Float, List, Unicode
+from traitlets import Dict, Float, List, TraitError, Unicode, validate
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import BadRequest, Forbidden, NotFound
 from hub_gateway.kernels.resources import Bounds, bounds_of
 from hub_gateway.kernels.types import JSON
+from hub_gateway.quotas.amounts import resources_of
 
 __all__ = ["KernelSpecFiles", "KernelSpecs", "Spec"]
 
@@ -98,6 +99,17 @@ class KernelSpecs(LoggingConfigurable):
         default_value=["root"],
         help="Users who may not start kernels, whatever `authorized_users` says.",
     ).tag(config=True)
+    default_resources = Dict(
+        help="""What a kernel reserves whose kernelspec (`metadata.hub_gateway.resources`) states no `cpu` or `memory`.
+
+        Resource managers that enforce these give a kernel no more. Without it such a kernel is refused wherever a
+        policy limits what nobody has stated: it would count as nothing, and take as much as it likes.
+
+        Example::
+
+            c.KernelSpecs.default_resources = {"cpu": 1, "memory": "2G"}
+        """
+    ).tag(config=True)
     refresh_seconds = Float(
         5.0, help="How often (seconds), at most, the kernelspec directories are looked at for changes."
     ).tag(config=True)
@@ -108,6 +120,17 @@ class KernelSpecs(LoggingConfigurable):
         self.manager = KernelSpecFiles(parent=self.parent)
         self._catalogue: _Catalogue | None = None
         self._reading: asyncio.Task[_Catalogue] | None = None
+
+    @validate("default_resources")
+    def _known_resources(self, proposal: Any) -> Any:
+        unknown = set(proposal["value"]) - {"cpu", "memory"}
+        if unknown:
+            raise TraitError(f"default_resources has no {', '.join(sorted(unknown))}; it has cpu and memory.")
+        try:
+            resources_of(proposal["value"], "default_resources")
+        except BadRequest as error:
+            raise TraitError(error.message) from error
+        return proposal["value"]
 
     async def get(self, name: str | None, user: str) -> Spec:
         """The kernelspec of that name (None: the default). Raises `NotFound`, `Forbidden`."""
@@ -121,6 +144,10 @@ class KernelSpecs(LoggingConfigurable):
         if not self._visible(found, user):
             raise Forbidden(f"{user} may not use the kernelspec {name!r}; ask the administrator of the gateway.")
         return found
+
+    async def bounds(self) -> dict[str, tuple[str | None, Bounds]]:
+        """The process proxy and the resources of every kernelspec, by name."""
+        return {name: (spec.proxy, spec.bounds) for name, spec in (await self._specs()).items()}
 
     async def find(self, name: str) -> Spec | None:
         """The kernelspec of that name, whoever may use it."""
@@ -230,7 +257,7 @@ class KernelSpecs(LoggingConfigurable):
             options=options,
             transport=_transport(options.get("transport", "auto")),
             encryption="curve" if "curve" in _words(metadata.get("supported_encryption")) else "none",
-            bounds=bounds_of(options),
+            bounds=bounds_of(options, resources_of(self.default_resources, "default_resources")),
             authorized_users=_users(config.get("authorized_users")),
             unauthorized_users=_users(config.get("unauthorized_users")),
             model={"name": name, "spec": found, "resources": self._resources(name, Path(directory))},

@@ -30,6 +30,7 @@ from hub_gateway.quotas.use import Held, Holder, change, held_by, holders_of, lo
 __all__ = ["BURST", "QUEUED", "Admission", "Burst", "Fit", "burst_after"]
 
 BURST = "burst"
+STATED = {Resource.CPU: "many cores", Resource.CORE_HOURS: "many cores", Resource.MEMORY: "much memory"}
 HALVINGS = 10
 """How exactly it is told when a rolling window has room: to a thousandth of the window."""
 QUEUED = KernelStatus.QUEUED.value
@@ -107,6 +108,11 @@ class Admission:
             return Verdict("queued", sentence=sentences.maintenance(closed).rstrip("."))
         if closed:
             return Verdict("refused", policy=MAINTENANCE, sentence=sentences.maintenance(closed))
+        if looking:  # who launches has been there before
+            try:
+                demand, _ = self.clamped(tx, demand, Resources(), now)
+            except LaunchRefused as error:
+                return Verdict("refused", policy=error.policy, sentence=error.message)
         index = self.policies.index(tx)
         fits = self.fits(tx, index, demand, now)
         blocked = [fit for fit in fits if not fit.fits]
@@ -122,31 +128,48 @@ class Admission:
     ) -> tuple[Demand, tuple[str, ...]]:
         """The launch, cut down to what one kernel may take, and a notice for each cut.
 
-        Raises `LaunchRefused` where the kernelspec needs more than that at least.
+        Where it states no cores or no memory, it gets what one kernel may take. Raises `LaunchRefused` where the
+        kernelspec needs more than that at least, and where a limit is about what is not stated.
         """
         taken, notices = demand.resources, []
-        for policy in applicable(self.policies.index(tx).of(demand), demand, now):
-            if policy.counts is not Counts.KERNEL or policy.hard is None or rate_of(policy, taken) <= policy.hard:
+        policies = [one for one in applicable(self.policies.index(tx).of(demand), demand, now) if one.hard is not None]
+        of_one = [one for one in policies if one.counts is Counts.KERNEL]
+        for policy in sorted(of_one, key=lambda one: one.hard or 0.0):
+            hard = policy.hard or 0.0
+            silent = policy.resource is not Resource.GPU and rate_of(policy, taken) <= 0
+            if rate_of(policy, taken) <= hard and not silent:
                 continue
-            limit = shown(policy.resource, policy.hard, policy.gpu_model)
+            limit = shown(policy.resource, hard, policy.gpu_model)
             # Of no cores or no memory a resource manager understands: as much as there is.
-            nothing = policy.hard < 1 if policy.resource is Resource.MEMORY else policy.hard <= 0
+            nothing = hard < 1 if policy.resource is Resource.MEMORY else hard <= 0
             useless = nothing and policy.resource is not Resource.GPU
-            if useless or rate_of(policy, replace(least, gpu_model=taken.gpu_model)) > policy.hard:
+            if useless or rate_of(policy, replace(least, gpu_model=taken.gpu_model)) > hard:
                 error = LaunchRefused(
                     f"A kernel of {demand.kernelspec} needs more than the {limit} that one kernel may take "
                     f"(policy {policy.name}); choose another kernel, or ask the administrator."
                 )
                 error.policy = policy.name
                 raise error
-            asked = shown(policy.resource, rate_of(policy, taken), policy.gpu_model)
-            notices.append(f"The kernel gets {limit} and not {asked}: one may not take more (policy {policy.name}).")
+            if not silent:
+                asked = shown(policy.resource, rate_of(policy, taken), policy.gpu_model)
+                notices.append(
+                    f"The kernel gets {limit} and not {asked}: one may not take more (policy {policy.name})."
+                )
             if policy.resource is Resource.CPU:
-                taken = replace(taken, cpu=policy.hard)
+                taken = replace(taken, cpu=hard)
             elif policy.resource is Resource.MEMORY:
-                taken = replace(taken, memory=int(policy.hard))
+                taken = replace(taken, memory=int(hard))
             else:
-                taken = replace(taken, gpu=int(policy.hard))
+                taken = replace(taken, gpu=int(hard))
+        for policy in policies:
+            what = STATED.get(policy.resource)
+            if what is not None and demand.kernelspec and rate_of(policy, taken) <= 0:
+                error = LaunchRefused(
+                    f"The kernelspec {demand.kernelspec} does not say how {what} its kernels take, which the policy "
+                    f"{policy.name} limits; choose another kernel, or ask the administrator to state it."
+                )
+                error.policy = policy.name
+                raise error
         return replace(demand, resources=taken), tuple(notices)
 
     def fits(self, tx: Transaction, index: PolicyIndex, demand: Demand, now: datetime) -> list[Fit]:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, RowMapping, Table, and_, case, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Float, RowMapping, Table, and_, case, extract, func, insert, or_, select, update
+from sqlalchemy import cast as cast_to
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.db.models import Reservation, utcnow
 from hub_gateway.db.tenancy import LedgerEntry, LedgerMonth
 from hub_gateway.errors import BadRequest, Conflict, NotFound
 from hub_gateway.metrics import METRICS
+from hub_gateway.quotas.holders import in_group as reserved_in_group
 from hub_gateway.quotas.prices import all_prices
 from hub_gateway.quotas.types import Resource
 from hub_gateway.quotas.use import lock
@@ -32,7 +34,9 @@ _COPIED = (
     *("kernel_id", "owner", "cost_center", "principal", "unix_user", "kernelspec", "proxy", "queue"),
     *("cpu", "memory", "gpu", "gpu_model", "price_version"),
 )
-HOUR = 3600.0
+HOUR, DAY = 3600.0, 86400.0
+EPOCH = 2440587.5
+"""The beginning of 1970 as a Julian day."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,18 @@ def timed_use(
         select(*(ledger[name] for name in sort), counted).where(*where).group_by(*(ledger[name] for name in sort))
     )
     sums: list[tuple[Any, ...]] = [tuple(row) for row in rows]
-    for row in tx.connection().execute(select(_OPEN).where(_OPEN.c.released_at.is_(None), *_owned(owner))).mappings():
-        if group is not None and group not in (row["groups"] or ()):
-            continue
-        begin = max((row["billed_from"] or row["created_at"]).timestamp(), first)
-        sums.append((*(row[name] for name in sort), max(0.0, last - begin)))
+    begun = _seconds(tx, func.coalesce(_OPEN.c.billed_from, _OPEN.c.created_at))
+    still: list[ColumnElement[bool]] = [_OPEN.c.released_at.is_(None)]
+    if owner is not None:
+        still.append(_OPEN.c.owner == owner)
+    if group is not None:
+        still.append(reserved_in_group(tx, group))
+    # Not a condition: a moment is read of those only that are counted.
+    held = func.sum(earlier(last - earlier(begun, first), 0.0))
+    rows = tx.connection().execute(
+        select(*(_OPEN.c[name] for name in sort), held).where(*still).group_by(*(_OPEN.c[name] for name in sort))
+    )
+    sums += [tuple(row) for row in rows]
     prices = all_prices(tx) if resource is Resource.COST else {}
     total = 0.0
     for kernelspec, proxy, queue, cpu, memory, gpu, model, version, seconds in sums:
@@ -132,8 +143,11 @@ def timed_use(
     return total
 
 
-def _owned(owner: str | None) -> list[ColumnElement[bool]]:
-    return [] if owner is None else [_OPEN.c.owner == owner]
+def _seconds(tx: Transaction, moment: ColumnElement[Any]) -> ColumnElement[float]:
+    """A moment of a column as seconds since the epoch, which SQLite keeps as a text."""
+    if _sqlite(tx):
+        return (func.julianday(moment) - EPOCH) * DAY
+    return cast_to(extract("epoch", moment), Float)
 
 
 def _sqlite(tx: Transaction) -> bool:

@@ -12,10 +12,9 @@ from sqlalchemy import Integer, Table, case, func, select, update
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.orm import Session as Transaction
 
-from hub_gateway import audit
 from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.db.tenancy import LedgerEntry
-from hub_gateway.kernels.admissions import Admitter
+from hub_gateway.kernels.admissions import Admitter, tell_refusal
 from hub_gateway.kernels.rows import KERNELS, record_of
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
 from hub_gateway.metrics import METRICS
@@ -187,7 +186,7 @@ def dispatch(tx: Transaction, admitter: Admitter, now: datetime, *, half_life: f
         if _overdue(record, now):
             verdict = admitter.admission.decide(tx, demand, now, kernel_id=record.id)
             reason = verdict.sentence if verdict.outcome == "queued" else record.queue_reason
-            _give_up(tx, record, now, f"The kernel waited until its deadline: {reason}; start it again.")
+            _give_up(tx, record, demand, now, f"The kernel waited until its deadline: {reason}; start it again.")
             expired.append(record.id)
             continue
         if walk.behind(demand):
@@ -199,12 +198,14 @@ def dispatch(tx: Transaction, admitter: Admitter, now: datetime, *, half_life: f
         elif verdict.outcome == "queued":
             walk.block(verdict.policy, demand)
         else:
-            _give_up(tx, record, now, verdict.sentence, verdict.policy)
+            _give_up(tx, record, demand, now, verdict.sentence, verdict.policy)
             expired.append(record.id)
     return Dispatched(tuple(admitted), tuple(expired))
 
 
-def _give_up(tx: Transaction, record: KernelRecord, now: datetime, sentence: str, policy: str = "") -> None:
+def _give_up(
+    tx: Transaction, record: KernelRecord, demand: Demand, now: datetime, sentence: str, policy: str = ""
+) -> None:
     tx.execute(
         update(Kernel)
         .where(Kernel.id == record.id)
@@ -216,17 +217,7 @@ def _give_up(tx: Transaction, record: KernelRecord, now: datetime, sentence: str
             queue_policy="",
         )
     )
-    detail = {
-        "kernel": record.id,
-        "kernelspec": record.kernelspec,
-        "proxy": record.proxy,
-        "policy": policy or record.queue_policy,
-        "groups": sorted(record.groups),
-        "sentence": sentence,
-    }
-    audit.append(
-        tx, actor=record.owner, action="kernel.refused", subject=record.owner, outcome="refused", detail=detail
-    )
+    tell_refusal(tx, demand, policy or record.queue_policy, sentence, kernel=record.id)
 
 
 def entries(

@@ -28,9 +28,9 @@ from hub_gateway.quotas.requests import Request
 from hub_gateway.quotas.simulate import Simulation
 from hub_gateway.quotas.types import Demand, Origin, Policy, SubjectKind, Verdict
 from hub_gateway.quotas.use import lock
-from hub_gateway.quotas.validate import Problem, check, check_all
+from hub_gateway.quotas.validate import Problem, SpecFacts, check, check_all
 
-__all__ = ["PutResult", "QuotaService"]
+__all__ = ["PutResult", "QuotaService", "spec_facts"]
 
 T = TypeVar("T")
 
@@ -88,12 +88,12 @@ class QuotaService(LoggingConfigurable):
 
     async def put(self, policy: Policy, actor: str, dry_run: bool = False) -> PutResult:
         """Set a policy. Raises `BadRequest` (what is wrong with it), `Conflict` (it was changed meanwhile)."""
-        enforced, groups = self._enforced(), await self._groups([policy])
+        enforced, groups, specs = self._enforced(), await self._groups([policy]), await self._specs()
 
         def write(tx: Transaction) -> PutResult:
             lock(tx)
             others = self.admission.policies.all(tx)
-            problems = check(policy, others, known_groups=groups, proxies=enforced, now=utcnow())
+            problems = check(policy, others, known_groups=groups, proxies=enforced, specs=specs, now=utcnow())
             _refuse(problems)
             if dry_run:
                 return PutResult(policy, tuple(problems))
@@ -113,7 +113,8 @@ class QuotaService(LoggingConfigurable):
     async def diff(self, text: str) -> Diff:
         """What a file would change. Raises `BadRequest`."""
         wanted = policies_of(text)
-        return self._diff(await self.policies(), wanted, self._enforced(), await self._groups(wanted))
+        groups, specs = await self._groups(wanted), await self._specs()
+        return self._diff(await self.policies(), wanted, self._enforced(), groups, specs)
 
     async def apply(self, text: str, actor: str, dry_run: bool = False, keep: bool = False) -> Diff:
         """Make the policies those of a file, all or nothing; `keep` leaves those alone that it does not name.
@@ -121,17 +122,18 @@ class QuotaService(LoggingConfigurable):
         Raises `BadRequest`.
         """
         wanted = policies_of(text)
-        enforced, groups = self._enforced(), await self._groups(wanted)
+        enforced, groups, specs = self._enforced(), await self._groups(wanted), await self._specs()
 
         def write(tx: Transaction) -> Diff:
             lock(tx)
             store = self.admission.policies
             now = store.all(tx)
-            found = self._diff(now, wanted, enforced, groups)
+            found = self._diff(now, wanted, enforced, groups, specs)
             if keep:
                 named = {policy.name for policy in wanted}
                 others = [policy for policy in now if policy.name not in named]
-                problems = check_all([*wanted, *others], known_groups=groups, proxies=enforced, now=utcnow())
+                together = [*wanted, *others]
+                problems = check_all(together, known_groups=groups, proxies=enforced, specs=specs, now=utcnow())
                 found = replace(found, removed=(), problems=tuple(problems))
             _refuse(found.problems)
             if dry_run:
@@ -159,8 +161,9 @@ class QuotaService(LoggingConfigurable):
         wanted: Sequence[Policy],
         enforced: Mapping[str, frozenset[str]],
         groups: frozenset[str] | None,
+        specs: Mapping[str, SpecFacts],
     ) -> Diff:
-        problems = check_all(wanted, known_groups=groups, proxies=enforced, now=utcnow())
+        problems = check_all(wanted, known_groups=groups, proxies=enforced, specs=specs, now=utcnow())
         return replace(difference(now, wanted), problems=tuple(problems))
 
     async def _groups(self, wanted: Sequence[Policy]) -> frozenset[str] | None:
@@ -176,6 +179,9 @@ class QuotaService(LoggingConfigurable):
     def _enforced(self) -> dict[str, frozenset[str]]:
         """What each proxy can enforce."""
         return {name: proxy.enforces for name, proxy in self.proxies.all()}
+
+    async def _specs(self) -> dict[str, SpecFacts]:
+        return await spec_facts(self.specs, self.proxies)
 
     # Limits
 
@@ -327,6 +333,18 @@ class QuotaService(LoggingConfigurable):
         made = await self.db.write(write)
         self._on_change()
         return made
+
+
+async def spec_facts(specs: KernelSpecs, proxies: Proxies) -> dict[str, SpecFacts]:
+    """The kernelspecs, as policies are held against them."""
+    found = {}
+    for name, (proxy, bounds) in (await specs.bounds()).items():
+        try:
+            resolved = proxies.resolve(proxy)
+        except BadRequest:
+            resolved = proxy or ""
+        found[name] = SpecFacts(resolved, bounds.queue, bounds.usual)
+    return found
 
 
 def _refuse(problems: Sequence[Problem]) -> None:

@@ -17,7 +17,7 @@ from hub_gateway.db.models import Reservation
 from hub_gateway.db.tenancy import AuditEntry, LedgerEntry
 from hub_gateway.errors import BadRequest
 from hub_gateway.kernels.types import Resources
-from hub_gateway.quotas.policies import PolicyIndex
+from hub_gateway.quotas.policies import MAINTENANCE, PolicyIndex
 from hub_gateway.quotas.prices import Prices, all_prices
 from hub_gateway.quotas.rates import EPSILON, prices_then, rate_of
 from hub_gateway.quotas.resolve import applicable, covers, window_bounds
@@ -100,13 +100,16 @@ def _history(
     )
     for at, owner, text in tx.execute(refused):
         detail = json.loads(text)
+        if detail.get("policy") == MAINTENANCE:
+            continue  # no limit refused it, and it would be refused under any
         demand = Demand(
             owner,
             _kind(owner),
             frozenset(detail.get("groups") or ()),
             detail.get("kernelspec", ""),
             detail.get("proxy", ""),
-            resources=Resources(**(detail.get("resources") or {})),
+            detail.get("queue", ""),
+            Resources(**(detail.get("resources") or {})),
         )
         begin = at.timestamp()
         found.append(

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from hub_gateway.quotas.resolve import slot
+from hub_gateway.kernels.types import Resources
+from hub_gateway.quotas.resolve import covers, slot
 from hub_gateway.quotas.types import Action, Counts, ObjectKind, Origin, Policy, Resource, SubjectKind, WindowKind
 
-__all__ = ["Problem", "check", "check_all"]
+__all__ = ["Problem", "SpecFacts", "check", "check_all"]
 
 ENFORCED = {Resource.CPU: "cpu", Resource.MEMORY: "memory", Resource.GPU: "gpu"}
+STATED = {Resource.CPU: "cpu", Resource.CORE_HOURS: "cpu", Resource.MEMORY: "memory"}
 MAX_WINDOW = 366 * 86400
 ONE = (SubjectKind.USER, SubjectKind.SERVICE)
+
+
+@dataclass(frozen=True)
+class SpecFacts:
+    """What policies are held against of a kernelspec: its process proxy, queue and resources."""
+
+    proxy: str
+    queue: str
+    usual: Resources
 
 
 @dataclass(frozen=True)
@@ -34,11 +45,16 @@ def check(
     *,
     known_groups: Collection[str] | None = None,
     proxies: Mapping[str, frozenset[str]] | None = None,
+    specs: Mapping[str, SpecFacts] | None = None,
     now: datetime | None = None,
 ) -> list[Problem]:
-    """What is wrong with a policy. `others` are all the others; `proxies` says what each can enforce."""
+    """What is wrong with a policy. `others` are all the others; `proxies` says what each can enforce.
+
+    `specs` are the kernelspecs, by name.
+    """
     found = [Problem("error", policy.name, sentence) for sentence in _errors(policy)]
-    found += [Problem("error", policy.name, sentence) for sentence in _unenforced(policy, proxies or {})]
+    found += _unenforced(policy, proxies or {}, specs or {})
+    found += _unstated(policy, specs or {})
     if policy.subject_kind is SubjectKind.GROUP and known_groups is not None and policy.subject not in known_groups:
         sentence = f"The Hub knows no group {policy.subject}; the policy {policy.name} is about nobody until it does."
         found.append(Problem("warning", policy.name, sentence))
@@ -47,6 +63,8 @@ def check(
     for other in others:
         if other.name != policy.name:
             found += _together(policy, other)
+            found += _overlapping(policy, other, proxies or {}, specs or {})
+            found += _never(policy, other)
     return found
 
 
@@ -111,16 +129,59 @@ def _meaning(policy: Policy) -> Iterable[str]:
         yield f"The grant {name} must be for one user or service, and have an end."
 
 
-def _unenforced(policy: Policy, proxies: Mapping[str, frozenset[str]]) -> Iterable[str]:
-    if policy.object_kind is not ObjectKind.PROXY or policy.resource not in ENFORCED:
+def _unenforced(
+    policy: Policy, proxies: Mapping[str, frozenset[str]], specs: Mapping[str, SpecFacts]
+) -> Iterable[Problem]:
+    if policy.resource not in ENFORCED or policy.hard is None:
         return
-    needed = ENFORCED[policy.resource]
-    matching = [name for name in proxies if fnmatchcase(name, policy.object)]
-    if matching and not any(needed in proxies[name] for name in matching):
-        yield (
-            f"The policy {policy.name} limits {needed} of {' and '.join(sorted(matching))}, which cannot enforce it; "
-            "limit the number of kernels there."
+    needed, name = ENFORCED[policy.resource], policy.name
+    if policy.object_kind is ObjectKind.PROXY:
+        about = {one for one in proxies if fnmatchcase(one, policy.object)}
+        if about and not any(needed in proxies[one] for one in about):
+            yield Problem(
+                "error",
+                name,
+                f"The policy {name} limits {needed} of {_listed(about)}, which cannot enforce it; limit the number of "
+                "kernels there.",
+            )
+            return
+    else:
+        about = {specs[one].proxy for one in _specs_of(policy, specs)} & set(proxies) if specs else set(proxies)
+    loose = {one for one in about if needed not in proxies[one]}
+    if loose:
+        yield Problem(
+            "warning",
+            name,
+            f"The policy {name} limits {needed}, which {_listed(loose)} cannot enforce: kernels there count by what "
+            "they reserve, and may take more; limit the number of kernels there, too.",
         )
+
+
+def _unstated(policy: Policy, specs: Mapping[str, SpecFacts]) -> Iterable[Problem]:
+    """Kernelspecs that do not say what a policy limits."""
+    what = STATED.get(policy.resource)
+    if what is None or policy.hard is None or policy.counts is Counts.KERNEL or not policy.enabled:
+        return
+    silent = [one for one in _specs_of(policy, specs) if not getattr(specs[one].usual, what)]
+    if silent:
+        one = len(silent) == 1
+        yield Problem(
+            "warning",
+            policy.name,
+            f"The kernelspec{'' if one else 's'} {_listed(silent)} {'states' if one else 'state'} no {what}, which the "
+            f"policy {policy.name} limits: launches of {'it' if one else 'them'} are refused; write "
+            f"metadata.hub_gateway.resources into kernel.json, or set KernelSpecs.default_resources.",
+        )
+
+
+def _specs_of(policy: Policy, specs: Mapping[str, SpecFacts]) -> list[str]:
+    """The kernelspecs that a policy is about."""
+    return sorted(name for name, one in specs.items() if covers(policy, name, one.proxy, one.queue))
+
+
+def _listed(names: Iterable[str]) -> str:
+    words = sorted(names)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _together(policy: Policy, other: Policy) -> Iterable[Problem]:
@@ -147,6 +208,57 @@ def _together(policy: Policy, other: Policy) -> Iterable[Problem]:
         if level == "error"
         else f"The policies {first} and {second} say the same; delete one.",
     )
+
+
+def _overlapping(
+    policy: Policy, other: Policy, proxies: Mapping[str, frozenset[str]], specs: Mapping[str, SpecFacts]
+) -> Iterable[Problem]:
+    """Two globs that are about the same kernelspecs or proxies: none replaces the other, which is easily overlooked."""
+    kind = policy.object_kind
+    if kind not in (ObjectKind.KERNELSPEC, ObjectKind.PROXY) or policy.object == other.object:
+        return
+    same_subject = (policy.subject_kind, policy.subject) == (other.subject_kind, other.subject)
+    if not same_subject or slot(replace(policy, object=other.object)) != slot(other):
+        return
+    if not (policy.enabled and other.enabled and _same_time(policy, other)):
+        return
+    known = specs if kind is ObjectKind.KERNELSPEC else proxies
+    both = [one for one in known if fnmatchcase(one, policy.object) and fnmatchcase(one, other.object)]
+    if both:
+        first, second = sorted((policy.name, other.name))
+        yield Problem(
+            "warning",
+            policy.name,
+            f"The policies {first} and {second} are both about {kind.value} {_listed(both)}; a launch must fit into "
+            "both, so the lower limit decides.",
+        )
+
+
+def _never(policy: Policy, other: Policy) -> Iterable[Problem]:
+    """A policy in whose place another one counts whenever it could; whichever of the two is set last."""
+    for loser, winner in ((policy, other), (other, policy)):
+        if slot(loser) != slot(winner) or Counts.TOGETHER is loser.counts or not (loser.enabled and winner.enabled):
+            continue
+        same = (loser.subject_kind, loser.subject) == (winner.subject_kind, winner.subject)
+        if winner.subject_kind is not SubjectKind.EVERYONE and not same:
+            continue
+        if loser.priority >= winner.priority or not _always(winner, loser):
+            continue
+        yield Problem(
+            "warning",
+            policy.name,
+            f"The policy {loser.name} never counts: {winner.name}, with the priority {winner.priority} above "
+            f"{loser.priority}, counts in its place; give {loser.name} a higher priority, or delete it.",
+        )
+
+
+def _always(winner: Policy, loser: Policy) -> bool:
+    """Whether one holds whenever the other does."""
+    if winner.weekly and (winner.weekly, winner.timezone) != (loser.weekly, loser.timezone):
+        return False
+    begins, ends = winner.valid_from, winner.valid_until
+    early = begins is None or (loser.valid_from is not None and begins <= loser.valid_from)
+    return early and (ends is None or (loser.valid_until is not None and loser.valid_until <= ends))
 
 
 def _same_time(one: Policy, other: Policy) -> bool:

@@ -24,6 +24,7 @@ from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import KernelStatus, Resources
 from hub_gateway.quotas import ledger, prices
 from hub_gateway.quotas.reports import BY, Report, Reports, Row, report
+from hub_gateway.quotas.types import Resource
 from tests.harness.quotas import begin, new, release
 
 GIB = 2**30
@@ -255,6 +256,38 @@ async def test_closed_sums_equal_reports(quota_store: KernelStore) -> None:
             asyncio.run_coroutine_threadsafe(writing, loop).result(60)
 
     await asyncio.to_thread(examples)
+
+
+async def test_what_is_open_counts_for_limits_as_it_does_in_reports(quota_store: KernelStore) -> None:
+    """Of each and of a group together, also where a kernel began before the window, or has not begun at its end."""
+    for number, (owner, groups, start) in enumerate(
+        (
+            ("alice", ("lab",), at(1)),
+            ("bob", ("lab", 'a"b'), at(2, 6.25)),
+            ("carol", ("labs", "Lab"), at(2)),
+            ("dora", (), at(9)),
+        )
+    ):
+        resources = Resources(cpu=number + 1)
+        await ran(quota_store, number, start, None, owner=owner, groups=groups, resources=resources)
+    await ran(quota_store, 9, at(1), at(3), owner="alice", groups=("lab",), resources=Resources(cpu=0.5))
+    bounds = {"start": at(2), "end": at(4)}
+    for about, filters in (
+        ({}, {}),
+        ({"owner": "alice"}, {"owner": "alice"}),
+        ({"group": "lab"}, {"groups": ["lab"]}),
+        ({"group": 'a"b'}, {"groups": ['a"b']}),
+        ({"group": "b"}, {"groups": ["b"]}),
+    ):
+        found = await made(quota_store, "user", **bounds, now=at(4), **filters)
+        for resource, hours in (
+            (Resource.KERNEL_HOURS, found.total.kernel_hours),
+            (Resource.CORE_HOURS, found.total.core_hours),
+        ):
+            used = await quota_store.db.read(
+                lambda tx, resource=resource, about=about: ledger.timed_use(tx, resource, at(2), at(4), **about)
+            )
+            assert used == pytest.approx(hours, abs=1e-6), (about, resource)
 
 
 def test_names_cannot_be_formulas_in_a_spreadsheet() -> None:

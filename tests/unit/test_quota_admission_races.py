@@ -149,11 +149,12 @@ async def test_limits_of_one_kernel_hold_for_what_was_made_before(quota_store: K
 
 
 async def test_a_limit_of_no_cores_is_not_taken_for_no_limit(quota_store: KernelStore) -> None:
-    await put(quota_store, Policy("none", EVERYONE, resource=Resource.CPU, counts=Counts.KERNEL, hard=0))
     await put(quota_store, Policy("no-gpu", EVERYONE, resource=Resource.GPU, counts=Counts.KERNEL, hard=0))
-    with pytest.raises(LaunchRefused, match="policy none"):
-        await quota_store.admit(new(1, resources=Resources(cpu=1)))
     assert (await quota_store.admit(new(2, resources=Resources(gpu=1)))).record.resources.gpu == 0
+    await put(quota_store, Policy("none", EVERYONE, resource=Resource.CPU, counts=Counts.KERNEL, hard=0))
+    for stated in (Resources(cpu=1), Resources()):
+        with pytest.raises(LaunchRefused, match="policy none"):
+            await quota_store.admit(new(1, resources=stated))
 
 
 class Gone:

@@ -98,11 +98,12 @@ async def test_a_policy_that_is_raised_or_deleted_lets_them_in(quota_store: Kern
 async def test_others_pass_who_need_something_else(quota_store: KernelStore) -> None:
     await put(quota_store, POOL)
     await put(
-        quota_store, Policy("memory", SubjectKind.EVERYONE, resource=Resource.MEMORY, hard=2**30, action=Action.QUEUE)
+        quota_store, Policy("memory", SubjectKind.EVERYONE, resource=Resource.MEMORY, hard=2**31, action=Action.QUEUE)
     )
-    await quota_store.admit(new(1, owner="alice", resources=Resources(gpu=2)))
-    await waits(quota_store, 2, "bob", 1)
-    first = await quota_store.admit(new(3, owner="bob", resources=Resources(memory=2**30)))
+    await quota_store.admit(new(1, owner="alice", resources=Resources(memory=2**20, gpu=2)))
+    waits_first = await quota_store.admit(new(2, owner="bob", resources=Resources(memory=2**30, gpu=1)))
+    assert waits_first.record.queue_policy == "pool"
+    first = await quota_store.admit(new(3, owner="bob", resources=Resources(memory=2**31)))
     assert first.record.status is KernelStatus.STARTING
     second = await quota_store.admit(new(4, owner="bob", resources=Resources(memory=2**29)))
     assert second.record.queue_policy == "memory"

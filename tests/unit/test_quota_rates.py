@@ -31,7 +31,6 @@ HOURS = Policy(
 CASES = [
     pytest.param({}, GPU, PLAIN, id="no GPU"),
     pytest.param({"gpu_model": "a100"}, MODEL, GPU, id="another model"),
-    pytest.param({"resource": Resource.CORE_HOURS}, PLAIN, Resources(gpu=1), id="no cores"),
     pytest.param({"resource": Resource.COST}, GPU, PLAIN, id="costs nothing"),
 ]
 

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import insert
 
@@ -24,12 +24,14 @@ from hub_gateway.kernels.types import Resources
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.quotas import ledger
 from hub_gateway.quotas.document import document, policies_of
+from hub_gateway.quotas.queue import dispatch
 from hub_gateway.quotas.service import QuotaService
 from hub_gateway.quotas.simulate import _Meter
 from hub_gateway.quotas.types import (
     Action,
     Counts,
     ObjectKind,
+    Origin,
     Period,
     Policy,
     Resource,
@@ -37,7 +39,7 @@ from hub_gateway.quotas.types import (
     Weekly,
     WindowKind,
 )
-from hub_gateway.quotas.validate import check
+from hub_gateway.quotas.validate import SpecFacts, check
 from tests.harness.quotas import begin, new, put, release
 
 USER = SubjectKind.USER
@@ -53,6 +55,45 @@ def service(quota_store: KernelStore, tmp_path: Any) -> QuotaService:
         proxies=Proxies(state_dir=str(tmp_path)),
         half_life=86400.0,
     )
+
+
+def test_globs_that_overlap_name_both() -> None:
+    """Over the kernelspecs that there are; not where their subjects, resources or times are apart."""
+    specs = {name: SpecFacts("local", "", Resources()) for name in ("spark_r", "python")}
+    kind = {"object_kind": ObjectKind.KERNELSPEC}
+    narrow = Policy("narrow", SubjectKind.EVERYONE, object="spark_*", hard=1, **kind)
+    wide = Policy("wide", SubjectKind.EVERYONE, object="spark*", hard=9, **kind)
+    for one, other in ((narrow, wide), (wide, narrow)):
+        [problem] = check(one, [other], specs=specs)
+        assert problem.level == "warning" and problem.sentence == (
+            "The policies narrow and wide are both about kernelspec spark_r; a launch must fit into both, so the lower "
+            "limit decides."
+        )
+    for changes in ({"object": "py*"}, {"subject_kind": USER, "subject": "bob"}, {"resource": Resource.GPU}):
+        assert check(narrow, [dataclasses.replace(wide, **changes)], specs=specs) == []
+    proxy = {"object_kind": ObjectKind.PROXY}
+    a, b = dataclasses.replace(narrow, **proxy, object="yarn*"), dataclasses.replace(wide, **proxy, object="*")
+    [problem] = check(a, [b], proxies={"yarn": frozenset(), "local": frozenset()})
+    assert "both about proxy yarn;" in problem.sentence
+
+
+@pytest.mark.parametrize(
+    "loser",
+    [
+        Policy("weak", SubjectKind.GROUP, "lab", hard=1),
+        Policy("weak", USER, "bob", hard=9, origin=Origin.GRANT, priority=1000, valid_until=LATER),
+    ],
+)
+def test_a_policy_that_never_counts_is_told_of(loser: Policy) -> None:
+    """With both names, whichever is set last; not where the other is only sometimes in force, or is not above it."""
+    winner = Policy("strong", SubjectKind.EVERYONE, hard=5, priority=2000)
+    for one, other in ((loser, winner), (winner, loser)):
+        [problem] = check(one, [other])
+        assert problem.level == "warning"
+        assert "The policy weak never counts: strong" in problem.sentence and "2000 above" in problem.sentence
+    week = (Weekly((0,), 0, 60),)
+    for changes in ({"priority": 0}, {"weekly": week}, {"valid_from": LATER}, {"enabled": False}, {"object": "x"}):
+        assert check(loser, [dataclasses.replace(winner, **changes)]) == []
 
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,20}", fullmatch=True)
@@ -90,6 +131,7 @@ POLICIES = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(POLICIES, max_size=5, unique_by=lambda policy: policy.name))
 def test_what_is_exported_is_what_is_imported(policies: list[Policy]) -> None:
     assert policies_of(document(policies)) == sorted(policies, key=lambda policy: policy.name)
@@ -165,7 +207,8 @@ def test_contradictions_name_both() -> None:
     one, other = Policy("first", USER, "bob", hard=1), Policy("second", USER, "bob", hard=2)
     [problem] = check(one, [one, other])
     assert problem.level == "error" and "first and second" in problem.sentence
-    assert check(one, [dataclasses.replace(other, priority=1)]) == []
+    [shadowed] = check(one, [dataclasses.replace(other, priority=1)])
+    assert shadowed.level == "warning" and "first never counts: second" in shadowed.sentence
     assert check(one, [dataclasses.replace(other, subject="carol")]) == []
     apart = dataclasses.replace(one, valid_until=LATER), dataclasses.replace(other, valid_from=LATER)
     assert check(apart[0], [apart[1]]) == []
@@ -428,6 +471,29 @@ async def test_simulate_replays_what_happened(service: QuotaService, quota_store
     with pytest.raises(LaunchRefused):
         await quota_store.admit(new(9, owner="dora"))
     assert (await service.simulate([], 1)).admitted_again == 1
+
+
+async def test_a_replay_knows_what_was_asked_for_in_vain(service: QuotaService, quota_store: KernelStore) -> None:
+    """By who was refused, and by who waited until its deadline; but not by who came during maintenance."""
+    gpus = {"resource": Resource.GPU, "hard": 2, "action": Action.QUEUE, "queue_seconds": 60}
+    pool = Policy("pool", SubjectKind.EVERYONE, counts=Counts.TOGETHER, **gpus)
+    await put(quota_store, pool)
+    await put(quota_store, Policy("none", USER, "dora", hard=0))
+    await quota_store.admit(new(1, owner="alice", resources=Resources(gpu=2)))
+    await quota_store.admit(new(2, queue="research", resources=Resources(gpu=2)))
+    with pytest.raises(LaunchRefused):
+        await quota_store.admit(new(3, owner="dora", queue="research", resources=Resources(gpu=2)))
+    later = utcnow() + timedelta(minutes=2)
+    found = await quota_store.write(lambda tx: dispatch(tx, quota_store.admitter, later, half_life=86400.0))
+    assert found.expired == ("k2",)
+    await service.set_maintenance("New disks.", "admin")
+    with pytest.raises(LaunchRefused):
+        await quota_store.admit(new(4, owner="carol"))
+    one = Policy("one", SubjectKind.EVERYONE, resource=Resource.GPU, hard=1)
+    in_queue = {"object_kind": ObjectKind.QUEUE, "object": "research"}
+    for policy, refused in ((one, 3), (dataclasses.replace(one, **in_queue), 2)):
+        again = await service.simulate([policy], 1)
+        assert (again.launches, again.refused) == (3, refused), policy
 
 
 async def test_simulate_says_how_many_of_whom(service: QuotaService, quota_store: KernelStore) -> None:
