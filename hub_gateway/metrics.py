@@ -1,6 +1,7 @@
 """Prometheus metrics, named `hubgateway_<noun>_<verb>_<unit>`; every label value exists from the start.
 
-No label carries a user's name or a kernel's id: metrics are read by more people than may know those.
+No label carries a user's name or a kernel's id: metrics are read by more people than may know those. The names of
+policies are labels (`quota_use_ratio`); a policy that is named for a user names that user.
 """
 
 from __future__ import annotations

@@ -353,7 +353,11 @@ class Reconciler:
         relay = self.links.relay(record.id)
         if relay.linked:
             await _answers(relay)  # what the agent sent before has arrived when its answer has
-        relay.fail(how.sentence, tail_lines(how.stderr_tail), ran=record.status is KernelStatus.RUNNING)
+        memory = self._memory.get(record.id)
+        ours = memory is not None and memory.launched
+        # One that an earlier process launched may have run, though that process had no time to write it down.
+        ran = record.status is KernelStatus.RUNNING or (record.registration is not None and not ours)
+        relay.fail(how.sentence, tail_lines(how.stderr_tail), ran=ran)
         return await self._stop(record, lease, ended=True)
 
     async def _stop(self, record: KernelRecord, lease: Lease, *, ended: bool = False) -> float | None:

@@ -63,7 +63,7 @@ class ReadyHandler(BaseHandler):
 
 
 class MetricsHandler(BaseHandler):
-    """Prometheus metrics; no label names a user or a kernel."""
+    """Prometheus metrics; no label names a user or a kernel (but for policies that are named so)."""
 
     def get(self) -> None:
         states = Counter(relay.execution_state.value for _, relay in self.services.kernels.controller.links)

@@ -39,6 +39,7 @@ from tests.harness.link import (
     eventually,
     load_agent,
 )
+from tests.harness.pythons import agent_python
 
 
 @pytest.fixture
@@ -492,6 +493,28 @@ async def test_without_a_gateway_it_ends_itself(start: Start) -> None:
     await eventually(lambda: gateway.agent.process.poll() is not None, "the agent to end")
     assert not kernel.is_running()
     assert "no gateway for" in gateway.agent.log.read_text()
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.9", "3.10", "3.12", "3.13"])
+async def test_the_agent_runs_on_the_pythons_of_old_and_new_nodes(start: Start, version: str) -> None:
+    """The kernel has its own; the agent takes what the node has."""
+    gateway = await start(FLOOD, python=agent_python(version), log_bytes=20_000).connect()
+    sink = gateway.attach(Collector())
+    await gateway.execute(sink, "flood 2000 100")
+    await gateway.execute(sink, "large 3 200000")
+    assert numbers(sink)[:2000] == list(range(2000))
+    await gateway.relay.restart()
+    await gateway.execute(sink, "flood 1 10")
+    msg_id = await gateway.execute(sink, "exit 3")
+    assert "exit code 3" in sink.of(msg_id, "error")[0]["content"]["evalue"]
+    await eventually(lambda: gateway.relay.ready, "the kernel to come back")
+    gateway.throw_away()
+    other = await start(to=gateway.agent).connect(epoch=2)
+    again = other.attach(Collector(sink.session))
+    await other.execute(again, "flood 1 10")
+    await other.relay.shutdown()
+    assert gateway.agent.process.wait(10) == 0
+    assert "Traceback" not in gateway.agent.log.read_text()
 
 
 # -- the registration, the port
