@@ -35,7 +35,7 @@ PING_SECONDS = 0.02
 PATIENCE_SECONDS = 5.0
 """A client that has answered no ping for this long does not answer pings."""
 
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 4 * 2**20
 """In pieces of this size a large message is handed over, so that it can be seen to move."""
 UNSEEN_BYTES = 16 * 2**20
 """What the buffers on the way to a client (the system's, those of proxies, its own) hold at most."""
