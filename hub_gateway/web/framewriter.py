@@ -38,7 +38,7 @@ PATIENCE_SECONDS = 5.0
 ANSWER_SECONDS = 5.0
 """How long a client may take to say that it is there."""
 
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 4 * 2**20
 """In pieces of this size a large message is handed over, so that it can be seen to move."""
 UNSEEN_BYTES = 16 * 2**20
 """What the buffers on the way to a client (the system's, those of proxies, its own) hold at most."""
