@@ -66,7 +66,9 @@ class Dockerd:
     def start(self) -> Dockerd:
         """Serve; where it cannot, the test is skipped with dockerd's own reason."""
         if not Path(f"/sys/class/net/{self.bridge}").exists():
-            run("ip", "link", "add", self.bridge, "type", "bridge")
+            # With an address of its own, or it would change with each container, and stall connections.
+            mac = ":".join(("02", *(f"{byte:02x}" for byte in secrets.token_bytes(5))))
+            run("ip", "link", "add", self.bridge, "address", mac, "type", "bridge")
             run("ip", "addr", "add", free_network(), "dev", self.bridge)
             run("ip", "link", "set", self.bridge, "up")
         command = [
