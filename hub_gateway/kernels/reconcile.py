@@ -248,7 +248,7 @@ class Reconciler:
         return 0.0
 
     async def _consume(self, record: KernelRecord, lease: Lease) -> None:
-        proxy = self.proxies.get(record.proxy)
+        proxy, memory = self.proxies.get(record.proxy), self._memory.get(record.id)
         plan, token, public = await self.store.plan(record.id)
         if record.launch_epoch != lease.epoch:
             await self.leases.update(lease, launch_epoch=lease.epoch)
@@ -278,6 +278,8 @@ class Reconciler:
                 progress = state.get("progress")
                 if isinstance(progress, str):
                     self.links.relay(record.id).announce(progress)
+                    if memory is not None:  # an image may take longer to fetch than a kernel to start
+                        memory.deadline = asyncio.get_running_loop().time() + self.timing.start
                 if target is not KernelTarget.RUNNING:
                     return
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from traitlets import Bool, Dict, Float, Integer, List, Unicode, default, validate
+from traitlets import Bool, Dict, Float, Integer, List, TraitError, Unicode, default, validate
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import LaunchFailed, LaunchRefused
@@ -154,10 +154,9 @@ class ContainerProxy(ProcessProxy):
 
     @validate("network")
     def _no_foreign_network(self, proposal: Any) -> str:
-        # In the host's network, or another container's, the agents' ports would collide.
         name = str(proposal["value"])
-        if name in ("host", "none") or name.startswith("container:"):
-            raise ValueError(
+        if _foreign(name):
+            raise TraitError(
                 f"{self.__class__.__name__}.network cannot be {name!r}: kernels need a network of their own"
             )
         return name
@@ -186,6 +185,11 @@ class ContainerProxy(ProcessProxy):
         mounts = tuple(mount_of(one, names, tuple(self.allowed_host_roots)) for one in templates)
         home = mount_of({"source": "home", "target": self.home}, names, ()).target
         network = str(request.config.get("network") or self.network)
+        if _foreign(network):
+            raise LaunchFailed(
+                f"The kernelspec {request.kernelspec} is not well described; ask the administrator.",
+                hint=f"its network cannot be {network!r}: kernels need a network of their own",
+            )
         return ContainerPlan(
             name=object_name(request.gateway_id, request.kernel_id, request.epoch),
             image=self._image(request),
@@ -253,6 +257,11 @@ class ContainerProxy(ProcessProxy):
     def not_used(self, what: str) -> list[Finding]:
         """What `check` says where there is no Docker at all."""
         return [Finding("ok", what, f"not in use: this machine has no Docker daemon ({self.url})")]
+
+
+def _foreign(network: str) -> bool:
+    """Whether a network is the host's, or another container's, where the agents' ports would collide; or none."""
+    return network in ("host", "none") or network.startswith("container:")
 
 
 def listed(request: LaunchRequest, name: str) -> list[Any]:

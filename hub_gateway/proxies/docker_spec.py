@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import LaunchFailed
 from hub_gateway.kernels.types import Resources
 from hub_gateway.proxies.base import LaunchRequest
@@ -168,7 +169,8 @@ def working_directory(wish: str | None, home: str, mounts: tuple[Mount, ...]) ->
 
 def agent_document(request: LaunchRequest, plan: ContainerPlan) -> bytes:
     """The agent's configuration, secrets included: what goes to its standard input, or into a secret of a swarm."""
-    argv = list(request.argv)
+    # Launchers of the gateway's own machine are found in the container at another place.
+    argv = [word.replace(str(launchers_dir()), AGENT_DIR) for word in request.argv]
     if argv[0] in ("python", "python3"):
         argv[0] = plan.python
     account = {"HOME": plan.home, "USER": plan.user, "LOGNAME": plan.user, "LANG": "C.UTF-8"}

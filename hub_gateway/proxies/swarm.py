@@ -170,6 +170,10 @@ class SwarmProxy(ContainerProxy):
         """The one task of a service, as soon as there is one."""
         try:
             found = await self.daemon.ask(lambda api: api.tasks(filters={"service": service}))
+        except NotFound as error:
+            raise LaunchFailed(
+                "The kernel's service was removed while it was starting; start the kernel again."
+            ) from error
         except APIError as error:
             raise Unavailable("The swarm does not answer; try again in a minute.", hint=said(error)) from error
         return max(found, key=lambda one: str(one["CreatedAt"]), default=None)
@@ -267,11 +271,11 @@ class SwarmProxy(ContainerProxy):
             for service in services:
                 await self.daemon.change(partial(_gone, "remove_service", service["ID"]))
             deadline = loop.time() + self.shutdown_seconds + REMOVAL_SECONDS
-            for service in services:
-                while await self._task(str(service["ID"])) is not None:
-                    if loop.time() > deadline:
-                        raise Unavailable("The swarm has not ended the kernel's task yet; it is waited for.")
-                    await asyncio.sleep(LOOK_SECONDS[0])
+            ending = {str(one["ID"]) for one in services}
+            while ending & {str(one["ServiceID"]) for one in await self.daemon.ask(_tasks(gateway_id, kernel_id))}:
+                if loop.time() > deadline:
+                    raise Unavailable("The swarm has not ended the kernel's task yet; it is waited for.")
+                await asyncio.sleep(LOOK_SECONDS[0])
             for secret in await self.daemon.ask(lambda api: api.secrets(filters={"label": wanted})):
                 if only in (None, secret["ID"]) or secret["Spec"]["Name"] in names:
                     await self.daemon.change(partial(_gone, "remove_secret", secret["ID"]))
@@ -326,8 +330,9 @@ def _epoch(found: Mapping[str, Any]) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def _tasks(gateway_id: str) -> Callable[[Any], list[dict[str, Any]]]:
-    wanted = _wanted(gateway_id)
+def _tasks(gateway_id: str, kernel_id: str | None = None) -> Callable[[Any], list[dict[str, Any]]]:
+    # By label, which tasks have of their service: by the service itself nothing is found any more once it is removed.
+    wanted = _wanted(gateway_id, kernel_id)
     return lambda api: list(api.tasks(filters={"label": wanted}))
 
 
