@@ -1939,6 +1939,11 @@ class Agent:
             self.restarts_in_a_row = 0
         again = running and self.restarts_in_a_row < self.settings.restart_limit
         self.report_exit("starting" if starting else self.phase, again or (ending and self.phase == "restarting"))
+        if again:
+            for peer in self.outlet.peers.values():
+                peer.unaware = time.monotonic() + UNAWARE_SECONDS
+            # Before all that clients are told, so that one that was told is not taken for one that could not know.
+            self.outlet.broadcast({"event": "restarting"})
         if running:
             text = self.death = self.epitaph()
             cells = [one for one in self.pending.values() if one.msg_type == "execute_request" and not one.late]
@@ -1953,10 +1958,6 @@ class Agent:
         elif again:
             self.restarts_in_a_row += 1
             self.phase = "restarting"
-            for peer in self.outlet.peers.values():
-                peer.unaware = time.monotonic() + UNAWARE_SECONDS
-            # First the event, so that a client that has the status is not taken for one that could not know.
-            self.outlet.broadcast({"event": "restarting"})
             self.publish("status", {"execution_state": "restarting"})
             self.tell_state()
             self.spawn()

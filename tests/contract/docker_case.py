@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import pwd
@@ -16,11 +17,13 @@ from docker.errors import APIError, NotFound
 
 from hub_gateway.kernels.types import KernelRecord
 from hub_gateway.proxies.docker_spec import GATEWAY
-from tests.contract.cases import UNIX_USERS, ProxyCase, administer
+from tests.contract.cases import ProxyCase, administer
 from tests.engines.docker import IMAGE, NO_PYTHON, NO_PYZMQ, Dockerd, docker_engine, swarm_engine
 
 __all__ = ["DOCKER", "SWARM", "DockerCase", "SwarmCase", "container_spec"]
 
+USERS = ("hgt-ann", "hgt-ben")
+"""Not those of other cases: a run of one suite removes its accounts while another may still go on."""
 MISSING = "localhost:1/hub-gateway-test/missing"
 PYTHON = ["python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
@@ -60,11 +63,12 @@ def unix_users() -> None:
     """Accounts for kernels, where there are none."""
     if os.geteuid() != 0:
         pytest.skip("dockerd takes root")
-    for user in UNIX_USERS:
+    for user in USERS:
         try:
             pwd.getpwnam(user)
         except KeyError:
-            subprocess.run([administer("useradd"), "--create-home", "--shell", "/bin/sh", user], check=True)
+            subprocess.run([administer("useradd"), "--no-create-home", "--shell", "/bin/sh", user], check=True)
+            atexit.register(subprocess.run, [administer("userdel"), user], capture_output=True, check=False)
 
 
 def in_containers(state_dir: Path) -> Mapping[str, Any]:
@@ -78,7 +82,7 @@ def in_a_swarm(state_dir: Path) -> Mapping[str, Any]:
 
 def configuration(name: str, proxy: str, daemon: Dockerd, state_dir: Path) -> Mapping[str, Any]:
     unix_users()
-    for user in UNIX_USERS:
+    for user in USERS:
         home = state_dir / "homes" / user
         home.mkdir(parents=True, mode=0o700)
         os.chown(home, pwd.getpwnam(user).pw_uid, pwd.getpwnam(user).pw_gid)
@@ -129,7 +133,7 @@ DOCKER = DockerCase(
     "docker",
     4,
     in_containers,
-    UNIX_USERS,
+    USERS,
     REFUSALS,
     needs=("docker",),
     specs=SPECS,
@@ -172,7 +176,7 @@ SWARM = SwarmCase(
     "docker-swarm",
     4,
     in_a_swarm,
-    UNIX_USERS,
+    USERS,
     {
         **{name: words for name, words in REFUSALS.items() if name != "gpu"},
         "nowhere-image": "There is no image",

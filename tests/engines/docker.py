@@ -82,6 +82,8 @@ class Dockerd:
         if self._live_restore:
             command.append("--live-restore")
         (self.directory / "none.json").write_text("{}")
+        # After a kill its containerd may be a zombie that nobody reaps, for which the next dockerd would wait.
+        (self.directory / "exec" / "containerd" / "containerd.pid").unlink(missing_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [str(shutil.which(command[0], path=SYSTEM_PATH)), *command[1:]],
@@ -137,9 +139,12 @@ class Dockerd:
     def stop(self, signum: int = signal.SIGTERM) -> None:
         """Answer no more; with `live_restore` the containers go on."""
         if self._process is not None:
+            served = members(self.directory, "containerd")
             self._process.send_signal(signum)
             self._process.wait(60)
             self._process = None
+            if signum == signal.SIGKILL:  # its containerd goes with it, the shims of containers do not
+                psutil.wait_procs([one for one in served if "shim" not in one.name()], timeout=10)
 
     def remove(self) -> None:
         """Leave nothing behind."""
