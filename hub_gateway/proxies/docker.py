@@ -74,7 +74,7 @@ class DockerProxy(ContainerProxy):
         self.on_ended: Callable[[str], None] = lambda kernel_id: None
         """Told, on the event loop, the id of a kernel whose container has ended."""
         self._events = DockerEvents(self.daemon, lambda kernel_id: self.on_ended(kernel_id), self.log)
-        self._ids: dict[str, str] = {}
+        self._id = ""
 
     async def close(self) -> None:
         self._events.close()
@@ -109,12 +109,12 @@ class DockerProxy(ContainerProxy):
         state["registration"] = await self._registration(request.kernel_id, container, plan)
         yield state
 
-    async def _daemon_id(self) -> str:
+    async def _daemon_id(self, *, anew: bool = False) -> str:
         """The daemon's own id: what another one does not have proves nothing about a container of this one."""
-        if "id" not in self._ids:
-            self._ids["id"] = str((await self.daemon.ask(lambda api: api.info()))["ID"])
+        if anew or not self._id:
+            self._id = str((await self.daemon.ask(lambda api: api.info()))["ID"])
             self._answered = True
-        return self._ids["id"]
+        return self._id
 
     async def _fetch(self, image: str) -> AsyncGenerator[str, None]:
         """Have the image there; sentences of how far it is, if it has to be fetched."""
@@ -224,13 +224,14 @@ class DockerProxy(ContainerProxy):
         gateways = {str(state["gateway_id"]) for state in states.values() if state.get("gateway_id")}
         try:
             listed = [one for gateway_id in gateways for one in await self._list(gateway_id)]
-            here = await self._daemon_id()
+            containers = {one["Id"]: one for one in listed}
+            missing = any(state.get("container") not in (None, *containers) for state in states.values())
+            here = await self._daemon_id(anew=missing)
         except (Unavailable, APIError) as error:
             reason = "Docker does not answer" if isinstance(error, Unavailable) else said(error)
             return dict.fromkeys(states, PhaseReport(Phase.UNKNOWN, reason))
         for gateway_id in gateways:
             self._events.start(gateway_id)
-        containers = {one["Id"]: one for one in listed}
         return {key: await self._phase(state, containers, here) for key, state in states.items()}
 
     async def _phase(self, state: State, containers: Mapping[str, dict[str, Any]], here: str) -> PhaseReport:
