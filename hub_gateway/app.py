@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import uuid
 from pathlib import Path
@@ -16,16 +18,16 @@ from urllib.parse import urlsplit
 
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_core.application import JupyterApp
-from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
-from traitlets import Bool, CaselessStrEnum, Float, Integer, TraitError, Unicode, default, validate
+from traitlets import Bool, CaselessStrEnum, Float, Integer, List, TraitError, Unicode, default, validate
 
 from hub_gateway import __version__
 from hub_gateway.cli import subcommands
-from hub_gateway.errors import GatewayError
+from hub_gateway.errors import BadRequest, GatewayError
 from hub_gateway.logs import configure_logging
 from hub_gateway.runtime import Runtime
 from hub_gateway.statedir import StateDir
+from hub_gateway.web.server import GatewayServer
 
 __all__ = ["HubGateway", "main"]
 
@@ -70,7 +72,9 @@ class HubGateway(JupyterApp):
         """
     ).tag(config=True)
     port = Integer(
-        help="""Port to listen on; 0 lets the system choose. By default the port of JUPYTERHUB_SERVICE_URL, or 8899."""
+        min=0,
+        max=65535,
+        help="""Port to listen on; 0 lets the system choose. By default the port of JUPYTERHUB_SERVICE_URL, or 8899.""",
     ).tag(config=True)
     base_url = Unicode(
         help="""Prefix of every URL, by default JUPYTERHUB_SERVICE_PREFIX, or / without a Hub.
@@ -81,9 +85,23 @@ class HubGateway(JupyterApp):
     ).tag(config=True)
     certfile = Unicode(help="TLS certificate (PEM). Empty: plain HTTP, as behind the Hub's proxy.").tag(config=True)
     keyfile = Unicode(help="Key of `certfile`.").tag(config=True)
-    trust_xheaders = Bool(True, help="Whether to believe X-Forwarded-For and X-Scheme. The Hub's proxy sets them.").tag(
-        config=True
-    )
+    trust_xheaders = Bool(
+        help="""Whether to believe X-Forwarded-For, X-Forwarded-Proto and X-Scheme. By default True with a Hub, whose
+        proxy sets them, and False stand-alone, where any client could choose its own address with them.
+
+        The limit on guessed tokens, the log and the audit trail go by that address. Set it to True where a proxy of
+        your own stands in front of a stand-alone gateway, and let nobody reach the gateway around it.
+        """
+    ).tag(config=True)
+    trusted_proxies = List(
+        Unicode(),
+        help="""Addresses of proxies between people and the proxy that calls this gateway, such as a load balancer in
+        front of the Hub's.
+
+        The address of a request is the last one in X-Forwarded-For that is not one of these.
+        Example: `c.HubGateway.trusted_proxies = ["10.0.0.5"]`
+        """,
+    ).tag(config=True)
 
     state_dir = Unicode(
         help="""Directory (mode 0700) for what must outlive the gateway: the SQLite database, keys, kernels' logs.
@@ -150,9 +168,34 @@ class HubGateway(JupyterApp):
         5.0, help="How long (seconds) to let requests finish after SIGTERM. Kernels are never stopped by it."
     ).tag(config=True)
     max_body_bytes = Integer(1 * 2**20, help="Largest accepted request body (bytes).").tag(config=True)
-    max_message_bytes = Integer(512 * 2**20, help="Largest accepted websocket message (bytes).").tag(config=True)
+    max_message_bytes = Integer(
+        64 * 2**20,
+        help="""Largest message (bytes) that a client may send to a kernel.
+
+        A message is in this process's memory before it is passed on. Messages of kernels are not meant: those
+        may have 512 MiB.
+        """,
+    ).tag(config=True)
+    incoming_bytes_per_user = Integer(
+        128 * 2**20,
+        help="""How much (bytes) of one user's messages may be on its way into this process.
+
+        Counted are messages over 64 KiB, and those in fragments, until they are complete. More of them wait.
+        At least one message of `max_message_bytes` is always let in.
+        """,
+    ).tag(config=True)
+    websockets_per_kernel = Integer(
+        100, help="How many websockets one kernel may have open in this process; further ones are refused with 429."
+    ).tag(config=True)
+    websockets_per_user = Integer(500, help="The same for all kernels of one user together.").tag(config=True)
     ws_ping_interval = Float(
-        30.0, help="Seconds between pings on kernel websockets; load balancers close silent connections."
+        30.0,
+        help="""Seconds between pings on kernel websockets; load balancers close silent connections.
+
+        A websocket is closed when for twice that time nothing has come from its client, and nothing of what it was
+        sent has moved. A slow client that takes a large message lives; for what may still be in buffers on the way
+        (16 MiB at most) it has as long as it takes at 64 KiB a second.
+        """,
     ).tag(config=True)
     ws_backlog_bytes = Integer(
         2 * 2**20,
@@ -192,6 +235,10 @@ class HubGateway(JupyterApp):
     @default("replica")
     def _default_replica(self) -> str:
         return f"{socket.gethostname()}:{Path(self.state_dir).expanduser().absolute()}"
+
+    @default("trust_xheaders")
+    def _default_trust_xheaders(self) -> bool:
+        return not self.token_file
 
     @default("follow_parent")
     def _default_follow_parent(self) -> bool:
@@ -249,10 +296,33 @@ class HubGateway(JupyterApp):
         try:
             return bind_sockets(self.port, self.ip or None)
         except OSError as error:
-            self._refuse(
-                f"{self.ip}:{self.port} cannot be bound: {error.strerror or error}.",
-                "another gateway may still be running; stop it or choose another --port",
-            )
+            hint = "HubGateway.ip (--ip) must be an address, or the name of one, of this machine"
+            if error.errno == errno.EADDRINUSE:
+                hint = "another gateway may still be running; stop it or choose another --port"
+            elif error.errno == errno.EACCES:
+                hint = "ports below 1024 are for root; choose another --port"
+            raise BadRequest(f"{self.ip}:{self.port} cannot be bound: {error.strerror or error}.", hint=hint) from error
+
+    def tls(self) -> ssl.SSLContext | None:
+        """What `certfile` and `keyfile` say; None without them. Raises `BadRequest`."""
+        if not self.certfile:
+            return None
+        for name, path in (("certfile", self.certfile), ("keyfile", self.keyfile)):
+            if path and not os.access(path, os.R_OK):
+                raise BadRequest(
+                    f"The file {path} cannot be read, or does not exist.", hint=f"HubGateway.{name} (--{name}) names it"
+                )
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.certfile, self.keyfile or None)
+        except (OSError, ValueError) as error:  # among them ssl.SSLError
+            raise BadRequest(
+                f"The certificate in {self.certfile} cannot be used: {error.strerror or error}."
+                if isinstance(error, OSError)
+                else f"The certificate in {self.certfile} cannot be used: {error}.",
+                hint="HubGateway.certfile and keyfile are PEM files, and the key must be the certificate's",
+            ) from error
+        return context
 
     async def _serve(self) -> None:
         stop = asyncio.Event()
@@ -260,6 +330,7 @@ class HubGateway(JupyterApp):
         # Set explicitly: a Hub that was started with SIGINT ignored hands that down, and its stop would hang.
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, stop.set)
+        tls = self.tls()
         state = StateDir(self.state_dir)
         state.create()
         await self._lock(state, stop)
@@ -269,12 +340,13 @@ class HubGateway(JupyterApp):
         runtime = Runtime(self, state, instance=uuid.uuid4().hex)
         try:
             application = await runtime.open(port=sockets[0].getsockname()[1])
-            server = HTTPServer(
+            server = GatewayServer(
                 application,
                 xheaders=self.trust_xheaders,
+                trusted_downstream=self.trusted_proxies,
                 max_buffer_size=max(self.max_message_bytes, self.max_body_bytes) + 2**20,
                 max_body_size=self.max_body_bytes,
-                ssl_options={"certfile": self.certfile, "keyfile": self.keyfile} if self.certfile else None,
+                ssl_options=tls,
             )
             server.add_sockets(sockets)
             await runtime.take_over()

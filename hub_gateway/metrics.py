@@ -22,6 +22,7 @@ LINK_COUNTS: Mapping[str, tuple[str, str]] = {
     "bytes": ("kernel_messages_relayed_bytes", "Bytes of messages from kernels."),
     "requests": ("client_messages_relayed", "Messages from clients to kernels."),
     "bad_frames": ("link_frames_refused", "Frames from agents that could not be understood."),
+    "link_errors": ("link_errors_survived", "Errors while a message from an agent was handled, or its link read."),
     "paused": ("websocket_pauses", "Times that a slow websocket was paused."),
     "replaced": ("websocket_replacements", "Websockets replaced by a new one of the same session."),
     "lost_messages": ("kernel_messages_lost", "Messages that no longer were in the agent's buffer when asked for."),
@@ -29,8 +30,8 @@ LINK_COUNTS: Mapping[str, tuple[str, str]] = {
     "too_large": ("messages_replaced_too_large", "Messages too large for the client."),
 }
 SWALLOWED = (
-    *("controller", "culler", "activity", "reaper", "poll", "scan", "flush", "renew", "reap", "hub"),
-    *("queue", "enforcer", "audit", "events", "credentials", "use", "other"),
+    *("controller", "culler", "activity", "reaper", "poll", "scan", "flush", "renew", "reap", "tidy", "hub"),
+    *("queue", "enforcer", "audit", "events", "credentials", "use", "waiting", "other"),
 )
 OUTCOMES = ("admitted", "queued", "refused", "failed")
 PROXIES = ("local", "docker", "docker-swarm")

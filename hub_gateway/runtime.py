@@ -11,7 +11,6 @@ import zmq
 
 from hub_gateway import __version__
 from hub_gateway.audit import COMMITTED, AuditLog
-from hub_gateway.auth.delegation import Delegation
 from hub_gateway.db.engine import Database
 from hub_gateway.db.revision import prepare_at_start
 from hub_gateway.db.secrets import Vault
@@ -130,7 +129,7 @@ class Runtime:
         self._quotas = QuotaRunner(
             parent=app,
             service=kernels,
-            notifier=Notifier(parent=app, links=controller.links),
+            notifier=Notifier(parent=app),
             audit_days=audit.retention_days,
         )
         quotas = QuotaService(
@@ -152,19 +151,20 @@ class Runtime:
             identity=identity,
             audit=audit,
             reports=Reports(parent=app),
-            delegation=Delegation(parent=app),
             web=WebSettings(
                 cookie_secret=cookie_secret,
                 max_body_bytes=app.max_body_bytes,
                 max_message_bytes=app.max_message_bytes,
+                incoming_bytes_per_user=app.incoming_bytes_per_user,
+                websockets_per_kernel=app.websockets_per_kernel,
+                websockets_per_user=app.websockets_per_user,
                 ws_ping_interval=app.ws_ping_interval,
-                ws_backlog_bytes=app.ws_backlog_bytes,
                 replica=app.replica,
             ),
         )
         await authenticator.start()
         if quotas.initial_policies:
-            text = await asyncio.to_thread(Path(quotas.initial_policies).expanduser().read_text)
+            text = await asyncio.to_thread(_text, "QuotaService.initial_policies", quotas.initial_policies)
             made = await quotas.first_start(text)
             if made:
                 app.log.info("%d policies were set from %s", made, quotas.initial_policies)
@@ -240,8 +240,23 @@ class Runtime:
     def _cookie_secret(self) -> bytes:
         if not self.app.cookie_secret_file:
             return self.state.secret("cookie_secret")
-        with open(self.app.cookie_secret_file, "rb") as file:
-            secret = bytes.fromhex(file.read().strip().decode())
+        option = "HubGateway.cookie_secret_file"
+        try:
+            secret = bytes.fromhex(_text(option, self.app.cookie_secret_file).strip())
+        except ValueError:
+            secret = b""
         if len(secret) < 32:
-            raise BadRequest("The cookie secret is shorter than 32 bytes (64 hex digits).")
+            raise BadRequest(
+                f"The file {self.app.cookie_secret_file} does not hold a cookie secret of 64 hex digits or more.",
+                hint=f"{option} names it; `openssl rand -hex 32` makes one",
+            )
         return secret
+
+
+def _text(option: str, path: str) -> str:
+    """A file that an option names. Raises `BadRequest`."""
+    try:
+        return Path(path).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not text"
+        raise BadRequest(f"The file {path} cannot be read: {why}.", hint=f"{option} names it") from error

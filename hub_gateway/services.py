@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hub_gateway.auth.cache import LookupCache
-from hub_gateway.auth.delegation import Delegation
 
 if TYPE_CHECKING:
     from hub_gateway.auth.base import Authenticator
@@ -28,11 +27,12 @@ class WebSettings:
 
     cookie_secret: bytes
     max_body_bytes: int = 1 * 2**20
-    max_message_bytes: int = 512 * 2**20
+    max_message_bytes: int = 64 * 2**20
+    incoming_bytes_per_user: int = 128 * 2**20
+    websockets_per_kernel: int = 100
+    websockets_per_user: int = 500
     ws_ping_interval: float = 30.0
-    ws_backlog_bytes: int = 4 * 2**20
     replica: str = ""
-    trusted_origins: tuple[str, ...] = ()
 
 
 @dataclass
@@ -48,7 +48,6 @@ class Services:
     identity: IdentityPart | None = None
     audit: AuditPart | None = None
     reports: ReportsPart | None = None
-    delegation: Delegation = field(default_factory=Delegation)
     rooms: LookupCache[Mapping[str, Verdict]] = field(
         default_factory=lambda: LookupCache(10_000, lambda _: ROOM_SECONDS)
     )

@@ -13,8 +13,11 @@ import json
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+
+from hub_gateway.errors import BadRequest
 
 __all__ = ["StateDir"]
 
@@ -27,10 +30,18 @@ class StateDir:
         self._lock_fd: int | None = None
 
     def create(self) -> None:
-        """Create it where it is missing; close it to others where it is open to them."""
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if stat.S_IMODE(self.path.stat().st_mode) & 0o077:
-            self.path.chmod(0o700)
+        """Create it where it is missing; close it to others where it is open to them. Raises `BadRequest`."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if stat.S_IMODE(self.path.stat().st_mode) & 0o077:
+                self.path.chmod(0o700)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise BadRequest(
+                f"The state directory {self.path} cannot be used: {error.strerror or error}.",
+                hint="HubGateway.state_dir (--state-dir) must name a directory that the gateway may make and write to",
+            ) from error
 
     def try_lock(self) -> bool:
         """Take the lock if nobody holds it. It is held until the process ends or `unlock`."""
@@ -70,7 +81,13 @@ class StateDir:
             with contextlib.suppress(FileExistsError):
                 os.link(aside, path)
             aside.unlink()
-        return bytes.fromhex(path.read_text().strip())
+        try:
+            return bytes.fromhex(path.read_text().strip())
+        except (OSError, ValueError) as error:
+            raise BadRequest(
+                f"The secret in {path} cannot be read: {_why(error)}.",
+                hint="it is made by the gateway; restore it from a backup, or remove it to have a new one made",
+            ) from error
 
     def write_address(self, facts: Mapping[str, object]) -> None:
         """Say where this gateway listens, for the command line on the same machine."""
@@ -93,3 +110,7 @@ class StateDir:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _why(error: OSError | ValueError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "it is not hexadecimal"

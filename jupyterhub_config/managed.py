@@ -86,7 +86,7 @@ c.JupyterHub.load_roles = [
         "groups": ["gateway-admins"],
         "scopes": ["custom:hub-gateway:admin", f"access:services!service={NAME}"],
     },
-    # The lead of a group sees and sets what belongs to that group:
+    # The lead of a group sees what belongs to that group, and sets limits within those of the administrators:
     # {
     #     "name": "analysts-lead",
     #     "users": ["carol"],

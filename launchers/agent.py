@@ -21,6 +21,7 @@ import functools
 import json
 import os
 import signal
+import stat
 import struct
 import sys
 import time
@@ -50,6 +51,7 @@ RETAIN_MESSAGES = 10000
 JOINED_TEXT = 1024 * 1024
 QUEUE_BYTES = 16 * 2**20
 MAX_SESSIONS = 1000
+MAX_HAD = 10000
 PEER_SECONDS = 30.0
 STATE_SECONDS = 0.05
 LINGER_SECONDS = 60.0
@@ -67,13 +69,54 @@ DROPPABLE = frozenset(("stream", "display_data", "update_display_data", "execute
 KEPT_HINT = "The rest was kept. Print less, or ask the administrator for a larger buffer (ring_bytes)."
 
 
+class Log:
+    """Standard error: what the agent has to say, and what the kernel writes to its stdout and stderr."""
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.limit = self.size = 0
+
+    def bound(self, path: str, limit: int) -> None:
+        """Where it is this file, keep it and the one before it (`path`.1) within `limit` bytes from now on."""
+        try:
+            found, ours = os.stat(path), os.fstat(2)
+        except OSError:
+            return  # it goes somewhere else, where somebody else looks after it
+        if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
+            self.path, self.limit, self.size = path, limit // 2, ours.st_size
+
+    def write(self, data: bytes) -> None:
+        """Append to it."""
+        try:
+            os.write(2, data)
+        except OSError:
+            return  # nobody reads the log any more; there is no other place to say so
+        self.size += len(data)
+        if self.path and self.size > self.limit:
+            self.turn()
+
+    def turn(self) -> None:
+        """Begin a new file; only one before it is kept."""
+        self.size = 0
+        try:
+            os.replace(self.path, self.path + ".1")
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(descriptor, 2)
+            os.close(descriptor)
+        except OSError:
+            try:
+                os.ftruncate(2, 0)
+            except OSError:
+                self.path = ""  # not even that can be done with it
+
+
+LOG = Log()
+
+
 def log(text: str) -> None:
-    """One line on standard error, which the proxy keeps beside the kernel's own output."""
+    """One line in the log, which the proxy keeps."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
-    try:
-        os.write(2, ("[agent %s] %s\n" % (stamp, text)).encode("utf-8", "replace"))
-    except OSError:
-        pass  # nobody reads the log any more; there is no other place to say so
+    LOG.write(("[agent %s] %s\n" % (stamp, text)).encode("utf-8", "replace"))
 
 
 class Settings:
@@ -83,7 +126,8 @@ class Settings:
         "listen": "127.0.0.1",
         "port_first": 0,
         "port_last": 0,
-        "transport": "ipc",
+        "transport": "auto",
+        "kernel_encryption": "none",
         "register_url": "",
         "ring_bytes": 256 * 2**20,
         "ring_messages": 1000000,
@@ -93,6 +137,7 @@ class Settings:
         "start_seconds": 60.0,
         "shutdown_seconds": 5.0,
         "stderr_bytes": 16 * 1024,
+        "log_bytes": 16 * 2**20,
         "restart_limit": 5,
     }
 
@@ -108,7 +153,6 @@ class Settings:
         self.epoch = int(document.get("epoch", 0))
         self.kernel_name = str(document.get("kernel_name") or "")
         self.interrupt_mode = str(document.get("interrupt_mode") or "signal")
-        self.kernel_encryption = str(document.get("kernel_encryption") or "none")
         self.cwd: Optional[str] = document.get("cwd") or None
         self.runtime_dir = os.path.abspath(self._text(document, "runtime_dir"))
         argv, env = document.get("argv"), document.get("env", {})
@@ -126,7 +170,8 @@ class Settings:
                 values[name] = type(default)(agent[name])
         self.listen: str = values["listen"]
         self.ports = range(values["port_first"], values["port_last"] + 1) if values["port_first"] else range(0)
-        self.transport: str = values["transport"]
+        self.transport: str = values["transport"]  # auto until the directories are made
+        self.kernel_encryption: str = values["kernel_encryption"]
         self.register_url: str = values["register_url"]
         self.ring_bytes: int = values["ring_bytes"]
         self.ring_messages: int = values["ring_messages"]
@@ -136,6 +181,7 @@ class Settings:
         self.start_seconds: float = values["start_seconds"]
         self.shutdown_seconds: float = values["shutdown_seconds"]
         self.stderr_bytes: int = values["stderr_bytes"]
+        self.log_bytes: int = values["log_bytes"]
         self.restart_limit: int = values["restart_limit"]
         if self.register_url and not self.register_url.startswith(("https://", "http://")):
             raise ValueError("'register_url' must be an http or https URL")
@@ -175,6 +221,7 @@ class KernelProcess:
         self.pid = 0
         self.status: Optional[int] = None
         self.failure = ""
+        self.outputs: List[int] = []  # our ends of the pipes that are its stdout and stderr
         self.stderr = -1
         self.tail = bytearray()
         self.key = os.urandom(32).hex()
@@ -238,6 +285,8 @@ class KernelProcess:
         env["JPY_PARENT_PID"] = str(os.getpid())
         guard = die_with_parent()
         reader, writer = os.pipe()
+        # Not the log itself: nobody could bound what the kernel writes there.
+        stdout_reader, stdout_writer = os.pipe()
         stderr_reader, stderr_writer = os.pipe()
         agent = os.getpid()
         pid = os.fork()
@@ -249,7 +298,7 @@ class KernelProcess:
                         signal.signal(getattr(signal, name), signal.SIG_DFL)
                 null = os.open(os.devnull, os.O_RDONLY)
                 os.dup2(null, 0)
-                os.dup2(2, 1)
+                os.dup2(stdout_writer, 1)
                 os.dup2(stderr_writer, 2)
                 if guard is not None:
                     guard()
@@ -264,9 +313,11 @@ class KernelProcess:
                 os.write(writer, b"0")
             os._exit(127)
         os.close(writer)
-        os.close(stderr_writer)
-        os.set_blocking(stderr_reader, False)
-        self.pid, self.stderr = pid, stderr_reader
+        self.pid, self.stderr, self.outputs = pid, stderr_reader, [stdout_reader, stderr_reader]
+        for descriptor in (stdout_writer, stderr_writer):
+            os.close(descriptor)
+        for descriptor in self.outputs:
+            os.set_blocking(descriptor, False)
         failure = os.read(reader, 64)
         os.close(reader)
         if not failure:
@@ -279,21 +330,20 @@ class KernelProcess:
             return "The kernel's working directory %s cannot be entered: %s." % (self.settings.cwd, reason)
         return "The kernel's program %s cannot be started: %s." % (program, reason)
 
-    def read_stderr(self) -> bool:
-        """Pass on what the kernel wrote to stderr and keep the last of it. False at the end of the pipe."""
+    def read_output(self, source: int) -> bool:
+        """Pass on what the kernel wrote to stdout or stderr, keep the last of stderr. False at the end of the pipe."""
         for _ in range(16):
             try:
-                data = os.read(self.stderr, 65536)
+                data = os.read(source, 65536)
             except BlockingIOError:
                 return True
             except OSError:
                 return False
             if not data:
                 return False
-            try:
-                os.write(2, data)
-            except OSError:
-                pass  # the log is gone; the tail is kept all the same
+            LOG.write(data)
+            if source != self.stderr:
+                continue
             self.tail += data
             if len(self.tail) > self.settings.stderr_bytes:
                 del self.tail[: -self.settings.stderr_bytes]
@@ -337,11 +387,11 @@ class KernelProcess:
             return 128 + number, number
         return os.WEXITSTATUS(self.status), None
 
-    def close(self) -> None:
-        """Release the pipe."""
-        if self.stderr >= 0:
-            os.close(self.stderr)
-            self.stderr = -1
+    def close(self, source: Optional[int] = None) -> None:
+        """Release a pipe, or both."""
+        for descriptor in list(self.outputs) if source is None else [source]:
+            self.outputs.remove(descriptor)
+            os.close(descriptor)
 
 
 def write_private(path: str, text: str) -> None:
@@ -398,6 +448,13 @@ def load_dict(data: bytes) -> Dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def digest_of(data: bytes) -> bytes:
+    """A hash by which something long is known again."""
+    import hashlib
+
+    return hashlib.sha256(data).digest()
 
 
 def text_of(source: Dict[str, Any], name: str) -> str:
@@ -945,11 +1002,7 @@ class Outlet:
         start = after if after is not None and 0 <= after <= ring.seq else None
         session = self.sessions.get(name)
         if session is None:
-            if len(self.sessions) >= MAX_SESSIONS:
-                away = [one for one in self.sessions.values() if one.state == "away"]
-                if away:
-                    self.forget(min(away, key=lambda one: one.away_since))
-            session = self.sessions[name] = Session(name, ring.seq if start is None else start)
+            session = self._admit(name, ring.seq if start is None else start)
         else:
             old = session.peer
             self._unlink(session)
@@ -974,6 +1027,19 @@ class Outlet:
         }
         self.event(peer, dict(session.facts, event="attaching", seq=ring.seq), name)
         self.pump(peer)
+
+    def expect(self, name: bytes) -> None:
+        """A session whose client is away, and for which there will be something: keep what comes from now on."""
+        if name not in self.sessions:
+            self._admit(name, self.ring.seq)
+
+    def _admit(self, name: bytes, cursor: int) -> Session:
+        if len(self.sessions) >= MAX_SESSIONS:
+            away = [one for one in self.sessions.values() if one.state == "away"]
+            if away:
+                self.forget(min(away, key=lambda one: one.away_since))
+        session = self.sessions[name] = Session(name, cursor)
+        return session
 
     def _unlink(self, session: Session) -> None:
         peer = session.peer
@@ -1225,6 +1291,7 @@ class Agent:
         self.busy: Set[str] = set()
         self.pending: Dict[str, Pending] = {}
         self.origins: Dict[bytes, bytes] = {}
+        self.had: Dict[bytes, None] = {}  # the newest messages of clients, in the order in which they came
         self.queue: List[Tuple[bytes, int, Frames]] = []
         self.queued = 0
         self.ready_at = 0.0
@@ -1241,6 +1308,7 @@ class Agent:
         self.waiting: List[Tuple[bytes, Any, str]] = []
         self.last_exit: Optional[Event] = None
         self.counters = {"refused_peers": 0, "failed_handshakes": 0, "bad_frames": 0, "unrouted_replies": 0}
+        self.counters["repeated_requests"] = 0
         self.sockets: Optional[KernelSockets] = None
         self.wake = -1
 
@@ -1382,10 +1450,10 @@ class Agent:
         if signal.SIGTERM in numbers or signal.SIGINT in numbers:
             self.shut_down()
 
-    def on_stderr(self) -> None:
-        if not self.kernel.read_stderr():
-            self.unwatch(self.kernel.stderr)
-            self.kernel.close()
+    def on_output(self, source: int) -> None:
+        if not self.kernel.read_output(source):
+            self.unwatch(source)
+            self.kernel.close(source)
 
     def on_zap(self) -> None:
         """Answer one authentication request (RFC 27): the gateway's key and no other."""
@@ -1421,15 +1489,16 @@ class Agent:
         self.sockets = KernelSockets(self.context, self.kernel)
         for channel, sock in enumerate(self.sockets.sockets):
             self.watch(sock, functools.partial(self.drain, channel))
-        self.watch(self.kernel.stderr, self.on_stderr)
+        for source in self.kernel.outputs:
+            self.watch(source, functools.partial(self.on_output, source))
         self.info_seen = self.iopub_live = False
         self.nudge()
 
     def disconnect_kernel(self) -> None:
-        if self.kernel.stderr >= 0:
-            self.unwatch(self.kernel.stderr)
-            self.kernel.read_stderr()
-            self.kernel.close()
+        for source in list(self.kernel.outputs):
+            self.unwatch(source)
+            self.kernel.read_output(source)
+            self.kernel.close(source)
         if self.sockets is not None:
             for sock in self.sockets.sockets:
                 self.unwatch(sock)
@@ -1457,6 +1526,7 @@ class Agent:
         if sockets is None:
             return False
         again, receive = self.zmq.Again, sockets.receive
+        before = self.outlet.ring.seq
         target = b""
         heads: Frames = []
         out: Frames = []
@@ -1507,6 +1577,8 @@ class Agent:
             size += total
         if count:
             self.outlet.batch(target, heads, out, count, size)
+        if self.outlet.ring.seq != before:
+            self.activity = time.time()
         return taken > 0
 
     def cut(self, channel: int, body: Any) -> Any:
@@ -1633,7 +1705,7 @@ class Agent:
         self.answer_waiting("restart")
         queue, self.queue, self.queued = self.queue, [], 0
         for session, channel, parts in queue:
-            self.request(session, channel, parts)
+            self.request(session, channel, parts, waited=True)
         self.tell_state()
         if self.sockets is not None:
             self.sockets.watch_end()
@@ -1674,19 +1746,36 @@ class Agent:
                 # A new connection, or one that was forgotten: ask it to introduce itself.
                 self.transmit([name, b"", b'\x03{"event": "greet"}'])
 
+    def is_new(self, session: bytes, msg_id: str) -> bool:
+        """Whether a client's message has not come before: a gateway that cannot know sends it again."""
+        if not msg_id:
+            return True
+        name = msg_id.encode("utf-8", "replace")
+        key = session + b"\0" + (name if len(name) < 200 else digest_of(name))
+        if key in self.had:
+            self.counters["repeated_requests"] += 1
+            return False
+        self.had[key] = None
+        if len(self.had) > MAX_HAD:
+            del self.had[next(iter(self.had))]
+        return True
+
     def remember_origin(self, origin: bytes, session: bytes) -> None:
         if self.origins.get(origin) != session:
             self.origins[origin] = session
             if len(self.origins) > MAX_SESSIONS:
                 del self.origins[next(iter(self.origins))]
 
-    def request(self, session: bytes, channel: int, parts: Frames, unaware: bool = False) -> None:
+    def request(self, session: bytes, channel: int, parts: Frames, unaware: bool = False, waited: bool = False) -> None:
         """Pass a client's message on to the kernel, or keep it until there is one.
 
         What was meant for a kernel that died is not for the next one: the cells before it died with it.
         """
+        self.activity = time.time()
         header = load_dict(parts[0])
         msg_type, msg_id = text_of(header, "msg_type"), text_of(header, "msg_id")
+        if not waited and not self.is_new(session, msg_id):
+            return
         if self.phase in ("dead", "stopping"):
             text = self.epitaph() if self.phase == "dead" else "The kernel is being shut down."
             self.conclude(Pending(session, channel, parts[0], msg_type), "error", text)
@@ -1737,7 +1826,7 @@ class Agent:
             self.signal(peer, ident, call["signum"])
         elif op in ("restart", "shutdown"):
             if epoch < self.epoch:
-                self.done(peer.name, ident, "stale epoch")
+                self.done(peer.name, ident, "stale epoch", "stale_epoch")
             else:
                 self.on_end_call(peer, op, ident)
         else:
@@ -1758,6 +1847,8 @@ class Agent:
         op, after = call["op"], call.get("after")
         if op == "attach" and name and (after is None or isinstance(after, int)):
             self.outlet.attach(peer, name, after, bool(call.get("keep", True)), call.get("id"))
+        elif op == "expect" and name:
+            self.outlet.expect(name)
         elif op == "pause":
             self.outlet.pause(peer, name)
         elif op == "detach":
@@ -1801,21 +1892,21 @@ class Agent:
         }
         return dict(self.counters, **more)
 
-    def done(self, name: bytes, ident: Any, error: str = "") -> None:
-        """Answer a call."""
+    def done(self, name: bytes, ident: Any, error: str = "", code: str = "conflict") -> None:
+        """Answer a call. `code` says of an error what kind it is: conflict, failed (the kernel did), stale_epoch."""
         peer = self.outlet.peers.get(name)
         if peer is not None:
             event = {"event": "done", "id": ident, "ok": not error}
             if error:
-                event["error"] = error
+                event.update(error=error, code=code)
             self.outlet.event(peer, event)
 
-    def answer_waiting(self, op: str, error: str = "") -> None:
+    def answer_waiting(self, op: str, error: str = "", code: str = "conflict") -> None:
         """Answer those who wait for `restart` or `shutdown`; an `error` is a sentence."""
         waiting, self.waiting = self.waiting, []
         for one in waiting:
             if one[2] == op:
-                self.done(one[0], one[1], error)
+                self.done(one[0], one[1], error, code)
             else:
                 self.waiting.append(one)
 
@@ -2018,10 +2109,10 @@ class Agent:
     def dead(self) -> None:
         """No kernel, and no more attempts. Stay for a while, so that somebody can read why."""
         self.phase = "dead"
-        self.answer_waiting("restart", self.epitaph())
+        self.answer_waiting("restart", self.epitaph(), "failed")
         queue, self.queue, self.queued = self.queue, [], 0
         for session, channel, parts in queue:
-            self.request(session, channel, parts)
+            self.request(session, channel, parts, waited=True)
         self.tell_dead({one[0] for one in queue if text_of(load_dict(one[2][0]), "msg_type") == "execute_request"})
         self.tell_state()
         self.after("linger", self.settings.linger_seconds, self.finish)
@@ -2151,14 +2242,46 @@ def post_registration(settings: Settings, text: str) -> None:
 
 
 def make_directories(settings: Settings) -> str:
-    """Make the runtime directory; returns the directory for ipc sockets, whose paths must be short."""
+    """Make the runtime directory; returns the directory for ipc sockets, whose paths must be short.
+
+    Says in the settings which transport it is to be, where that was left open.
+    """
     os.makedirs(settings.runtime_dir, 0o700, exist_ok=True)
     os.chmod(settings.runtime_dir, 0o700)
-    if settings.transport != "ipc" or len(os.fsencode(settings.runtime_dir)) + len("/g1000-5") <= PATH_LIMIT:
+    if settings.transport == "tcp":
+        return settings.runtime_dir
+    short = len(os.fsencode(settings.runtime_dir)) + len("/g1000-5") <= PATH_LIMIT
+    if short and (settings.transport == "ipc" or has_sockets(settings.runtime_dir)):
+        settings.transport = "ipc"
         return settings.runtime_dir
     directory = os.path.join("/tmp", "hg-" + os.urandom(8).hex())  # noqa: S108 - new, and 0700
     os.mkdir(directory, 0o700)
-    return directory
+    if settings.transport == "ipc" or has_sockets(directory):
+        settings.transport = "ipc"
+        return directory
+    os.rmdir(directory)
+    settings.transport = "tcp"
+    how = "encrypted" if settings.kernel_encryption == "curve" else "signed, but not encrypted: it does not know CURVE"
+    where = settings.runtime_dir
+    log("no unix socket can be made in %s or /tmp; the kernel is reached by loopback (%s)" % (where, how))
+    return settings.runtime_dir
+
+
+def has_sockets(directory: str) -> bool:
+    """Whether unix sockets can be made in a directory, which not every network file system can."""
+    path = os.path.join(directory, "g0")
+    try:
+        if sys.platform.startswith("linux"):
+            os.mknod(path, 0o600 | stat.S_IFSOCK)  # as binding does; the module socket would cost time before the start
+        else:
+            import socket
+
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(path)
+        os.unlink(path)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def remove_files(settings: Settings, directory: str) -> None:
@@ -2200,6 +2323,7 @@ def main() -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
+    LOG.bound(os.path.join(settings.runtime_dir, "kernel.log"), settings.log_bytes)
     agent = Agent(settings, directory)
     agent.heed_signals()
     # The kernel is slow to start, so it starts before anything that it does not need (pyzmq above all).

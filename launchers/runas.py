@@ -128,8 +128,9 @@ def read(request: Document, user: pwd.struct_passwd) -> Document:
 
 
 def logs(request: Document, user: pwd.struct_passwd) -> Document:
-    """The end of the log."""
-    return {"text": file_text(os.path.join(inside(request["runtime_dir"]), "kernel.log"), TAIL_BYTES)}
+    """The end of the log, which may just have begun a new file."""
+    path = os.path.join(inside(request["runtime_dir"]), "kernel.log")
+    return {"text": (file_text(path + ".1", TAIL_BYTES) + file_text(path, TAIL_BYTES))[-TAIL_BYTES:]}
 
 
 def file_text(path: str, limit: int) -> str:

@@ -1,4 +1,4 @@
-"""A bounded cache of look-ups, each of which is made once however many ask at the same time."""
+"""A bounded cache of look-ups: who asks at the same time shares one, unless theirs has to begin after they asked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from itertools import count
 from typing import Generic, TypeVar
 
 __all__ = ["LookupCache"]
@@ -23,7 +24,9 @@ class LookupCache(Generic[V]):
         self.size = size
         self._lifetime = lifetime
         self._clock = clock
-        self._entries: OrderedDict[str, tuple[float, V]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[float, V, int]] = OrderedDict()
+        """When each was answered, the answer, and the number of its question."""
+        self._questions = count()
         self._asking: dict[str, asyncio.Task[V]] = {}
 
     def __len__(self) -> int:
@@ -46,9 +49,10 @@ class LookupCache(Generic[V]):
         """Ask the source, unless it is being asked the same already; errors are not kept."""
         task = self._asking.get(key)
         if task is None:
-            task = asyncio.ensure_future(self._ask(key, ask))
+            task = asyncio.ensure_future(self.ask_anew(key, ask))
             # Also where everybody who asked has left meanwhile, an error is nobody's surprise.
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            task.add_done_callback(lambda _: self._asking.pop(key))
             self._asking[key] = task
         return task
 
@@ -57,13 +61,17 @@ class LookupCache(Generic[V]):
         # One impatient caller must not take the answer from the others.
         return await asyncio.shield(self.begin(key, ask))
 
-    async def _ask(self, key: str, ask: Callable[[], Awaitable[V]]) -> V:
-        try:
-            value = await ask()
-            self._entries[key] = (self._clock(), value)
+    async def ask_anew(self, key: str, ask: Callable[[], Awaitable[V]]) -> V:
+        """An answer to a question that begins now: not to one that is under way already, and may know less.
+
+        It is kept, unless a question that began later has been answered meanwhile.
+        """
+        number = next(self._questions)
+        value = await ask()
+        known = self._entries.get(key)
+        if known is None or known[2] < number:
+            self._entries[key] = (self._clock(), value, number)
             self._entries.move_to_end(key)
             while len(self._entries) > self.size:
                 self._entries.popitem(last=False)
-            return value
-        finally:
-            del self._asking[key]
+        return value

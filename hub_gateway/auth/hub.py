@@ -108,13 +108,17 @@ class HubAuthenticator(Authenticator):
         model = await self.model_of(token, remote_ip=remote_ip, fresh=fresh)
         if model is None:
             return None
+        self.check_access(model)
+        return caller_of(model)
+
+    def check_access(self, model: Model) -> None:
+        """Whether a token opens this gateway at all. Raises `Forbidden`."""
         if not self.hub_auth.check_scopes(self.hub_auth.access_scopes, model):
             needed = " or ".join(sorted(self.hub_auth.access_scopes))
             raise Forbidden(
                 f"{str(model.get('kind', 'user')).capitalize()} {model['name']} may not use this gateway: the token "
                 f"lacks the scope {needed}; ask the Hub's administrator for it."
             )
-        return caller_of(model)
 
     async def model_of(
         self, token: str, session_id: str = "", *, remote_ip: str = "", fresh: bool = False
@@ -122,6 +126,8 @@ class HubAuthenticator(Authenticator):
         """The Hub's own description of a token's owner, or None. Raises `TooManyRequests`, `Unavailable`.
 
         `session_id` is a browser's session at the Hub: what was true of a token in one is not believed in the next.
+        `fresh` asks the Hub now, also where it is being asked the same: that question may have begun before what made
+        this one needed.
         """
         if not _TOKEN.fullmatch(token):
             return None
@@ -160,7 +166,7 @@ class HubAuthenticator(Authenticator):
             self._cache.begin(key, ask)
             return stale
         try:
-            model = await self._cache.ask(key, ask)
+            model = await (self._cache.ask_anew(key, ask) if fresh else self._cache.ask(key, ask))
         except Unavailable:
             if stale is not None:
                 return stale

@@ -69,6 +69,16 @@ class HubPeople(LoggingConfigurable, People, metaclass=AbstractMeta):
         found: tuple[GroupInfo, ...] = await self._kept("groups", self._all_groups)
         return found
 
+    async def last_known_groups(self) -> tuple[GroupInfo, ...]:
+        try:
+            return await self.groups()
+        except Unavailable:
+            known = self._cache.peek("groups")
+            if known is None:
+                raise
+            found: tuple[GroupInfo, ...] = known[1]
+            return found
+
     async def page(self, query: str = "", *, offset: int = 0, limit: int = 50) -> PeoplePage:
         wanted = {"offset": offset, "limit": limit, "sort": "name"}
         if query:

@@ -59,6 +59,10 @@ class People(abc.ABC):
     async def groups(self) -> tuple[GroupInfo, ...]:
         """All groups, by name."""
 
+    async def last_known_groups(self) -> tuple[GroupInfo, ...]:
+        """All groups; while their source is away as it last said them, however long ago. Not for anybody's powers."""
+        return await self.groups()
+
     @abc.abstractmethod
     async def page(self, query: str = "", *, offset: int = 0, limit: int = 50) -> PeoplePage:
         """Users whose names hold `query`, whatever its case."""

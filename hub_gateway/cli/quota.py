@@ -89,7 +89,8 @@ class _Policy(Client):
     }
     flags = {
         **Client.flags,
-        "disabled": ({"_Policy": {"disabled": True}}, "Keep the policy, but do not apply it."),
+        "disabled": ({"_Policy": {"enabled": False}}, "Keep the policy, but do not apply it."),
+        "enabled": ({"_Policy": {"enabled": True}}, "Apply a policy again that was disabled."),
         "dry-run": ({"_Policy": {"dry_run": True}}, "Only say what is wrong with it."),
     }
 
@@ -125,7 +126,9 @@ class _Policy(Client):
         """
     ).tag(config=True)
     note = Unicode(help="Why it is there.").tag(config=True)
-    disabled = Bool(False, help="Keep the policy, but do not apply it.").tag(config=True)
+    enabled = Bool(
+        None, allow_none=True, help="Whether it is applied; by default as it is, and yes for a new one."
+    ).tag(config=True)
     dry_run = Bool(False, help="Only say what is wrong with it.").tag(config=True)
 
     def asked(self) -> dict[str, Any]:
@@ -148,7 +151,8 @@ class _Policy(Client):
                 self.fail("--weekly is not JSON", self.name + " --help")
         if self.priority is not None:
             found["priority"] = self.priority
-        found["enabled"] = not self.disabled
+        if self.enabled is not None:
+            found["enabled"] = self.enabled
         return found
 
     def put(self, name: str, body: Mapping[str, Any]) -> int:

@@ -52,7 +52,13 @@ class QuotaRequests(Client):
 
     def run(self) -> int:
         """A table."""
-        found = self.ask("api/requests", state=None if self.state == "all" else self.state)
+        state = None if self.state == "all" else self.state
+        found = self.ask("api/requests", state=state, limit=200)
+        following = found.pop("next")
+        while following is not None:
+            page = self.ask("api/requests", state=state, limit=200, after=following)
+            found["requests"] += page["requests"]
+            following = page["next"]
         names = ("id", "owner", "policy", "amount", "until", "state", "reason", "answer")
         self.show(found, {name: name for name in names}, found["requests"], "No requests.")
         return 0

@@ -102,12 +102,21 @@ class UsagePrices(Client):
 
 
 class UsageCorrect(Client):
-    """Correct an entry of the ledger by a new one: `usage correct 4711 --seconds=-3600 --note "..."`."""
+    """Correct an entry of the ledger by a new one: `usage correct 4711 --seconds=-3600 --note "..."`.
+
+    With --cost-center all of it is billed to another cost centre.
+    """
 
     name = "jupyter-hubgateway-usage-correct"
     description = __doc__
-    aliases = {**Client.aliases, "seconds": "UsageCorrect.seconds", "note": "UsageCorrect.note"}
+    aliases = {
+        **Client.aliases,
+        "seconds": "UsageCorrect.seconds",
+        "cost-center": "UsageCorrect.cost_center",
+        "note": "UsageCorrect.note",
+    }
     seconds = Integer(0, help="How many seconds to add to it; less than zero takes some away.").tag(config=True)
+    cost_center = Unicode(help="To which cost centre it is to be billed; by default as it is.").tag(config=True)
     note = Unicode(help="Why.").tag(config=True)
 
     def run(self) -> int:
@@ -116,8 +125,11 @@ class UsageCorrect(Client):
         if not (entry.isascii() and entry.isdigit()):
             self.fail(f"{entry!r} is no number of an entry", f"{self.name} --help")
         body = {"entry": int(entry), "seconds": self.seconds, "note": self.note}
+        if self.cost_center:
+            body["cost_center"] = self.cost_center
         found = self.ask("api/ledger/corrections", "POST", body)
-        print(json.dumps(found, indent=2) if self.as_json else f"entry {entry}: corrected by {self.seconds} s")
+        to = f", billed to {self.cost_center}" if self.cost_center else ""
+        print(json.dumps(found, indent=2) if self.as_json else f"entry {entry}: corrected by {self.seconds} s{to}")
         return 0
 
 

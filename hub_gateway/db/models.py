@@ -22,6 +22,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Text,
+    UniqueConstraint,
     false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -35,6 +36,7 @@ __all__ = [
     "Session",
     "Setting",
     "UTCDateTime",
+    "WaitingRequest",
     "utcnow",
 ]
 
@@ -112,7 +114,6 @@ class Kernel(Base):
     kernelspec: Mapped[str] = mapped_column(String(255))
     proxy: Mapped[str] = mapped_column(String(64))
     unix_user: Mapped[str | None] = mapped_column(String(255))
-    name: Mapped[str | None] = mapped_column(Text)
     path: Mapped[str | None] = mapped_column(Text)
 
     status: Mapped[str] = mapped_column(String(16))
@@ -190,14 +191,28 @@ class Reservation(Base):
     billed_from: Mapped[datetime | None]
 
 
+class WaitingRequest(Base):
+    """A client's request that waits for its kernel; see `hub_gateway.kernels.waiting`.
+
+    `frames` is a ciphertext, `key` a hash of the client's session and the request's id, `id` gives the order.
+    """
+
+    __tablename__ = "waiting_requests"
+    __table_args__ = (UniqueConstraint("kernel_id", "key"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    kernel_id: Mapped[str] = mapped_column(ForeignKey("kernels.id", ondelete="CASCADE"))
+    key: Mapped[str] = mapped_column(String(64))
+    frames: Mapped[str] = mapped_column(Text)
+
+
 class Session(Base):
     """A session of the Jupyter REST API: a notebook (or console) and the kernel that it uses."""
 
     __tablename__ = "sessions"
-    __table_args__ = (Index(None, "owner", "path"),)
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    owner: Mapped[str] = mapped_column(String(255))
+    owner: Mapped[str] = mapped_column(String(255), index=True)
     path: Mapped[str] = mapped_column(Text)
     name: Mapped[str] = mapped_column(Text)
     type: Mapped[str] = mapped_column(String(64))

@@ -15,7 +15,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from hub_gateway.db.engine import Database
-from hub_gateway.db.models import Kernel
+from hub_gateway.db.models import Kernel, WaitingRequest
 from hub_gateway.errors import Unavailable
 
 __all__ = ["Vault", "VaultError"]
@@ -78,6 +78,17 @@ class Vault:
                 hint="put the old key back into the key file, below the new one",
             ) from error
 
+    def encrypt_bytes(self, plain: bytes) -> str:
+        """The ciphertext of bytes, as text."""
+        return self._fernet.encrypt(plain).decode()
+
+    def decrypt_bytes(self, cipher: str) -> bytes:
+        """The bytes. Raises `VaultError`."""
+        try:
+            return self._fernet.decrypt(cipher.encode())
+        except InvalidToken as error:
+            raise VaultError("The gateway cannot read a stored request: its key is missing.") from error
+
     def encrypt_json(self, value: Any) -> str:
         """The ciphertext of a JSON document."""
         return self.encrypt(json.dumps(value, separators=(",", ":")))
@@ -95,6 +106,7 @@ class Vault:
         while True:
             found = await db.write(lambda session, last=last: self._rotate_some(session, last))  # type: ignore[misc]
             if not found:
+                await db.write(self._rotate_waiting)
                 return done
             done, last = done + len(found), found[-1]
 
@@ -112,6 +124,12 @@ class Vault:
                 .values({name: self._again(old) for name, old in ciphers.items() if old})
             )
         return [cast(str, row[0]) for row in rows]
+
+    def _rotate_waiting(self, session: Session) -> None:
+        """Requests that wait for their kernels: few, and short-lived."""
+        for row in session.execute(select(WaitingRequest.id, WaitingRequest.frames)).all():
+            found = update(WaitingRequest).where(WaitingRequest.id == row[0])
+            session.execute(found.values(frames=self._again(row[1])))
 
     def _again(self, cipher: str) -> str:
         try:

@@ -19,6 +19,7 @@ __all__ = [
     "IdentityClaim",
     "LedgerEntry",
     "LedgerMonth",
+    "Notice",
     "Policy",
     "PolicyState",
     "PriceList",
@@ -63,6 +64,7 @@ class Policy(Base):
     valid_until: Mapped[datetime | None]
     weekly: Mapped[list[Any]] = mapped_column(JSON)
     note: Mapped[str] = mapped_column(Text)
+    delegated: Mapped[bool] = mapped_column(Boolean)
     approver: Mapped[str | None] = mapped_column(String(255))
     version: Mapped[int] = mapped_column(Integer)
     created_at: Mapped[datetime]
@@ -223,6 +225,18 @@ class IdentityClaim(Base):
     hub_user: Mapped[str] = mapped_column(String(255), primary_key=True)
     rule: Mapped[str] = mapped_column(String(255))
     claimed_at: Mapped[datetime]
+
+
+class Notice(Base):
+    """A sentence that no notebook of the kernel has shown yet."""
+
+    __tablename__ = "notices"
+    __table_args__ = (Index(None, "kernel_id"),)
+
+    id: Mapped[int] = mapped_column(_BIG_ID, primary_key=True)
+    kernel_id: Mapped[str] = mapped_column(ForeignKey("kernels.id", ondelete="CASCADE"))
+    sentence: Mapped[str] = mapped_column(Text)
+    made_at: Mapped[datetime]
 
 
 class SentForm(Base):

@@ -41,6 +41,9 @@ async def step(say: Say, what: str, doing: Awaitable[str | None]) -> None:
 
 async def drive(settings: Settings, say: Say) -> None:
     """Log in as alice, start her server, run a notebook on the gateway, put everything back. Raises `StepFailed`."""
+    async with _browser(settings) as admin:
+        await step(say, "the administrator logs in at the Hub", admin.log_in("admin", settings.admin_password))
+        await step(say, "and says what kernels cost", limits.priced(admin))
     async with _browser(settings) as browser:
         await step(say, "alice logs in at the Hub", browser.log_in("alice", settings.user_password))
         await step(say, "her server starts", start_server(browser))

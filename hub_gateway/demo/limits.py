@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from typing import Any
 
 from hub_gateway.demo.browser import Browser, StepFailed
 from hub_gateway.demo.forms import forms_of
 
-__all__ = ["billed", "open_notebook", "raised", "refused"]
+__all__ = ["billed", "open_notebook", "priced", "raised", "refused"]
 
 SERVICE = "/services/hub-gateway"
 POLICY = "bob-one"
+PRICE = "60"
 
 
 async def open_notebook(browser: Browser, name: str) -> dict[str, Any]:
@@ -46,10 +48,27 @@ async def raised(admin: Browser, limit: int) -> str:
     return f"{POLICY}: {form.fields['hard']} to {limit}"
 
 
+async def priced(admin: Browser) -> str:
+    """Set a price list, unless an earlier demonstration has."""
+    address = f"{SERVICE}/admin/ledger"
+    page = await admin.page(address)
+    form = next((form for form in forms_of(page.text) if "kernel_hour" in form.fields), None)
+    if form is None:
+        raise StepFailed("The page of the ledger has no form for prices.")
+    if float(form.fields["kernel_hour"] or 0) > 0:
+        return f"{form.fields['kernel_hour']} a kernel and hour already"
+    await admin.submit(address, form.action, {**form.fields, "kernel_hour": PRICE})
+    return f"{PRICE} a kernel and hour"
+
+
 async def billed(admin: Browser, names: tuple[str, ...]) -> str:
-    """The report of use names everybody who had a kernel."""
-    page = await admin.page(f"{SERVICE}/admin/usage?by=user")
-    missing = [name for name in names if not re.search(rf">\s*{name}\s*<", page.text)]
-    if missing:
-        raise StepFailed(f"The report does not bill {' and '.join(missing)}.")
-    return " and ".join(names)
+    """The report of use has hours and cost of everybody who had a kernel."""
+    page = await admin.page(f"{SERVICE}/admin/usage?by=user&format=csv")
+    rows = {row["user"]: row for row in csv.DictReader(page.text.splitlines())}
+    found = []
+    for name in names:
+        hours, cost = (float(rows.get(name, {}).get(column, 0)) for column in ("kernel_hours", "cost"))
+        if hours <= 0 or cost <= 0:
+            raise StepFailed(f"The report bills {name} {hours:g} hours and {cost:g} units.")
+        found.append(f"{name} {cost:.2f}")
+    return ", ".join(found)

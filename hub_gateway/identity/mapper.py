@@ -240,10 +240,10 @@ class IdentityMapper(LoggingConfigurable):
         if identity.cost_center or self.people is None or not identity.groups:
             return identity
         try:
-            groups = await self.people.groups()
+            groups = await self.people.last_known_groups()
         except Unavailable as error:
-            # The kernel is billed to no cost centre rather than not started.
-            self.log.warning("Cost centre of %s: %s", identity.owner, error.message)
+            # Billed to no cost centre rather than not started; its entry in the ledger can be moved to one.
+            self.log.warning("The kernel of %s gets no cost centre: %s", identity.owner, error.message)
             return identity
         for group in sorted(groups, key=lambda one: one.name):
             found = group.properties.get("cost_center")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -11,11 +12,15 @@ from traitlets import Float, Integer
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway.db.models import utcnow
+from hub_gateway.deadlines import end
 from hub_gateway.errors import GatewayError
 from hub_gateway.kernels.service import KernelService
 from hub_gateway.kernels.types import JSON, ExecutionState, KernelRecord, KernelStatus, isoformat
 
 __all__ = ["ActivityReporter"]
+
+AGAIN_SECONDS = 3600.0
+"""After how long a server that the Hub did not know is named again: there may be one of that name by then."""
 
 
 class ActivityReporter(LoggingConfigurable):
@@ -42,6 +47,8 @@ class ActivityReporter(LoggingConfigurable):
         self._on_swallowed = on_swallowed
         self._post = report
         self._reported: dict[str, datetime] = {}
+        self._unknown: dict[tuple[str, str], float] = {}
+        """Servers (with their users) that the Hub did not know, and when: kernels outlive who started them."""
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -52,8 +59,7 @@ class ActivityReporter(LoggingConfigurable):
     async def close(self) -> None:
         """Stop reporting."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end([self._task])
 
     async def _run(self) -> None:
         while True:
@@ -80,25 +86,42 @@ class ActivityReporter(LoggingConfigurable):
         slots = asyncio.Semaphore(self.concurrency)
 
         async def tell(user: str, servers: dict[str | None, datetime]) -> None:
-            newest = max(servers.values())
-            body: dict[str, JSON] = {"last_activity": isoformat(newest)}
-            named: dict[str, JSON] = {
-                name: {"last_activity": isoformat(at)} for name, at in servers.items() if name is not None
-            }
-            if named:
-                body["servers"] = named
             async with slots:
                 try:
-                    await self._post(user, body)
+                    await self._tell(user, servers)
                 except GatewayError as error:
                     self._on_swallowed("activity")
-                    self.log.warning("The Hub does not take the activity of %s: %s", user, error.message)
+                    said = (user, error.message)
+                    self.log.warning("The Hub does not take the activity of %s: %s", *said, extra={"user": user})
                 else:
-                    self._reported[user] = newest
+                    self._reported[user] = max(servers.values())
 
         await asyncio.gather(*(tell(user, servers) for user, servers in news.items()))
         self._reported = {user: at for user, at in self._reported.items() if user in by_user}
+        self._unknown = {key: at for key, at in self._unknown.items() if at > time.monotonic() - AGAIN_SECONDS}
         return len(news)
+
+    async def _tell(self, user: str, servers: Mapping[str | None, datetime]) -> None:
+        """Report a user's activity. A Hub that does not know one of the servers takes nothing of what names it."""
+        named: dict[str, JSON] = {
+            name: {"last_activity": isoformat(at)}
+            for name, at in servers.items()
+            if name is not None and (user, name) not in self._unknown
+        }
+        body: dict[str, JSON] = {"last_activity": isoformat(max(servers.values()))}
+        try:
+            await self._post(user, {**body, "servers": named} if named else body)
+        except GatewayError:
+            if not named:
+                raise
+            await self._post(user, body)  # raises where it is the Hub that is away
+            for name, active in named.items():
+                try:
+                    await self._post(user, {"servers": {name: active}})
+                except GatewayError as error:
+                    self._unknown[user, name] = time.monotonic()
+                    said = (name, user, error.message)
+                    self.log.info("The Hub knows no server %r of %s: %s", *said, extra={"user": user})
 
 
 def _active(record: KernelRecord) -> datetime:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -17,6 +17,7 @@ from hub_gateway.db.clock import db_now
 from hub_gateway.db.models import Kernel, utcnow
 from hub_gateway.db.secrets import Vault
 from hub_gateway.errors import Conflict, LaunchRefused
+from hub_gateway.identity.types import Identity
 from hub_gateway.kernels import failpoints
 from hub_gateway.kernels.rows import BY_ID, COLUMNS, KERNELS, one, record_of
 from hub_gateway.kernels.types import (
@@ -110,7 +111,6 @@ class Admitter:
             "principal": new.principal,
             "identity_rule": new.identity_rule,
             "cost_center": new.cost_center,
-            "name": new.name,
             "path": new.path,
             "target": KernelTarget.RUNNING.value,
             "execution_state": ExecutionState.STARTING.value,
@@ -145,15 +145,39 @@ class Admitter:
     def _made(tx: Transaction, insert: Any, values: Mapping[str, Any]) -> KernelRecord:
         return record_of(tx.connection().execute(insert, values).mappings().one())
 
-    def revive(self, tx: Transaction, kernel_id: str, launch: Mapping[str, Any]) -> Admitted | LaunchRefused:
-        """Admit a failed kernel once more, under the same id. Raises `Conflict` where it is not failed."""
+    def revive(
+        self,
+        tx: Transaction,
+        kernel_id: str,
+        launch: Mapping[str, Any],
+        identity: Identity | None = None,
+        claim: Claim | None = None,
+    ) -> Admitted | LaunchRefused:
+        """Admit a failed kernel once more, under the same id. Raises `Conflict` where it is not failed.
+
+        `identity` is what its owner is now: in which groups, as which principal, at whose expense.
+        """
         lock(tx)  # before the row is read: of two who start it again, one must see what the other did
         row = tx.execute(BY_ID, {"kernel": kernel_id}).mappings().one_or_none()
         record = None if row is None else record_of(row)
         if record is None or record.status is not KernelStatus.FAILED:
             raise Conflict(f"Kernel {kernel_id} cannot be started again now.")
         now = utcnow()
+        whose: dict[str, Any] = {}
+        if identity is not None:
+            whose = {
+                "groups": sorted(identity.groups),
+                "principal": identity.principal,
+                "cost_center": identity.cost_center,
+            }
+            record = replace(record, **{**whose, "groups": tuple(whose["groups"])})
+            whose["identity_rule"] = identity.rule
         demand = self.demand(record)
+        try:
+            if claim is not None:
+                claim(tx)
+        except LaunchRefused as error:
+            return self._refused(tx, demand, error, error.policy)
         verdict = self._anew(tx, demand, now)
         if verdict.outcome == "refused":
             return self._refused(tx, demand, LaunchRefused(verdict.sentence), verdict.policy)
@@ -170,6 +194,7 @@ class Admitter:
                 stopped_at=None,
                 last_activity=now,
                 restarts=Kernel.restarts + 1,
+                **whose,
                 **self._next_launch(),
                 **self._stands(verdict, now),
                 **launch,

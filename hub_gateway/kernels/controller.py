@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from traitlets import Float, Integer, Unicode
@@ -20,13 +21,15 @@ from traitlets.config import LoggingConfigurable
 from hub_gateway.db.engine import Database
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.secrets import Vault
+from hub_gateway.deadlines import end, within
 from hub_gateway.errors import GatewayError
 from hub_gateway.kernels.leases import Leases
 from hub_gateway.kernels.links import Links
 from hub_gateway.kernels.reaper import Reaper
 from hub_gateway.kernels.reconcile import Exit, Reconciler, Timing, state_of, with_stderr
 from hub_gateway.kernels.store import Activity, KernelStore, number, storable
-from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
+from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, KernelTarget
+from hub_gateway.kernels.waiting import WaitingRequests
 from hub_gateway.kernels.workqueue import WorkQueue
 from hub_gateway.proxies.base import AgentSettings, Phase, PhaseReport
 from hub_gateway.proxies.registry import Proxies
@@ -59,7 +62,12 @@ class Controller(LoggingConfigurable):
     """
 
     start_seconds = Float(
-        60.0, help="How long (seconds) a kernel may take from its launch until it answers; then it has failed."
+        60.0,
+        help="""How long (seconds) a kernel may take from its launch until it answers; then it has failed.
+
+        That holds for a resource manager that does not answer, too: the launch is broken off. What the kernel
+        reserved is given back when it is certain that nothing of it runs.
+        """,
     ).tag(config=True)
     shutdown_seconds = Float(
         5.0, help="How long (seconds) a kernel may take to end after shutdown_request and again after SIGTERM."
@@ -88,6 +96,15 @@ class Controller(LoggingConfigurable):
         4 * 2**20, help="How much (bytes) may be on its way from an agent to a gateway and not processed."
     ).tag(config=True)
     stderr_bytes = Integer(16 * 2**10, help="How much of a kernel's last stderr (bytes) is kept.").tag(config=True)
+    log_bytes = Integer(
+        16 * 2**20,
+        help="""How much (bytes) is kept of what a kernel and its agent write to stdout and stderr.
+
+        It lies in two files, `kernel.log` and `kernel.log.1`, in the kernel's runtime directory (for local kernels
+        below `LocalProxy.runtime_root`); the older one is dropped when the newer one has half of this. What a cell
+        prints does not go there. Where a resource manager keeps the log itself, its own limits hold.
+        """,
+    ).tag(config=True)
     restart_limit = Integer(
         5, help="How often in a row a kernel that dies is restarted; one that lived for 10 seconds counts anew."
     ).tag(config=True)
@@ -104,7 +121,12 @@ class Controller(LoggingConfigurable):
         3.0, help="How often (seconds), at most, activity of kernels is written to the database."
     ).tag(config=True)
     reap_seconds = Float(
-        60.0, help="How often (seconds) resource managers are searched for objects without a kernel."
+        60.0,
+        help="""How often (seconds) resource managers are searched for objects without a kernel.
+
+        A resource manager may take as long again to answer, and to end each such object; one that takes longer is
+        asked again the next time. Each is searched by itself, so none keeps another from being cleaned up.
+        """,
     ).tag(config=True)
     reap_grace_seconds = Float(30.0, help="How long (seconds) such an object must be seen before it is ended.").tag(
         config=True
@@ -116,7 +138,13 @@ class Controller(LoggingConfigurable):
     history_seconds = Float(30 * 86400.0, help="How long (seconds) the record of a stopped kernel is kept.").tag(
         config=True
     )
-    workers = Integer(64, help="How many kernels are started, stopped or looked after at once.").tag(config=True)
+    workers = Integer(
+        64,
+        help="""How many kernels of one process proxy are started, stopped or looked after at once.
+
+        Each proxy has as many of its own, so a resource manager that is slow or dead holds up its own kernels alone.
+        """,
+    ).tag(config=True)
     listen_address = Unicode(
         "127.0.0.1", help="Address on which agents listen, where their proxy does not know better."
     ).tag(config=True)
@@ -138,14 +166,29 @@ class Controller(LoggingConfigurable):
         super().__init__(**kwargs)
         self.store = KernelStore(db, vault, instance=instance, lease_seconds=self.lease_seconds, admission=admission)
         self.leases = Leases(self.store, replica=replica)
-        self.links = Links(make_relay, self._event, self.store.link_facts, self._unlinked)
+        self.waiting = WaitingRequests(db, vault, on_swallowed)
+        self.links = Links(make_relay, self._event, self.store.link_facts, self._unlinked, self.waiting)
         self.proxies = proxies
         self.service_url = service_url
         self.gateway_id = ""
         self._on_swallowed = on_swallowed
-        self._reconciler: Reconciler | None = None
+        self._reconciler = Reconciler(
+            self.store,
+            self.leases,
+            self.links,
+            self.proxies,
+            agent=self._agent_settings,
+            timing=Timing(start=self.start_seconds, stop=2 * self.shutdown_seconds + 2),
+            log=self.log,
+        )
         self._reaper: Reaper | None = None
-        self._queue = WorkQueue(self._handle, workers=self.workers, on_error=self._failed)
+        self._proxy_of: dict[str, str] = {}
+        self._queue = WorkQueue(
+            self._handle,
+            workers=self.workers,
+            lane=lambda kernel_id: self._proxy_of.get(kernel_id, ""),
+            on_error=self._failed,
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._changed: dict[str, asyncio.Event] = {}
         self._written: dict[str, Activity] = {}
@@ -160,18 +203,16 @@ class Controller(LoggingConfigurable):
 
         `sole` says that no earlier process of this replica lives (its lock is ours).
         """
-        self.gateway_id = await self.store.gateway_id()
-        self._reconciler = Reconciler(
+        self.gateway_id = self._reconciler.gateway_id = await self.store.gateway_id()
+        self._reaper = Reaper(
             self.store,
-            self.leases,
-            self.links,
             self.proxies,
-            gateway_id=self.gateway_id,
-            agent=self._agent_settings,
-            timing=Timing(start=self.start_seconds, stop=2 * self.shutdown_seconds + 2),
-            log=self.log,
+            self.gateway_id,
+            self.reap_grace_seconds,
+            self.log,
+            timeout=self.reap_seconds,
+            on_swallowed=self._on_swallowed,
         )
-        self._reaper = Reaper(self.store, self.proxies, self.gateway_id, self.reap_grace_seconds, self.log)
         for _, proxy in self.proxies.all():
             if isinstance(proxy, Watching):
                 proxy.on_ended = self._ended
@@ -187,18 +228,18 @@ class Controller(LoggingConfigurable):
                 ("scan", self.scan_seconds, self._scan),
                 ("poll", self.poll_seconds, self._poll),
                 ("flush", self.flush_seconds, self.flush),
-                ("reap", self.reap_seconds, self._reap),
+                ("tidy", self.reap_seconds, self._tidy),
+                # Each by itself: a cluster that does not answer keeps nobody from cleaning up another.
+                *(("reap", self.reap_seconds, self._sweep(name)) for name, _ in self.proxies.all()),
             )
         ]
 
     async def close(self) -> None:
         """Stop driving; kernels go on. Leases are let go, so that a successor need not wait."""
         self._closing = True
-        tasks = [*self._tasks, *self._looking]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end([*self._tasks, *self._looking])
         await self._queue.close()
+        await self.waiting.close()
         try:
             await self.flush()
             await self.leases.close()
@@ -209,16 +250,17 @@ class Controller(LoggingConfigurable):
 
     # What others call
 
-    def changed(self, kernel_id: str, *, stop: bool = False) -> None:
-        """Something about this kernel changed; `stop` where it is no longer wanted."""
-        if stop and self._reconciler is not None:
+    def changed(self, kernel_id: str, *, stop: bool = False, proxy: str = "") -> None:
+        """Something about this kernel changed; `stop` where it is no longer wanted, `proxy` where that is at hand."""
+        if proxy:
+            self._proxy_of[kernel_id] = proxy
+        if stop:
             self._reconciler.interrupt_launch(kernel_id)
         self._queue.add(kernel_id)
 
     def renewed(self, kernel_id: str) -> None:
         """A failed kernel was admitted again: forget its earlier life, and start it."""
-        if self._reconciler is not None:
-            self._reconciler.forget(kernel_id)
+        self._reconciler.forget(kernel_id)
         self._queue.add(kernel_id)
 
     async def wait(
@@ -234,7 +276,7 @@ class Controller(LoggingConfigurable):
                 return record
             try:
                 # Another replica may be the one that changes it, so it is read again in any case.
-                await asyncio.wait_for(event.wait(), min(left, 1.0))
+                await within(event.wait(), min(left, 1.0))
             except asyncio.TimeoutError:
                 continue
 
@@ -263,7 +305,11 @@ class Controller(LoggingConfigurable):
     # Inside
 
     async def _handle(self, kernel_id: str) -> float | None:
-        assert self._reconciler is not None
+        if kernel_id not in self._proxy_of:
+            record = await self.store.get(kernel_id)
+            if record is not None and record.live:
+                self._proxy_of[kernel_id] = record.proxy
+                return 0.0  # among those of its own proxy, for what it does may take long
         try:
             return await self._reconciler.step(kernel_id)
         finally:
@@ -273,12 +319,19 @@ class Controller(LoggingConfigurable):
 
     def _failed(self, kernel_id: str, error: Exception) -> None:
         self._on_swallowed("controller")
+        about = self._about(kernel_id)
         if isinstance(error, GatewayError):
-            self.log.warning("Kernel %s: %s (%s); trying again", kernel_id, error.message, error.hint or error.code)
+            said = (kernel_id, error.message, error.hint or error.code)
+            self.log.warning("Kernel %s: %s (%s); trying again", *said, extra=about)
         elif isinstance(error, asyncio.TimeoutError):
-            self.log.warning("Kernel %s: its resource manager does not answer in time; trying again", kernel_id)
+            self.log.warning(
+                "Kernel %s: its resource manager does not answer in time; trying again", kernel_id, extra=about
+            )
         else:
-            self.log.error("Kernel %s: unexpected %r; trying again", kernel_id, error, exc_info=error)
+            self.log.error("Kernel %s: unexpected %r; trying again", kernel_id, error, exc_info=error, extra=about)
+
+    def _about(self, kernel_id: str) -> dict[str, str | None]:
+        return {"kernel_id": kernel_id, "proxy": self._proxy_of.get(kernel_id)}
 
     def _ended(self, kernel_id: str) -> None:
         """A proxy saw an agent end: it is asked at once what that means for the kernel."""
@@ -294,12 +347,15 @@ class Controller(LoggingConfigurable):
                 await self._poll_some([record])
         except GatewayError as error:
             self._on_swallowed("poll")
-            self.log.info("Kernel %s is looked at by the next poll: %s", kernel_id, error.message)
+            self.log.info(
+                "Kernel %s is looked at by the next poll: %s", kernel_id, error.message, extra=self._about(kernel_id)
+            )
 
     def _unlinked(self, kernel_id: str, error: GatewayError) -> None:
         """Websockets wait for a link that cannot be made now; the next scan tries again."""
         self._on_swallowed("controller")
-        self.log.warning("Kernel %s is not linked yet: %s (%s)", kernel_id, error.message, error.hint or error.code)
+        said = (kernel_id, error.message, error.hint or error.code)
+        self.log.warning("Kernel %s is not linked yet: %s (%s)", *said, extra=self._about(kernel_id))
         self._queue.add(kernel_id)
 
     def _event(self, kernel_id: str, event: Mapping[str, Any]) -> None:
@@ -311,14 +367,14 @@ class Controller(LoggingConfigurable):
         if isinstance(exited, Mapping) and exited.get("event") == "exited":
             if exited.get("will_restart") or exited.get("while") == "stopping":
                 return
-            assert self._reconciler is not None
             self._reconciler.ended(kernel_id, exit_of(exited))
         self._queue.add(kernel_id)
 
     async def _relink(self, taken: set[str]) -> None:
         """Link to all running kernels at once, after one look per cluster at which of them are gone."""
-        assert self._reconciler is not None
-        running = [r for r in (await self.store.some(taken)).values() if r.status is KernelStatus.RUNNING]
+        records = (await self.store.some(taken)).values()
+        self._proxy_of |= {record.id: record.proxy for record in records}
+        running = [record for record in records if record.status is KernelStatus.RUNNING]
         reports = await self._ask(running)
         alive = [r.id for r in running if reports.get(r.id, PhaseReport(Phase.UNKNOWN)).phase is not Phase.GONE]
         facts = await self.store.link_facts(alive)
@@ -333,10 +389,15 @@ class Controller(LoggingConfigurable):
         claimed = await self.leases.claim()
         for kernel_id in claimed:
             self._written.pop(kernel_id, None)  # from now on it is ours to write
-        for kernel_id in (*claimed, *await self.leases.unfinished()):
+        unfinished = await self.leases.unfinished()
+        for kernel_id, target in unfinished.items():
+            if target is not KernelTarget.RUNNING:  # asked for through another replica, which cannot break it off
+                self._reconciler.interrupt_launch(kernel_id)
+        for kernel_id in (*claimed, *unfinished):
             if kernel_id not in self._queue:
                 self._queue.add(kernel_id)
         await self._serve_websockets()
+        await self.links.restore_all()
 
     async def _serve_websockets(self) -> None:
         """Link the relays that websockets wait at, also of kernels that another replica drives (nobody tells us).
@@ -364,18 +425,25 @@ class Controller(LoggingConfigurable):
         await self._poll_some(await self.store.mine())
 
     async def _poll_some(self, records: Sequence[KernelRecord]) -> None:
-        assert self._reconciler is not None
         mine = [record for record in records if record.live and record.lease_holder == self.store.instance]
         # Also those that are linked: a cluster may know of an end before a silent link does.
         asked = [r for r in mine if r.status is KernelStatus.RUNNING or self._reconciler.waiting(r.id)]
-        for kernel_id, report in (await self._ask(asked)).items():
+        await self._ask(asked, self._reported)
+
+    def _reported(self, reports: Mapping[str, PhaseReport]) -> None:
+        for kernel_id, report in reports.items():
             relay = self.links.existing(kernel_id)
             if report.phase is not Phase.RUNNING or relay is None or not relay.linked:
                 self._reconciler.reported(kernel_id, report)
                 self._queue.add(kernel_id)
 
-    async def _ask(self, records: list[KernelRecord]) -> dict[str, PhaseReport]:
-        """What the resource managers say of these kernels; one that does not answer says nothing."""
+    async def _ask(
+        self, records: list[KernelRecord], tell: Callable[[Mapping[str, PhaseReport]], None] = lambda reports: None
+    ) -> dict[str, PhaseReport]:
+        """What the resource managers say of these kernels; one that does not answer says nothing.
+
+        `tell` hears it of each as soon as that one has answered.
+        """
         by_proxy: dict[str, list[KernelRecord]] = {}
         for record in records:
             by_proxy.setdefault(record.proxy, []).append(record)
@@ -383,23 +451,31 @@ class Controller(LoggingConfigurable):
         async def ask(name: str, some: list[KernelRecord]) -> dict[str, PhaseReport]:
             states = {record.id: state_of(record, self.gateway_id) for record in some}
             try:
-                return await asyncio.wait_for(self.proxies.get(name).poll(states), self.poll_seconds)
+                reports = await within(self.proxies.get(name).poll(states), self.poll_seconds)
             except (GatewayError, OSError, asyncio.TimeoutError) as error:
                 self._on_swallowed("poll")
-                self.log.warning("The resource manager of proxy %s does not answer: %r", name, error)
+                self.log.warning(
+                    "The resource manager of proxy %s does not answer: %r", name, error, extra={"proxy": name}
+                )
                 return {}
+            tell(reports)
+            return reports
 
         found: dict[str, PhaseReport] = {}
         for reports in await asyncio.gather(*(ask(name, some) for name, some in by_proxy.items())):
             found |= reports
         return found
 
-    async def _reap(self) -> None:
+    def _sweep(self, proxy: str) -> Callable[[], Awaitable[None]]:
         assert self._reaper is not None
-        await self._reaper.sweep()
+        return partial(self._reaper.sweep_one, proxy)
+
+    async def _tidy(self) -> None:
+        """Let rows age, and forget what is kept here of kernels that are listed no more."""
         # Before the rows are read: whatever is here already has its row by then.
-        relays, waited = list(self.links), set(self._changed)
+        relays, waited = list(self.links), {*self._changed, *self._proxy_of}
         now: datetime = utcnow()
+        await self.waiting.forget_stopped()
         await self.store.age_out(
             now - timedelta(seconds=self.failed_seconds), now - timedelta(seconds=self.history_seconds)
         )
@@ -409,6 +485,7 @@ class Controller(LoggingConfigurable):
                 self.links.drop(kernel_id)
         for kernel_id in waited - listed:
             self._changed.pop(kernel_id, None)
+            self._proxy_of.pop(kernel_id, None)
 
     async def _every(self, seconds: float, name: str, call: Callable[[], Awaitable[None]]) -> None:
         """Call again and again; one failure is logged and counted, and changes nothing for the next time."""
@@ -437,6 +514,7 @@ class Controller(LoggingConfigurable):
             start_seconds=self.start_seconds,
             shutdown_seconds=self.shutdown_seconds,
             stderr_bytes=self.stderr_bytes,
+            log_bytes=self.log_bytes,
             restart_limit=self.restart_limit,
         )
 

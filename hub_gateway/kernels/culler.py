@@ -11,6 +11,7 @@ from traitlets import Bool, Float
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway.db.models import utcnow
+from hub_gateway.deadlines import end
 from hub_gateway.errors import GatewayError
 from hub_gateway.kernels.service import KernelService
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
@@ -25,8 +26,8 @@ class Culler(LoggingConfigurable):
         0.0,
         help="""After how long (seconds) without activity a kernel is stopped; 0 never.
 
-        Activity is a message from a client or an output of the kernel. A kernelspec has its own limit in
-        `metadata.hub_gateway.cull_idle_timeout` (0: its kernels are never culled).
+        Activity is a message from a client or an output of the kernel, also between cells. A kernelspec has its own
+        limit in `metadata.hub_gateway.cull_idle_timeout` (0: its kernels are never culled).
         """,
     ).tag(config=True)
     cull_interval = Float(60.0, help="How often (seconds) idle kernels are looked for.").tag(config=True)
@@ -50,8 +51,7 @@ class Culler(LoggingConfigurable):
     async def close(self) -> None:
         """Stop looking."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end([self._task])
 
     async def _run(self) -> None:
         while True:

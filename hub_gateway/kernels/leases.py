@@ -8,7 +8,7 @@ nothing any more, and its agents refuse it (they have heard the higher epoch).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -122,14 +122,14 @@ class Leases:
 
         await self.store.db.write(renew)
 
-    async def unfinished(self) -> Sequence[str]:
-        """The kernels that this process holds and that are not where they should be."""
-        statement = select(Kernel.id).where(
+    async def unfinished(self) -> Mapping[str, KernelTarget]:
+        """The kernels that this process holds and that are not where they should be, and where that is."""
+        statement = select(Kernel.id, Kernel.target).where(
             Kernel.lease_holder == self.instance,
             Kernel.status.in_(LIVE),
             or_(Kernel.status != KernelStatus.RUNNING.value, Kernel.target != KernelTarget.RUNNING.value),
         )
-        return await self.store.db.read(lambda tx: tx.execute(statement).scalars().all())
+        return await self.store.db.read(lambda tx: {key: KernelTarget(target) for key, target in tx.execute(statement)})
 
     async def close(self) -> None:
         """Let go of everything, so that another replica (or the next process) need not wait."""

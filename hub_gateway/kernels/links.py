@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hub_gateway.errors import Conflict, GatewayError, Unavailable
 from hub_gateway.kernels.store import LinkFacts
+from hub_gateway.kernels.waiting import WaitingRequests
 
 if TYPE_CHECKING:
     from hub_gateway.link.relay import KernelRelay
@@ -25,7 +26,7 @@ class Links:
 
     `make` makes one that is not linked yet; `on_event(kernel_id, event)` hears what agents report;
     `facts_of(kernel_ids)` reads what it takes to link; `on_unlinked(kernel_id, error)` hears what became of
-    `link_later` where it failed.
+    `link_later` where it failed; `waiting` keeps what waits for a link.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class Links:
         on_event: Callable[[str, Mapping[str, Any]], None],
         facts_of: Callable[[Sequence[str]], Awaitable[Mapping[str, LinkFacts]]],
         on_unlinked: Callable[[str, GatewayError], None],
+        waiting: WaitingRequests | None = None,
     ) -> None:
         self._make = make
         self._on_event = on_event
         self._facts_of = facts_of
         self._on_unlinked = on_unlinked
+        self._waiting = waiting
         self._relays: dict[str, KernelRelay] = {}
         self._connecting: dict[str, asyncio.Task[Mapping[str, Any]]] = {}
         self._later: dict[str, asyncio.Task[None]] = {}
@@ -49,6 +52,10 @@ class Links:
         if found is None:
             found = self._relays[kernel_id] = self._make(kernel_id)
             found.on_event = lambda event: self._on_event(kernel_id, event)
+            waiting = self._waiting
+            if waiting is not None:
+                found.on_waits = lambda key, frames: waiting.keep(kernel_id, key, frames)
+                found.on_settled = lambda keys: waiting.drop(kernel_id, keys)
         return found
 
     def existing(self, kernel_id: str) -> KernelRelay | None:
@@ -68,7 +75,7 @@ class Links:
             return relay
         task = self._connecting.get(facts.kernel_id)
         if task is None:
-            task = asyncio.ensure_future(_connect(relay, facts, timeout))
+            task = asyncio.ensure_future(self._connect(relay, facts, timeout))
             self._connecting[facts.kernel_id] = task
             task.add_done_callback(lambda _: self._connecting.pop(facts.kernel_id, None))
         # Not awaited itself: somebody else's cancellation, or a link that is closed, must not cancel us.
@@ -103,6 +110,20 @@ class Links:
         self.disconnect(kernel_id)
         return await call(await self.link(kernel_id))
 
+    async def restore(self, kernel_id: str) -> None:
+        """Give a relay what an earlier gateway, or another replica, was given for it. Raises `Unavailable`."""
+        if self._waiting is not None and kernel_id in await self._waiting.kernels():
+            self.relay(kernel_id).restore(await self._waiting.load(kernel_id))
+
+    async def restore_all(self) -> None:
+        """The same for all that are linked: what was waiting at a replica that is gone is found at last."""
+        if self._waiting is None:
+            return
+        for kernel_id in await self._waiting.kernels():
+            relay = self._relays.get(kernel_id)
+            if relay is not None and relay.linked:
+                relay.restore(await self._waiting.load(kernel_id))
+
     def link_later(self, kernel_id: str) -> None:
         """Link in the background, for websockets that wait."""
         if kernel_id not in self._later:
@@ -120,6 +141,16 @@ class Links:
         if facts is None:
             raise Unavailable("The kernel is still starting; try again in a moment.", retry_after=1.0)
         return await self.connect(facts, timeout=timeout)
+
+    async def _connect(self, relay: KernelRelay, facts: LinkFacts, timeout: float) -> Mapping[str, Any]:
+        await self.restore(facts.kernel_id)
+        try:
+            return await relay.connect(
+                facts.registration, facts.client_secret, facts.client_public, facts.epoch, timeout=timeout
+            )
+        except Conflict:
+            relay.disconnect()  # it would go on trying with an epoch that is refused for ever
+            raise
 
     def disconnect(self, kernel_id: str) -> None:
         """Close the link of a kernel; its relay stays for the websockets that are open."""
@@ -141,13 +172,3 @@ class Links:
             task.cancel()
         for kernel_id in list(self._relays):
             self.drop(kernel_id)
-
-
-async def _connect(relay: KernelRelay, facts: LinkFacts, timeout: float) -> Mapping[str, Any]:
-    try:
-        return await relay.connect(
-            facts.registration, facts.client_secret, facts.client_public, facts.epoch, timeout=timeout
-        )
-    except Conflict:
-        relay.disconnect()  # it would go on trying with an epoch that is refused for ever
-        raise

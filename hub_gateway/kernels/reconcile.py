@@ -17,18 +17,20 @@ import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import case
 
 from hub_gateway.db.models import Kernel, utcnow
+from hub_gateway.deadlines import within
 from hub_gateway.errors import GatewayError, Unavailable
 from hub_gateway.kernels import failpoints
 from hub_gateway.kernels.leases import Lease, LeaseLost, Leases
 from hub_gateway.kernels.links import Links
 from hub_gateway.kernels.store import KernelStore, addressable, number, storable
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, KernelTarget
+from hub_gateway.logs import about
 from hub_gateway.metrics import METRICS
 from hub_gateway.proxies.base import AgentSettings, LaunchRequest, Phase, PhaseReport, ProcessProxy, State
 from hub_gateway.proxies.registry import Proxies
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Exit", "Reconciler", "Timing", "state_of"]
 
+STILL_LAUNCHING_SECONDS = 0.5
+STDERR = " Last lines of stderr: "
+"""Between a sentence and what the kernel wrote."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -46,6 +52,7 @@ class Timing:
     start: float = 60.0
     link: float = 5.0
     ask: float = 10.0
+    break_off: float = 5.0
     stop: float = 10.0
     terminate: float = 60.0
 
@@ -68,12 +75,14 @@ class _Memory:
     deadline: float
     launched: bool = False
     launching: asyncio.Task[None] | None = None
+    broken_off: bool = False
+    progress: str = ""
     exit: Exit | None = None
     report: PhaseReport | None = None
 
 
 class Reconciler:
-    """Drives kernels for a controller, which says what changed and calls `step`."""
+    """Drives kernels for a controller, which says what changed and calls `step` once `gateway_id` is set."""
 
     def __init__(
         self,
@@ -82,7 +91,6 @@ class Reconciler:
         links: Links,
         proxies: Proxies,
         *,
-        gateway_id: str,
         agent: Callable[[str, str, str], AgentSettings],
         timing: Timing,
         log: logging.Logger,
@@ -91,7 +99,7 @@ class Reconciler:
         self.leases = leases
         self.links = links
         self.proxies = proxies
-        self.gateway_id = gateway_id
+        self.gateway_id = ""
         self.agent = agent
         self.timing = timing
         self.log = log
@@ -121,9 +129,10 @@ class Reconciler:
     def interrupt_launch(self, kernel_id: str) -> None:
         """Break off a launch that is under way: its kernel is no longer wanted."""
         memory = self._memory.get(kernel_id)
-        if memory is not None and memory.launching is not None:
+        # Once: a second cancellation would cut short what the launch does to end in order.
+        if memory is not None and memory.launching is not None and not memory.broken_off:
+            memory.broken_off = True
             memory.launching.cancel()
-            memory.launching = None  # once: a second would cut short what the launch does to end in order
 
     def forget(self, kernel_id: str) -> None:
         """Drop what is remembered of earlier lives of this kernel."""
@@ -159,7 +168,7 @@ class Reconciler:
             return await self._supervise(record, lease)
         except LeaseLost:
             self.forget(kernel_id)
-            self.log.warning("Another replica drives kernel %s now", kernel_id)
+            self.log.warning("Another replica drives kernel %s now", kernel_id, extra=about(record))
             return None
 
     def settle(self, kernel_id: str, record: KernelRecord | None) -> None:
@@ -179,7 +188,10 @@ class Reconciler:
         now = asyncio.get_running_loop().time()
         memory = self._memory.get(record.id)
         if memory is None or memory.epoch != lease.epoch:
-            memory = self._memory[record.id] = _Memory(lease.epoch, now, now + self.timing.start)
+            heard, memory = memory, _Memory(lease.epoch, now, now + self.timing.start)
+            if heard is not None and record.registration is not None:  # else it was about an earlier launch
+                memory.exit, memory.report = heard.exit, heard.report
+            self._memory[record.id] = memory
         left = memory.deadline - now
         if record.registration is None and not memory.launched and left > 0:
             return await self._launch(record, lease, memory)
@@ -223,17 +235,26 @@ class Reconciler:
         return None
 
     async def _launch(self, record: KernelRecord, lease: Lease, memory: _Memory) -> float | None:
-        """Consume the proxy's launch, in a task that a stop can cancel."""
-        task = asyncio.ensure_future(self._consume(record, lease))
-        memory.launching = task
+        """Consume the proxy's launch, in a task that a stop can cancel and that has a deadline."""
+        task = memory.launching = asyncio.ensure_future(self._consume(record, lease, memory))
+        task.add_done_callback(_looked_at)
+        memory.broken_off = False
         try:
-            await asyncio.wait({task})
-        finally:
-            memory.launching = None
-            if not task.done():  # this process ends: leave what was started to whoever comes next
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            # Each progress that the launch tells moves the deadline.
+            while not task.done() and (left := memory.deadline - asyncio.get_running_loop().time()) > 0:
+                await asyncio.wait({task}, timeout=left)
+            if not task.done():
+                self.interrupt_launch(record.id)
+                # Its kernel fails now. `_stop` waits for a launch that takes longer to end in order.
+                await asyncio.wait({task}, timeout=self.timing.break_off)
+                record = await self.store.get(record.id) or record  # with what the launch recorded
+                return await self._fail(record, lease, await self._hung(record, memory))
+        except asyncio.CancelledError:  # this process ends: leave what was started to whoever comes next
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            raise
+        memory.launching = None
         if task.cancelled():
             return 0.0  # the target has changed
         try:
@@ -241,14 +262,16 @@ class Reconciler:
         except Unavailable:
             if asyncio.get_running_loop().time() < memory.deadline:
                 raise
+            record = await self.store.get(record.id) or record
             return await self._fail(record, lease, await self._too_slow(record))
         except GatewayError as error:
+            record = await self.store.get(record.id) or record
             return await self._fail(record, lease, Exit(storable(error.message)))
         memory.launched = True
         return 0.0
 
-    async def _consume(self, record: KernelRecord, lease: Lease) -> None:
-        proxy, memory = self.proxies.get(record.proxy), self._memory.get(record.id)
+    async def _consume(self, record: KernelRecord, lease: Lease, memory: _Memory) -> None:
+        proxy = self.proxies.get(record.proxy)
         plan, token, public = await self.store.plan(record.id)
         if record.launch_epoch != lease.epoch:
             await self.leases.update(lease, launch_epoch=lease.epoch)
@@ -260,7 +283,9 @@ class Reconciler:
             kernelspec=record.kernelspec,
             argv=plan.argv,
             env=plan.env,
-            agent=self.agent(record.id, token, public),
+            agent=replace(
+                self.agent(record.id, token, public), transport=plan.transport, kernel_encryption=plan.encryption
+            ),
             cwd=plan.cwd,
             unix_user=record.unix_user,
             interrupt_mode=plan.interrupt_mode,
@@ -277,9 +302,10 @@ class Reconciler:
                 failpoints.hit(f"launch.{number}.recorded")
                 progress = state.get("progress")
                 if isinstance(progress, str):
+                    memory.progress = storable(progress)
                     self.links.relay(record.id).announce(progress)
-                    if memory is not None:  # an image may take longer to fetch than a kernel to start
-                        memory.deadline = asyncio.get_running_loop().time() + self.timing.start
+                    # An image may take longer to fetch than a kernel to start.
+                    memory.deadline = asyncio.get_running_loop().time() + self.timing.start
                 if target is not KernelTarget.RUNNING:
                     return
 
@@ -314,7 +340,9 @@ class Reconciler:
         return await self._fail(record, lease, await self._post_mortem(record, report, when))
 
     async def _fail(self, record: KernelRecord, lease: Lease, how: Exit) -> float | None:
-        self.log.warning("Kernel %s of %s failed: %s", record.id, record.owner, how.sentence)
+        # Without what the kernel wrote, which is its user's.
+        said = how.sentence.partition(STDERR)[0]
+        self.log.warning("Kernel %s of %s failed: %s", record.id, record.owner, said, extra=about(record))
         await self.leases.update(
             lease,
             status=KernelStatus.STOPPING.value,
@@ -329,7 +357,7 @@ class Reconciler:
         relay = self.links.relay(record.id)
         if relay.linked:
             await _answers(relay)  # what the agent sent before has arrived when its answer has
-        relay.fail(how.sentence, tail_lines(how.stderr_tail))
+        relay.fail(how.sentence, tail_lines(how.stderr_tail), ran=record.status is KernelStatus.RUNNING)
         return await self._stop(record, lease, ended=True)
 
     async def _stop(self, record: KernelRecord, lease: Lease, *, ended: bool = False) -> float | None:
@@ -339,14 +367,19 @@ class Reconciler:
         # A kernel that has not answered yet has nothing to save; its agent is told by the proxy.
         if not ended and relay is not None and relay.linked and relay.ready:
             try:
-                await asyncio.wait_for(relay.shutdown(), self.timing.stop)
+                await within(relay.shutdown(), self.timing.stop)
             except (GatewayError, asyncio.TimeoutError) as error:
                 self.log.info(
-                    "Kernel %s did not end when asked (%s); ending it", record.id, str(error) or type(error).__name__
+                    "Kernel %s did not end when asked (%s); ending it",
+                    record.id,
+                    str(error) or type(error).__name__,
+                    extra=about(record),
                 )
             self.links.disconnect(record.id)  # asked once, whatever else has to be repeated
+        if memory is not None and memory.launching is not None and not memory.launching.done():
+            return STILL_LAUNCHING_SECONDS  # what it is about to start would not be found yet
         proxy = self.proxies.get(record.proxy)
-        await asyncio.wait_for(proxy.terminate(state_of(record, self.gateway_id)), self.timing.terminate)
+        await within(proxy.terminate(state_of(record, self.gateway_id)), self.timing.terminate)
         failpoints.hit("stop.terminated")
         wanted = Kernel.target == KernelTarget.STOPPED.value
         await self.leases.update(
@@ -371,7 +404,7 @@ class Reconciler:
     async def _ask(self, record: KernelRecord) -> PhaseReport:
         asked = self.proxies.get(record.proxy).poll({record.id: state_of(record, self.gateway_id)})
         try:
-            reports = await asyncio.wait_for(asked, self.timing.ask)
+            reports = await within(asked, self.timing.ask)
         except asyncio.TimeoutError:
             return PhaseReport(Phase.UNKNOWN)
         return reports.get(record.id, PhaseReport(Phase.UNKNOWN))
@@ -386,15 +419,31 @@ class Reconciler:
             record, f"The kernel {what} within {self.timing.start:.0f} seconds of its launch; start it again.", None
         )
 
+    async def _hung(self, record: KernelRecord, memory: _Memory) -> Exit:
+        said = f" It last said: {memory.progress.rstrip('.')}." if memory.progress else ""
+        return await self._last_words(
+            record,
+            f"The resource manager ({record.proxy}) did not finish the launch within {self.timing.start:.0f} seconds."
+            f"{said} Start the kernel again later, or ask your administrator whether the cluster works.",
+            None,
+        )
+
     async def _last_words(self, record: KernelRecord, sentence: str, code: int | None) -> Exit:
         proxy = self.proxies.get(record.proxy)
         try:
             logs = proxy.logs(state_of(record, self.gateway_id), 20)
-            lines = storable(await asyncio.wait_for(logs, self.timing.ask))
+            lines = storable(await within(logs, self.timing.ask))
         except (GatewayError, OSError, asyncio.TimeoutError) as error:
-            self.log.info("No logs of kernel %s: %s", record.id, str(error) or type(error).__name__)
+            why = str(error) or type(error).__name__
+            self.log.info("No logs of kernel %s: %s", record.id, why, extra=about(record))
             lines = ""
         return Exit(with_stderr(storable(sentence), lines), number(code), lines)
+
+
+def _looked_at(task: asyncio.Task[None]) -> None:
+    """Nobody asks a launch that was given up how it ended."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _answers(relay: KernelRelay) -> bool:
@@ -419,7 +468,7 @@ def tail_lines(text: str, lines: int = 20) -> list[str]:
 def with_stderr(sentence: str, tail: str) -> str:
     """A sentence, followed by the last lines of stderr where there are any."""
     lines = tail_lines(tail.strip(), 5)
-    return sentence if not lines else f"{sentence} Last lines of stderr: {' / '.join(lines)}"
+    return sentence if not lines else f"{sentence}{STDERR}{' / '.join(lines)}"
 
 
 def _recorded(state: State) -> dict[str, Any]:

@@ -101,7 +101,6 @@ def record_of(row: RowMapping) -> KernelRecord:
         stderr_tail=row["stderr_tail"],
         started_at=row["started_at"],
         stopped_at=row["stopped_at"],
-        name=row["name"],
         path=row["path"],
         restarts=row["restarts"],
         cull_idle_timeout=row["cull_idle_timeout"],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,13 @@ from hub_gateway.errors import (
     Unavailable,
 )
 from hub_gateway.identity.mapper import Identity, IdentityMapper
-from hub_gateway.kernels.admissions import Admitted
+from hub_gateway.kernels.admissions import Admitted, Claim
 from hub_gateway.kernels.controller import SAME_MOMENT, Controller
 from hub_gateway.kernels.environment import client_environment, kernel_environment, notebook_of
+from hub_gateway.kernels.notices import NoticeBoard
 from hub_gateway.kernels.reconcile import tail_lines
 from hub_gateway.kernels.resources import wished
-from hub_gateway.kernels.sessions import Sessions
+from hub_gateway.kernels.sessions import SessionRow, Sessions
 from hub_gateway.kernels.specs import KernelSpecs, Spec
 from hub_gateway.kernels.types import (
     JSON,
@@ -43,6 +45,7 @@ from hub_gateway.kernels.types import (
     NewKernel,
     isoformat,
 )
+from hub_gateway.logs import about
 from hub_gateway.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -85,6 +88,7 @@ class KernelService(LoggingConfigurable):
         self.specs = specs
         self.identity = identity or IdentityMapper(parent=self, db=self.store.db)
         self.sessions = Sessions(self.store)
+        self.notices = NoticeBoard(self.store.db, controller.links)
 
     # Kernels
 
@@ -101,15 +105,34 @@ class KernelService(LoggingConfigurable):
 
         Raises `BadRequest`, `PayloadTooLarge`, `NotFound` (kernelspec), `Forbidden`, `Conflict` (id taken).
         """
+        return await self._create(caller, wanted, kernel_id)
+
+    async def _create(
+        self,
+        caller: Caller,
+        wanted: CreateKernel,
+        kernel_id: str | None = None,
+        *,
+        first: Claim = lambda tx: None,
+        also: Callable[[Transaction, KernelRecord], None] = lambda tx, made: None,
+    ) -> KernelRecord:
+        """`create`, in whose transaction `first` may object and `also` write."""
         try:
-            admitted = await self._admit(caller, wanted, kernel_id)
+            admitted = await self._admit(caller, wanted, kernel_id, first, also)
         except GatewayError as error:
             METRICS.launches.labels("refused" if isinstance(error, LaunchRefused) else "failed").inc()
             raise
         METRICS.launches.labels(admitted.verdict.outcome).inc()
-        return self._begun(admitted)
+        return await self._begun(admitted)
 
-    async def _admit(self, caller: Caller, wanted: CreateKernel, kernel_id: str | None) -> Admitted:
+    async def _admit(
+        self,
+        caller: Caller,
+        wanted: CreateKernel,
+        kernel_id: str | None,
+        first: Claim,
+        also: Callable[[Transaction, KernelRecord], None],
+    ) -> Admitted:
         username = caller.name
         client = client_environment(wanted.env, allowed=self.client_envs, username=username)
         key = _kernel_id(kernel_id or client.pop("KERNEL_ID", None))
@@ -136,19 +159,23 @@ class KernelService(LoggingConfigurable):
             queue=queue,
             cull_idle_timeout=spec.number("cull_idle_timeout"),
         )
-        admitted = await self.store.admit(new, lambda tx: self.identity.claim(tx, identity))
-        self.log.info("Kernel %s (%s) %s for %s", key, spec.name, admitted.verdict.outcome, new.owner)
+
+        def claim(tx: Transaction) -> None:
+            first(tx)
+            self.identity.claim(tx, identity)
+
+        admitted = await self.store.admit(new, claim, also)
+        said = (key, spec.name, admitted.verdict.outcome, new.owner)
+        self.log.info("Kernel %s (%s) %s for %s", *said, extra=about(new))
         return admitted
 
-    def _begun(self, admitted: Admitted) -> KernelRecord:
+    async def _begun(self, admitted: Admitted) -> KernelRecord:
         """Have an admitted kernel started, and tell its user what there is to tell."""
         record = admitted.record
-        relay = self.controller.links.relay(record.id) if admitted.notices else None
-        for notice in admitted.notices:
-            assert relay is not None
-            relay.notify(notice)
+        if admitted.notices:
+            await self.notices.give(record.id)
         if record.status is not KernelStatus.QUEUED:
-            self.controller.changed(record.id)
+            self.controller.changed(record.id, proxy=record.proxy)
         return record
 
     async def shutdown(self, caller: Caller, kernel_id: str) -> None:
@@ -158,12 +185,31 @@ class KernelService(LoggingConfigurable):
 
     async def stop(self, kernel_id: str, reason: str = "") -> None:
         """Stop a kernel, whoever owns it. A `reason` (one sentence) is shown in its notebook."""
+        await self._ask_to_stop(kernel_id, reason)
+        await self._until_gone(kernel_id)
+
+    async def stop_for(self, actor: str, kernel_ids: Sequence[str], reason: str) -> frozenset[str]:
+        """Stop kernels of others, for somebody who stands in the audit trail with each; those that were there to stop.
+
+        Returns when they are gone, or at least certain to end.
+        """
+        asked = await asyncio.gather(*(self._ask_to_stop(kernel_id, reason, actor) for kernel_id in kernel_ids))
+        there = frozenset(record.id for record in asked if record is not None)
+        await asyncio.gather(*(self._until_gone(kernel_id) for kernel_id in there))
+        return there
+
+    async def _ask_to_stop(self, kernel_id: str, reason: str, actor: str = "") -> KernelRecord | None:
+        """Once this returns, the kernel is certain to end."""
         relay = self.controller.links.existing(kernel_id)
         if reason and relay is not None:
             relay.notify(reason)
-        await self.store.ask_to_stop(kernel_id, reason)
+        record = await self.store.ask_to_stop(kernel_id, reason, actor=actor)
         self.controller.changed(kernel_id, stop=True)
-        await self.controller.wait(kernel_id, lambda row: row is None or not row.live, self.stop_wait_seconds)
+        return record
+
+    async def _until_gone(self, kernel_id: str) -> None:
+        with contextlib.suppress(Unavailable):  # it ends, whether or not that can be seen now
+            await self.controller.wait(kernel_id, lambda row: row is None or not row.live, self.stop_wait_seconds)
 
     async def restart(self, caller: Caller, kernel_id: str) -> KernelRecord:
         """Restart a kernel in place; a failed one is started anew. Returns when it is ready.
@@ -176,10 +222,10 @@ class KernelService(LoggingConfigurable):
                 raise Conflict("The kernel is being shut down; start a new one.")
             record = await self._until_ended(kernel_id)  # it failed just now; what is left of it is being removed
         if record.status is KernelStatus.FAILED:
-            await self._still_the_same(caller, record)
-            admitted = await self.store.revive(kernel_id)
+            identity = await self._still_the_same(caller, record)
+            admitted = await self.store.revive(kernel_id, identity, lambda tx: self.identity.claim(tx, identity))
             self.controller.renewed(kernel_id)
-            self._begun(admitted)
+            await self._begun(admitted)
             return admitted.record if admitted.verdict.outcome == "queued" else await self._until_running(kernel_id)
         if record.status is not KernelStatus.RUNNING:
             raise Conflict(f"The kernel is {record.status.value}; wait until it runs, then restart it.")
@@ -195,7 +241,10 @@ class KernelService(LoggingConfigurable):
 
     async def relay(self, caller: Caller, kernel_id: str) -> KernelRelay:
         """The relay for a websocket: also while the kernel starts (it waits) or has failed (it says so)."""
-        return self._relay_of(await self._own(caller, kernel_id))
+        relay = self._relay_of(await self._own(caller, kernel_id))
+        if not relay.linked:
+            await self.controller.links.restore(kernel_id)
+        return relay
 
     def _relay_of(self, record: KernelRecord) -> KernelRelay:
         links = self.controller.links
@@ -252,13 +301,29 @@ class KernelService(LoggingConfigurable):
 
         A path that has a session of that type already gets that one, as in jupyter_server.
         """
-        wanted = self.sessions.parse(body)
+        wanted, owner = self.sessions.parse(body), owner_of(caller)
         for found in await self.list_sessions(caller):
             if (found["path"], found["type"]) == (wanted.path, wanted.type) and wanted.path:
                 return found
-        record = await self._kernel_for(caller, body, wanted.path)
-        row = await self.sessions.insert(owner_of(caller), wanted, record.id)
-        return row.model(self.kernel_model(record))
+        kernel = _wanted_kernel(body, wanted.path)
+        if isinstance(kernel, str):
+            row = await self.sessions.insert(owner, wanted, kernel)
+            return row.model(self.kernel_model(await self.get(caller, row.kernel_id)))
+        made: list[SessionRow] = []
+
+        def first(tx: Transaction) -> None:
+            there = self.sessions.open(tx, owner, wanted)
+            if there is not None:
+                raise _AlreadyOpen(there)
+
+        def also(tx: Transaction, record: KernelRecord) -> None:
+            made[:] = [self.sessions.add(tx, owner, wanted, record.id)]
+
+        try:
+            record = await self._create(caller, kernel, first=first, also=also)
+        except _AlreadyOpen as error:
+            return error.row.model(self.kernel_model(await self.get(caller, error.row.kernel_id)))
+        return made[0].model(self.kernel_model(record))
 
     async def get_session(self, caller: Caller, session_id: str) -> dict[str, JSON]:
         """One session. Raises `NotFound`."""
@@ -268,41 +333,33 @@ class KernelService(LoggingConfigurable):
     async def patch_session(self, caller: Caller, session_id: str, body: Mapping[str, Any]) -> dict[str, JSON]:
         """Change path, name, type or kernel of a session; a kernel that nothing uses any more is stopped."""
         owner = owner_of(caller)
-        before = await self.sessions.get(owner, session_id)
-        changed = self.sessions.parse(body, before)
-        kernel_id = before.kernel_id
-        if body.get("kernel") is not None:
-            kernel_id = (await self._kernel_for(caller, body, changed.path)).id
-        row = await self.sessions.update(owner, session_id, changed, kernel_id)
-        if kernel_id != before.kernel_id:
-            await self._unused(caller, before.kernel_id)
-        return row.model(self.kernel_model(await self.get(caller, kernel_id)))
+        changed = self.sessions.parse(body, await self.sessions.get(owner, session_id))
+        kernel = None if body.get("kernel") is None else _wanted_kernel(body, changed.path)
+        if isinstance(kernel, CreateKernel):
+            done: list[tuple[SessionRow, str | None]] = []
+
+            def also(tx: Transaction, record: KernelRecord) -> None:
+                done[:] = [self.sessions.change(tx, owner, session_id, changed, record.id)]
+
+            await self._create(caller, kernel, also=also)
+            row, unused = done[0]
+        else:
+            row, unused = await self.sessions.update(owner, session_id, changed, kernel)
+        await self._end(unused)
+        return row.model(self.kernel_model(await self.get(caller, row.kernel_id)))
 
     async def delete_session(self, caller: Caller, session_id: str) -> None:
         """Close a session and stop its kernel, unless another session uses that. Raises `NotFound`."""
-        owner = owner_of(caller)
-        row = await self.sessions.get(owner, session_id)
-        await self.sessions.delete(owner, session_id)
-        await self._unused(caller, row.kernel_id)
+        await self._end(await self.sessions.delete(owner_of(caller), session_id))
 
     # Inside
 
-    async def _unused(self, caller: Caller, kernel_id: str) -> None:
-        """Stop a kernel that no session uses any more; it may have gone by itself."""
-        if not await self.sessions.using(kernel_id):
-            with contextlib.suppress(NotFound):
-                await self.shutdown(caller, kernel_id)
-
-    async def _kernel_for(self, caller: Caller, body: Mapping[str, Any], path: str) -> KernelRecord:
-        kernel = {} if body.get("kernel") is None else body["kernel"]
-        if not isinstance(kernel, Mapping):
-            raise BadRequest("`kernel` must be an object with `id` or `name`.")
-        if kernel.get("id"):
-            return await self.get(caller, str(kernel["id"]))
-        name, env = kernel.get("name"), body.get("env") or kernel.get("env") or {}
-        if name is not None and not isinstance(name, str):
-            raise BadRequest("`kernel.name` must be a string.")
-        return await self.create(caller, CreateKernel(name=name, env=env, path=path or None))
+    async def _end(self, kernel_id: str | None) -> None:
+        """Have a kernel ended whose target says so, and wait for that."""
+        if kernel_id is None:
+            return
+        self.controller.changed(kernel_id, stop=True)
+        await self._until_gone(kernel_id)
 
     async def _own(self, caller: Caller, kernel_id: str) -> KernelRecord:
         # Almost always the kernel is on the caller's list, which is at hand.
@@ -360,21 +417,36 @@ class KernelService(LoggingConfigurable):
             connections=connections,
         )
 
-    async def _still_the_same(self, caller: Caller, record: KernelRecord) -> None:
-        """Raise `Forbidden` where a kernel that failed would be started again as somebody whom its owner is no more."""
+    async def _still_the_same(self, caller: Caller, record: KernelRecord) -> Identity:
+        """The owner of a kernel that failed as they are now.
+
+        Raises `Forbidden` where it would be started again as somebody whom its owner is no more.
+        """
         identity = await self.identity.map(caller, need=self.controller.proxies.get(record.proxy).identity)
         if identity.unix_user != record.unix_user:
             raise Forbidden("Your kernels do not run as the unix user of this one any more; start a new kernel.")
-        refused = await self.store.write(lambda tx: self._claimed(tx, identity))
-        if refused is not None:
-            raise refused
+        return identity
 
-    def _claimed(self, tx: Transaction, identity: Identity) -> LaunchRefused | None:
-        try:
-            self.identity.claim(tx, identity)
-        except LaunchRefused as error:  # returned, so that its line in the audit trail is committed
-            return error
-        return None
+
+class _AlreadyOpen(Exception):
+    """Another request opened the session meanwhile."""
+
+    def __init__(self, row: SessionRow) -> None:
+        super().__init__(row.id)
+        self.row = row
+
+
+def _wanted_kernel(body: Mapping[str, Any], path: str) -> str | CreateKernel:
+    """What a session's body says of its kernel: the id of one that is there, or a new one. Raises `BadRequest`."""
+    kernel = {} if body.get("kernel") is None else body["kernel"]
+    if not isinstance(kernel, Mapping):
+        raise BadRequest("`kernel` must be an object with `id` or `name`.")
+    if kernel.get("id"):
+        return str(kernel["id"])
+    name, env = kernel.get("name"), body.get("env") or kernel.get("env") or {}
+    if name is not None and not isinstance(name, str):
+        raise BadRequest("`kernel.name` must be a string.")
+    return CreateKernel(name=name, env=env, path=path or None)
 
 
 def _kernel_id(given: object) -> str:
@@ -401,7 +473,9 @@ def _plan(spec: Spec, wanted: CreateKernel, client: Mapping[str, str], *, kernel
     return LaunchPlan(
         argv=tuple(filled(argument) for argument in spec.argv),
         env=kernel_environment(spec.env, client, kernel_id=kernel_id, username=username),
-        cwd=wanted.cwd or client.get("KERNEL_WORKING_DIR") or None,
+        cwd=client.get("KERNEL_WORKING_DIR") or None,
         interrupt_mode=spec.interrupt_mode,
         config=spec.proxy_config,
+        transport=spec.transport,
+        encryption=spec.encryption,
     )

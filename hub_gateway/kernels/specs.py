@@ -36,6 +36,10 @@ class Spec:
     proxy: str | None = None
     """Name or class name of the process proxy; None is the default one."""
     proxy_config: Mapping[str, JSON] = field(default_factory=dict)
+    transport: Literal["auto", "ipc", "tcp"] = "auto"
+    """How the kernel and its agent, on one node, speak with each other."""
+    encryption: Literal["none", "curve"] = "none"
+    """What the kernel understands (`metadata.supported_encryption`, jupyter_client's field)."""
     options: Mapping[str, JSON] = field(default_factory=dict)
     """`metadata.hub_gateway`."""
     bounds: Bounds = field(default_factory=Bounds)
@@ -224,6 +228,8 @@ class KernelSpecs(LoggingConfigurable):
             proxy=None if proxy is None else str(proxy),
             proxy_config=config,
             options=options,
+            transport=_transport(options.get("transport", "auto")),
+            encryption="curve" if "curve" in _words(metadata.get("supported_encryption")) else "none",
             bounds=bounds_of(options),
             authorized_users=_users(config.get("authorized_users")),
             unauthorized_users=_users(config.get("unauthorized_users")),
@@ -253,6 +259,18 @@ def _mapping(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRequest(f"{what} is not an object.")
     return value
+
+
+def _transport(value: Any) -> Literal["auto", "ipc", "tcp"]:
+    if value not in ("auto", "ipc", "tcp"):
+        raise BadRequest(f"metadata.hub_gateway.transport {value!r} is none of auto, ipc, tcp.")
+    return cast(Literal["auto", "ipc", "tcp"], value)
+
+
+def _words(value: Any) -> frozenset[str]:
+    """A word or a list of words, in lower case."""
+    words = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return frozenset(str(word).strip().lower() for word in words)
 
 
 def _users(value: Any) -> frozenset[str]:

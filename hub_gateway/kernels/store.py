@@ -21,11 +21,13 @@ from sqlalchemy import Select, bindparam, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session as Transaction
 
+from hub_gateway import audit
 from hub_gateway.db.engine import Database
 from hub_gateway.db.models import Kernel, Setting, utcnow
 from hub_gateway.db.secrets import Vault
 from hub_gateway.errors import BadRequest, Conflict, Forbidden, LaunchRefused, NotFound
-from hub_gateway.kernels import failpoints
+from hub_gateway.identity.types import Identity
+from hub_gateway.kernels import failpoints, notices
 from hub_gateway.kernels.admissions import Admitted, Admitter, Claim
 from hub_gateway.kernels.registration import proof_of, registration_of
 from hub_gateway.kernels.rows import (
@@ -102,6 +104,13 @@ def addressable(host: str, port: int, key: str) -> bool:
     except ValueError:
         name = _HOSTNAME.fullmatch(host) is not None
     return name and len(host) <= 255 and 0 < port < 65536 and len(key) == 40 and key.isascii() and key.isprintable()
+
+
+def _noted(tx: Transaction, found: Admitted | LaunchRefused) -> Admitted | LaunchRefused:
+    """What there is to say of an admission is kept for the notebook."""
+    if isinstance(found, Admitted) and found.notices:
+        notices.add(tx, [found.record.id], found.notices)
+    return found
 
 
 @dataclass(frozen=True)
@@ -242,16 +251,28 @@ class KernelStore:
 
     # Writing
 
-    async def admit(self, new: NewKernel, claim: Claim | None = None) -> Admitted:
-        """Admit or queue a kernel: its row and its reservation, in one transaction.
+    async def admit(
+        self,
+        new: NewKernel,
+        claim: Claim | None = None,
+        also: Callable[[Transaction, KernelRecord], None] = lambda tx, made: None,
+    ) -> Admitted:
+        """Admit or queue a kernel: its row and its reservation, and what is `also` to be written, in one transaction.
 
         Raises `LaunchRefused` (then nothing but a line of the audit trail is written), `Conflict` for a taken id, and
         what `claim` raises.
         """
         launch = await asyncio.to_thread(self.admitter.secrets, new.plan)
+
+        def write(tx: Transaction) -> Admitted | LaunchRefused:
+            made = _noted(tx, self.admitter.admit(tx, new, launch, claim))
+            if isinstance(made, Admitted):
+                also(tx, made.record)
+            return made
+
         try:
             with METRICS.admission_seconds.time():
-                found = await self.write(lambda tx: self.admitter.admit(tx, new, launch, claim))
+                found = await self.write(write)
         except IntegrityError as error:
             raise Conflict(
                 f"There is, or was, a kernel with the id {new.id}; leave the id out to get a new one."
@@ -261,18 +282,41 @@ class KernelStore:
         failpoints.hit("admit.after_commit")
         return found
 
-    async def ask_to_stop(self, kernel_id: str, reason: str = "") -> KernelRecord | None:
+    async def ask_to_stop(self, kernel_id: str, reason: str = "", *, actor: str = "") -> KernelRecord | None:
         """Set the target to stopped; a failed or queued kernel, which holds nothing, is stopped with it.
 
-        With a `reason` it ends as failed, so that its notebook says why.
+        With a `reason` it ends as failed, so that its notebook says why; one that has failed already says so itself,
+        and stays as it is. An `actor` is somebody who stops what belongs to others: the audit trail has it with the
+        stop, and what has failed goes off the lists, too. None for what does not exist; for an actor also for what
+        has been stopped before.
         """
+        return await self.write(self.stopping(kernel_id, reason, actor))
+
+    def stopping(
+        self, kernel_id: str, reason: str = "", actor: str = ""
+    ) -> Callable[[Transaction], KernelRecord | None]:
+        """What `ask_to_stop` writes, for whoever writes more in the same transaction."""
         holds_nothing = (KernelStatus.FAILED.value, KernelStatus.QUEUED.value)
         target = KernelTarget.ENDED if reason else KernelTarget.STOPPED
         status = KernelStatus.FAILED if reason else KernelStatus.STOPPED
         values: dict[str, Any] = {"message": reason} if reason else {}
 
+        def clear(tx: Transaction, message: str) -> bool:
+            """For an actor: whether there is anything left to stop, after what has failed is off the lists."""
+            found = tx.execute(BY_ID, {"kernel": kernel_id}).mappings().one_or_none()
+            if found is None or found["status"] == KernelStatus.STOPPED.value:
+                return False
+            if found["status"] == KernelStatus.FAILED.value:
+                gone = {"status": KernelStatus.STOPPED.value, "target": KernelTarget.STOPPED.value}
+                tx.execute(update(Kernel).where(Kernel.id == kernel_id).values(**gone))
+            detail = {"kernel": kernel_id, "message": message}
+            audit.append(tx, actor=actor, action="kernel.stop", subject=found["owner"], detail=detail)
+            return True
+
         def stop(tx: Transaction) -> KernelRecord | None:
             lock(tx)  # one that waits may be admitted at this moment
+            if actor and not clear(tx, reason):
+                return None
             wanted = update(Kernel).where(Kernel.id == kernel_id)
             if reason:  # whoever stops what has ended already has nothing to tell
                 wanted = wanted.where(Kernel.status != KernelStatus.FAILED.value, Kernel.target != "stopped")
@@ -282,13 +326,16 @@ class KernelStore:
             row = tx.execute(BY_ID, {"kernel": kernel_id}).mappings().one_or_none()
             return None if row is None else record_of(row)
 
-        return await self.write(stop)
+        return stop
 
-    async def revive(self, kernel_id: str) -> Admitted:
-        """Admit a failed kernel once more, under the same id. Raises `Conflict`, `LaunchRefused`."""
+    async def revive(self, kernel_id: str, identity: Identity | None = None, claim: Claim | None = None) -> Admitted:
+        """Admit a failed kernel once more, under the same id, for its owner as they are now.
+
+        Raises `Conflict`, `LaunchRefused`.
+        """
         plan, _, _ = await self.plan(kernel_id)
         launch = await asyncio.to_thread(self.admitter.secrets, plan)
-        found = await self.write(lambda tx: self.admitter.revive(tx, kernel_id, launch))
+        found = await self.write(lambda tx: _noted(tx, self.admitter.revive(tx, kernel_id, launch, identity, claim)))
         if isinstance(found, LaunchRefused):
             raise found
         return found

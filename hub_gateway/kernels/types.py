@@ -100,7 +100,6 @@ class KernelRecord:
     stderr_tail: str = ""
     started_at: datetime | None = None
     stopped_at: datetime | None = None
-    name: str | None = None
     path: str | None = None
     restarts: int = 0
     cull_idle_timeout: float | None = None
@@ -128,7 +127,6 @@ class CreateKernel:
     name: str | None = None
     """Name of the kernelspec; None is the default one."""
     env: Mapping[str, str] = field(default_factory=dict)
-    cwd: str | None = None
     path: str | None = None
 
 
@@ -141,6 +139,9 @@ class LaunchPlan:
     cwd: str | None = None
     interrupt_mode: Literal["signal", "message"] = "signal"
     config: Mapping[str, JSON] = field(default_factory=dict)
+    transport: Literal["auto", "ipc", "tcp"] = "auto"
+    encryption: Literal["none", "curve"] = "none"
+    """What the kernel understands."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,6 @@ class NewKernel:
     groups: tuple[str, ...] = ()
     hub_server: str | None = None
     unix_user: str | None = None
-    name: str | None = None
     path: str | None = None
     resources: Resources = field(default_factory=Resources)
     least: Resources = field(default_factory=Resources)

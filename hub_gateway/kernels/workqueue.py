@@ -11,13 +11,17 @@ import asyncio
 import heapq
 import itertools
 import random
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable
 
 __all__ = ["WorkQueue"]
 
 
 class WorkQueue:
-    """Calls `handler(key)` for every key that was added, at most `workers` at a time.
+    """Calls `handler(key)` for every key that was added, at most `workers` of one lane at a time.
+
+    `lane(key)` says which keys may hold each other up; one lane that is full holds up no other. By default there is
+    one. It is asked each time that a key is due.
 
     `handler` returns None, or after how many seconds it wants to see the key again. Where it raises,
     `on_error(key, error)` is told and the key comes back after `base_delay` seconds, doubled with every
@@ -31,17 +35,22 @@ class WorkQueue:
         workers: int = 64,
         base_delay: float = 0.2,
         max_delay: float = 30.0,
+        lane: Callable[[str], str] = lambda key: "",
         on_error: Callable[[str, Exception], None] = lambda key, error: None,
     ) -> None:
         self._handler = handler
         self._workers = workers
         self._base_delay = base_delay
         self._max_delay = max_delay
+        self._lane = lane
         self._on_error = on_error
         self._due: dict[str, float] = {}
         self._heap: list[tuple[float, int, str]] = []
         self._order = itertools.count()
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._busy: Counter[str] = Counter()
+        self._parked: defaultdict[str, deque[str]] = defaultdict(deque)
+        """What is due in lanes that are full, in order."""
         self._failures: dict[str, int] = {}
         self._wake = asyncio.Event()
         self._dispatcher: asyncio.Task[None] | None = None
@@ -55,6 +64,7 @@ class WorkQueue:
         tasks = [*self._running.values(), *([self._dispatcher] if self._dispatcher else [])]
         self._due.clear()
         self._heap.clear()
+        self._parked.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -89,7 +99,7 @@ class WorkQueue:
         while True:
             self._wake.clear()
             wait: float | None = None
-            while self._heap and len(self._running) < self._workers:
+            while self._heap:
                 when, _, key = self._heap[0]
                 # An entry that was superseded by an earlier one, or is being handled (and comes back after).
                 if self._due.get(key) != when or key in self._running:
@@ -99,14 +109,25 @@ class WorkQueue:
                     wait = when - loop.time()
                     break
                 heapq.heappop(self._heap)
-                del self._due[key]
-                self._running[key] = loop.create_task(self._handle(key), name=f"reconcile {key}")
+                lane = self._lane(key)
+                if self._busy[lane] < self._workers:
+                    self._begin(key, lane)
+                else:
+                    self._parked[lane].append(key)
+            timer = None if wait is None else loop.call_later(wait, self._wake.set)
             try:
-                await asyncio.wait_for(self._wake.wait(), wait)
-            except asyncio.TimeoutError:
-                continue
+                await self._wake.wait()
+            finally:
+                if timer is not None:
+                    timer.cancel()
 
-    async def _handle(self, key: str) -> None:
+    def _begin(self, key: str, lane: str) -> None:
+        del self._due[key]
+        self._busy[lane] += 1
+        handling = asyncio.get_running_loop().create_task(self._handle(key, lane), name=f"reconcile {key}")
+        self._running[key] = handling
+
+    async def _handle(self, key: str, lane: str) -> None:
         again: float | None = None
         try:
             again = await self._handler(key)
@@ -119,6 +140,9 @@ class WorkQueue:
             again = delay * random.uniform(0.8, 1.2)  # noqa: S311 (jitter, not a secret)
         finally:
             del self._running[key]
+            self._busy[lane] -= 1
+            if self._parked[lane]:  # one has left, so one may come
+                self._begin(self._parked[lane].popleft(), lane)
             if key in self._due:
                 self._push(key)
             if again is not None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import zmq
 
-from hub_gateway.errors import Conflict, PayloadTooLarge, Unavailable
+from hub_gateway.errors import Conflict, LaunchFailed, PayloadTooLarge, Unavailable
 from hub_gateway.kernels.types import Registration
 from hub_gateway.link import codec
 from hub_gateway.link.codec import Batch, Event, Large
@@ -203,7 +203,10 @@ class AgentLink:
         self.send(codec.encode_call(op, **fields))
 
     async def call(self, op: str, timeout: float, **fields: Any) -> Mapping[str, Any]:
-        """A control operation. Raises Unavailable where nothing comes, Conflict where the agent refuses."""
+        """A control operation.
+
+        Raises Unavailable where nothing comes, Conflict where the agent refuses, LaunchFailed where the kernel failed.
+        """
         if self._socket is None:
             raise Unavailable("The link to the kernel is closed. Try again.")
         ident = next(self._idents)
@@ -221,8 +224,10 @@ class AgentLink:
         if answer.get("ok", True):
             return answer
         error = str(answer.get("error") or "no reason given")
-        if error == "stale epoch":
-            raise Conflict("Another gateway has taken this kernel over meanwhile. Try again.", hint=error)
+        if answer.get("code") == "stale_epoch":
+            raise Conflict("Another gateway has taken this kernel over meanwhile. Try again.", hint="stale epoch")
+        if answer.get("code") == "failed":
+            raise LaunchFailed(error)
         raise Conflict(error)
 
     # -- in

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import zmq
 
-from hub_gateway.errors import PayloadTooLarge, Unavailable
+from hub_gateway.errors import GatewayError, PayloadTooLarge, Unavailable
 from hub_gateway.kernels.types import ExecutionState, Registration
 from hub_gateway.link import codec, messages, wire
 from hub_gateway.link.client import AgentLink
 from hub_gateway.link.codec import Batch, Event, Large
-from hub_gateway.link.progress import Progress
-from hub_gateway.link.sinks import Client, Delivery, Sink, mark_of, number_of
+from hub_gateway.link.progress import Progress, Request, msg_id_of
+from hub_gateway.link.sinks import Client, Delivery, Notice, Sink, Standby, mark_of, number_of
 from hub_gateway.link.wire import Dialect
 
 __all__ = ["KernelRelay"]
@@ -26,7 +28,11 @@ _REPLIES = (_CHANNEL["shell"], _CHANNEL["control"])
 ACK_MESSAGES = 32
 ACK_BYTES = 64 * 2**10
 ACK_SECONDS = 0.01
+STANDBY_SECONDS = 30.0
 MAX_NOTICES = 5
+HANDING_SECONDS = 30.0
+LOST_SECONDS = 600.0
+"""For so long clients come back to a kernel that was lost: some retry for minutes."""
 
 _BUFFERS_NOTICE = (
     "\n[Binary buffers of a message were left out, so a widget or plot may stay empty: the notebook server's gateway "
@@ -40,6 +46,31 @@ def _ignore(name: str, amount: int) -> None:
 
 def _no_event(event: Mapping[str, Any]) -> None:
     """Nobody listens."""
+
+
+def _keep_not(key: str, frames: Sequence[bytes]) -> None:
+    """What waits is in memory only."""
+
+
+def _keep_no_more(keys: Sequence[str]) -> None:
+    """As nothing was kept."""
+
+
+def key_of(session: str, msg_id: str) -> str:
+    """By what a request of a client is known again."""
+    return hashlib.sha256(f"{session}\0{msg_id}".encode("utf-8", "replace")).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A message that waits for the link. `key` is empty where it is in memory only."""
+
+    key: str
+    frames: Sequence[bytes]
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.frames[4:]))
 
 
 class KernelRelay:
@@ -70,6 +101,10 @@ class KernelRelay:
     ) -> None:
         self.kernel_id = kernel_id
         self.on_event = on_event
+        self.on_waits: Callable[[str, Sequence[bytes]], None] = _keep_not
+        """Told (key, frames) of a request that waits for the link, to be kept where it outlives this process."""
+        self.on_settled: Callable[[Sequence[str]], None] = _keep_no_more
+        """Told the keys of those that the agent has, or whose client knows that there is no kernel."""
         self.execution_state = ExecutionState.STARTING
         self.last_activity = datetime.now(timezone.utc)
         self.ready = False
@@ -86,13 +121,18 @@ class KernelRelay:
         self._link: AgentLink | None = None
         self._mark = 0
         self._clients: dict[bytes, Client] = {}
-        self._queue: list[list[bytes]] = []
+        self._standby = Standby()
+        self._doubts: set[asyncio.Task[None]] = set()
+        self._queue: list[_Waiting] = []
         self._queued = 0
-        self._progress = Progress(self._say)
+        self._kept: set[str] = set()
+        self._handing: set[asyncio.Task[None]] = set()
+        self._progress = Progress(self._say, self._refused)
+        self._lost_until = 0.0
         self._ran = False
         self._attachments = 0
-        self._notices: list[str] = []
-        """What is still to be told to the first notebook that comes."""
+        self._notices: list[Notice] = []
+        """What no notebook has shown yet; whoever comes gets it."""
         self._ack_handle: asyncio.Handle | None = None
         self._ack_soon = False
         self._unacked = [0, 0]
@@ -110,30 +150,79 @@ class KernelRelay:
         return self._link is not None and self._link.greeted and not self._link.lost
 
     def attach(self, sink: Sink) -> None:
-        """Serve a websocket. Another one of the same session is replaced: the client has reconnected."""
+        """Serve a websocket, in place of another one of the same session: the client has reconnected.
+
+        Except where the other one came later, or has been heard and is there: JupyterLab opens one, closes it and
+        opens the next at once, and jupyter_server's gateway client finishes the first all the same, sooner or later
+        than the second, and never closes it. Nobody speaks or listens there.
+        """
+        served = self._clients.get(sink.session.encode("utf-8", "replace"))
+        if served is not None:
+            later = sink.arrived >= served.sink.arrived
+            if not later or served.sink.heard:
+                self._stand_by(sink)
+                if later:
+                    self._doubt(served)
+                return
+        self._serve(sink)
+
+    def _stand_by(self, sink: Sink) -> None:
+        """Keep a websocket for the case that its session's other one goes away; it is closed if nobody speaks there."""
+        self._standby.add(sink)
+        asyncio.get_running_loop().call_later(STANDBY_SECONDS, self._dismiss, sink)
+
+    def _dismiss(self, sink: Sink) -> None:
+        served = self._clients.get(sink.session.encode("utf-8", "replace"))
+        if self._standby.remove(sink) or (served is not None and served.sink is sink and not sink.heard):
+            sink.dismiss()
+
+    def _serve(self, sink: Sink) -> None:
         client = Client(sink)
-        client.notices, self._notices = self._notices, []
-        if client.key in self._clients:
+        client.notices = list(self._notices)
+        served = self._clients.get(client.key)
+        if served is not None:
+            served.sink.on_flushed = None
+            self._stand_by(served.sink)
             self._count("replaced", 1)
             self._acknowledge()  # what the one before has is not for this one
         self._clients[client.key] = client
         self.attached_once = True
         sink.on_flushed = lambda seq: self._on_flushed(client, seq)
-        if not self.ready:
+        if self._progress.came(sink.session) or self._lost_until > asyncio.get_running_loop().time():
+            self._tell_dead(sink.session)
+        elif not self.ready:
             # Not `dead`, see `fail`; and not `restarting`, at which JupyterLab opens its websocket once more.
             gone = self._progress.failed or self.execution_state is ExecutionState.RESTARTING
             state = ExecutionState.STARTING if gone else self.execution_state
             self._tell(client, _IOPUB, messages.status(state.value))
         self._attach(client)
 
+    def _doubt(self, client: Client) -> None:
+        """Find out whether a websocket is still there; if not, its session goes on at the youngest other one."""
+
+        async def ask() -> None:
+            if not await client.sink.answers() and self._clients.get(client.key) is client:
+                heir = self._standby.youngest(client.key)
+                if heir is not None:
+                    self._serve(heir)
+
+        task = asyncio.ensure_future(ask())
+        self._doubts.add(task)
+        task.add_done_callback(self._doubts.discard)
+
     def detach(self, sink: Sink) -> None:
-        """The websocket is closed."""
+        """The websocket is closed. Its session goes on at the youngest one that is still open, if any."""
         client = self._clients.get(sink.session.encode("utf-8", "replace"))
         if client is None or client.sink is not sink:
+            self._standby.remove(sink)
             return
         sink.on_flushed = None
         self._acknowledge()
         del self._clients[client.key]
+        heir = self._standby.youngest(client.key)
+        if heir is not None and client.state is not Delivery.MOVED:
+            self._serve(heir)
+            return
         if not sink.keep:
             self._progress.left(sink.session)
         if self._link is not None and self._link.greeted and client.state is not Delivery.MOVED:
@@ -142,6 +231,9 @@ class KernelRelay:
     def receive(self, sink: Sink, channel: str, parts: list[bytes], session_of_header: str) -> None:
         """A client's message for the kernel. Raises PayloadTooLarge when too much waits for the kernel already."""
         self._count("requests", 1)
+        sink.heard = True
+        if self._standby.remove(sink):
+            self._serve(sink)
         if b'"execute_request"' in parts[0]:
             client = self._clients.get(sink.session.encode("utf-8", "replace"))
             if client is not None:
@@ -151,25 +243,60 @@ class KernelRelay:
             if b'"execute_request"' in parts[0]:
                 self._tell_dead(sink.session)
             return
-        self._send(sink.session, _CHANNEL[channel], session_of_header, parts)
+        self._send(sink, _CHANNEL[channel], session_of_header, parts)
         self._progress.add(sink.session, channel, parts[0])
 
-    def _send(self, session: str, channel: int, origin: str, parts: list[bytes]) -> None:
+    def _send(self, sink: Sink, channel: int, origin: str, parts: list[bytes]) -> None:
         """Pass a message on to the agent, or keep it for then."""
-        frames = codec.encode_request(
-            session.encode("utf-8", "replace"), channel, origin.encode("utf-8", "replace"), parts
-        )
+        session = sink.session.encode("utf-8", "replace")
+        frames = codec.encode_request(session, channel, origin.encode("utf-8", "replace"), parts)
         if self._link is not None and self.linked:
             self._link.request(frames)
             return
+        # A client without a session of its own cannot come back for the answer.
+        msg_id = msg_id_of(parts[0]) if sink.keep else ""
+        key = key_of(sink.session, msg_id) if msg_id else ""
+        if key in self._kept:
+            return  # its client has sent it again
         size = sum(map(len, parts))
         if self._queued + size > self._queue_bytes:
             raise PayloadTooLarge(
                 f"The kernel is not there yet, and more than {self._queue_bytes >> 20} MB are waiting for it already. "
                 "Wait until it is ready, then send this again."
             )
-        self._queue.append(frames)
+        self._queue.append(_Waiting(key, frames))
         self._queued += size
+        if key:
+            self._kept.add(key)
+            self.on_waits(key, frames)
+
+    def restore(self, requests: Sequence[tuple[str, Sequence[bytes]]]) -> None:
+        """Requests (key, frames) that another gateway was given and has not passed on, as far as is known.
+
+        They go before those that came since. The agent passes over what it has had already.
+        """
+        found = [_Waiting(key, frames) for key, frames in requests if key not in self._kept]
+        self._kept.update(one.key for one in found)
+        if self._progress.failed:
+            self._settled([one.key for one in found if b"_request" not in one.frames[4]])
+        else:
+            self._queue[:0] = found
+            self._queued += sum(one.size for one in found)
+        for one in found:
+            session, channel = one.frames[1].decode("utf-8", "replace"), codec.CHANNELS[one.frames[2][0]].decode()
+            self._progress.add(session, channel, one.frames[4], shown=True)
+        if self.linked:
+            self._send_queued()
+
+    def _settled(self, keys: Sequence[str]) -> None:
+        known = [key for key in keys if key in self._kept]
+        if known:
+            self._kept.difference_update(known)
+            self.on_settled(known)
+
+    def _refused(self, request: Request) -> None:
+        if self._kept:
+            self._settled([key_of(request.session, request.msg_id)])
 
     def _attach(self, client: Client) -> None:
         link = self._link
@@ -248,7 +375,7 @@ class KernelRelay:
         await self._require_link().call("interrupt", timeout)
 
     async def restart(self, timeout: float = 90.0) -> None:
-        """Restart the kernel in place; returns when the new one is ready. Raises Unavailable, Conflict."""
+        """Restart the kernel in place; returns when the new one is ready. Raises what `AgentLink.call` raises."""
         await self._require_link().call("restart", timeout)
 
     async def shutdown(self, timeout: float = 20.0) -> None:
@@ -270,37 +397,56 @@ class KernelRelay:
         if not self.ready:
             self._progress.announce(text)
 
-    def notify(self, text: str) -> None:
-        """Show a sentence once in every notebook: under the cell that runs, or else under the next that is run."""
-        notice = f"[{text}]\n"
+    def notify(self, text: str, on_shown: Callable[[], None] | None = None) -> Notice:
+        """Show a sentence once in every notebook: under the cell that runs, or else under the next that is run.
+
+        Notebooks that come later get it, too, until one has shown it; then `on_shown` is called.
+        """
+        notice = Notice(f"[{text}]\n", on_shown)
         for client in self._clients.values():
             if client.cell is not None and self.execution_state is ExecutionState.BUSY:
-                self._tell(client, _IOPUB, messages.stream(notice, client.cell))
+                self._show(client, notice, client.cell)
             else:
                 client.notices.append(notice)
                 del client.notices[:-MAX_NOTICES]
-        if not self._clients:
+        if not notice.shown:
             self._notices.append(notice)
-        del self._notices[:-MAX_NOTICES]
+            del self._notices[:-MAX_NOTICES]
+        return notice
+
+    def withdraw(self, notice: Notice) -> None:
+        """Give a notice to nobody who comes from now on: it was shown elsewhere."""
+        if notice in self._notices:
+            self._notices.remove(notice)
+
+    def _show(self, client: Client, notice: Notice, header: bytes) -> None:
+        self._tell(client, _IOPUB, messages.stream(notice.show(), header))
+        self.withdraw(notice)
 
     def _cell_begins(self, client: Client, header: bytes) -> None:
         client.cell = header
-        for notice in client.notices:
-            self._tell(client, _IOPUB, messages.stream(notice, header))
-        client.notices.clear()
+        waiting, client.notices = client.notices, []
+        for notice in waiting:
+            self._show(client, notice, header)
 
-    def fail(self, text: str, stderr_lines: list[str]) -> None:
+    def fail(self, text: str, stderr_lines: list[str], *, ran: bool = False) -> None:
         """There is no kernel: what has no reply yet, and what comes, gets the reason. A later `ready` lifts it.
 
         A client hears `dead` only after a cell of it has got the reason: JupyterLab sends nothing to a kernel that it
-        knows to be dead, and the cell would stay empty for ever.
+        knows to be dead, and the cell would stay empty for ever. But where a kernel `ran` and was lost, any client that
+        is there may have sent a cell through an earlier gateway, of which nobody knows; and so may any that comes
+        back, where it was lost while no gateway was there.
         """
+        if ran and not self.welcome:
+            self._lost_until = asyncio.get_running_loop().time() + LOST_SECONDS
         name = "DeadKernelError" if self._ran else "KernelStartError"
         self.ready = self._ran = False
         self.execution_state = ExecutionState.DEAD
-        self._queue.clear()
-        self._queued = 0
-        for session in self._progress.fail(name, text, stderr_lines):
+        queue, self._queue, self._queued = self._queue, [], 0
+        # What has no reply is not missed; requests are settled when their clients have been told.
+        self._settled([one.key for one in queue if b"_request" not in one.frames[4]])
+        told = self._progress.fail(name, text, stderr_lines)
+        for session in {client.sink.session for client in self._clients.values()} if ran else told:
             self._tell_dead(session)
 
     def _tell_dead(self, session: str) -> None:
@@ -308,10 +454,11 @@ class KernelRelay:
         if client is not None:
             self._tell(client, _IOPUB, messages.status("dead"))
 
-    def _say(self, session: str, channel: str, parts: list[bytes]) -> None:
+    def _say(self, session: str, channel: str, parts: list[bytes]) -> bool:
         client = self._clients.get(session.encode("utf-8", "replace"))
         if client is not None:
             self._tell(client, _CHANNEL[channel], parts)
+        return client is not None
 
     @staticmethod
     def _tell(client: Client, channel: int, parts: list[bytes]) -> None:
@@ -463,8 +610,25 @@ class KernelRelay:
     def _send_queued(self) -> None:
         assert self._link is not None
         queue, self._queue, self._queued = self._queue, [], 0
-        for frames in queue:
-            self._link.request(frames, bounded=False)
+        for session in {bytes(one.frames[1]) for one in queue} - self._clients.keys():
+            # Or else what comes of it would be for nobody.
+            self._link.tell("expect", session=session.decode("utf-8", "replace"))
+        for one in queue:
+            self._link.request(list(one.frames), bounded=False)
+        keys = [one.key for one in queue if one.key]
+        if keys:
+            task = asyncio.ensure_future(self._hand_over(self._link, keys))
+            self._handing.add(task)
+            task.add_done_callback(self._handing.discard)
+
+    async def _hand_over(self, link: AgentLink, keys: Sequence[str]) -> None:
+        """Settle requests once the agent has said that it has them; or else they are found, and sent, again."""
+        try:
+            await link.call("ping", HANDING_SECONDS)
+        except GatewayError:
+            self._kept.difference_update(keys)
+        else:
+            self._settled(keys)
 
     def on_lost(self) -> None:
         """Tell the owner; the link goes on trying. What clients send is kept meanwhile."""

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from hub_gateway.link.wire import Dialect, Notes
 
-__all__ = ["Client", "Delivery", "Sink", "mark_of", "number_of"]
+__all__ = ["Client", "Delivery", "Notice", "Sink", "Standby", "mark_of", "number_of"]
 
 _SEQ = 2**40 - 1
 _MARKS = 2**19 - 1
@@ -29,10 +29,13 @@ class Sink(Protocol):
     """One client's websocket, as the relay sees it. Numbers are those of the agent with its mark (`mark_of`).
 
     `session` is the client's session id, `after` the last number that the client says it saw (None: go by what
-    was recorded), `keep` whether its place is kept when it goes away. The relay sets `on_flushed`.
+    was recorded), `keep` whether its place is kept when it goes away; `arrived` grows from one request for a websocket
+    to the next. The relay sets `on_flushed`, and `heard` when a message came.
     """
 
     session: str
+    arrived: int
+    heard: bool
     keep: bool
     after: int | None
     dialect: Dialect
@@ -45,9 +48,47 @@ class Sink(Protocol):
     def confirm(self) -> None:
         """Find out at once whether the client has what was written, to call `on_flushed`."""
 
+    def dismiss(self) -> None:
+        """Close the websocket: its session is served at another one."""
+
+    async def answers(self) -> bool:
+        """Whether the client is still there: it answers within some seconds."""
+
     @property
     def backlog(self) -> int:
         """Bytes accepted by `write` that still wait in this process."""
+
+
+class Standby:
+    """Open websockets of sessions that are served at another one."""
+
+    def __init__(self) -> None:
+        self._sinks: dict[bytes, list[Sink]] = {}
+
+    def add(self, sink: Sink) -> None:
+        """Keep it until it is removed, or wanted."""
+        self._sinks.setdefault(_key(sink), []).append(sink)
+
+    def remove(self, sink: Sink) -> bool:
+        """Forget it; whether it was here."""
+        sinks = self._sinks.get(_key(sink), [])
+        if sink not in sinks:
+            return False
+        sinks.remove(sink)
+        if not sinks:
+            del self._sinks[_key(sink)]
+        return True
+
+    def youngest(self, key: bytes) -> Sink | None:
+        """Take out the one of a session that arrived last."""
+        found = max(self._sinks.get(key, []), key=lambda sink: sink.arrived, default=None)
+        if found is not None:
+            self.remove(found)
+        return found
+
+
+def _key(sink: Sink) -> bytes:
+    return sink.session.encode("utf-8", "replace")
 
 
 class Delivery(enum.Enum):
@@ -61,6 +102,24 @@ class Delivery(enum.Enum):
     MOVED = "moved"  # its session is served by another replica: this websocket is a remnant
 
 
+class Notice:
+    """A sentence for every notebook; `on_shown` is called when the first of them gets to show it."""
+
+    __slots__ = ("_on_shown", "shown", "text")
+
+    def __init__(self, text: str, on_shown: Callable[[], None] | None = None) -> None:
+        self.text = text
+        self.shown = False
+        self._on_shown = on_shown
+
+    def show(self) -> str:
+        """What a notebook is to show, which it does now."""
+        if not self.shown and self._on_shown is not None:
+            self._on_shown()
+        self.shown = True
+        return self.text
+
+
 class Client:
     """A relay's record of one sink."""
 
@@ -70,7 +129,7 @@ class Client:
 
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
-        self.key = sink.session.encode("utf-8", "replace")
+        self.key = _key(sink)
         self.state = Delivery.WAITING
         self.attachment = 0
         self.delivered: int | None = None
@@ -82,7 +141,7 @@ class Client:
         self.noted = (False, False)
         self.cell: bytes | None = None
         """Header of the last cell that it ran."""
-        self.notices: list[str] = []
+        self.notices: list[Notice] = []
 
     def after(self, mark: int) -> int | None:
         """From where it is to be served: what it got from us counts for more than what it said at the start.

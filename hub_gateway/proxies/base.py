@@ -54,7 +54,10 @@ class AgentSettings:
     register_url: str = ""
     """Where to post the registration; empty where the proxy reads it itself."""
     listen: str = "127.0.0.1"
-    transport: Literal["ipc", "tcp"] = "ipc"
+    transport: Literal["auto", "ipc", "tcp"] = "auto"
+    """Between the agent and its kernel; `auto` is ipc where the node's file system has sockets."""
+    kernel_encryption: Literal["none", "curve"] = "none"
+    """What the kernel understands; used with tcp."""
     ring_bytes: int = 256 * 2**20
     ring_messages: int = 1_000_000
     window_bytes: int = 4 * 2**20
@@ -63,6 +66,8 @@ class AgentSettings:
     start_seconds: float = 60.0
     shutdown_seconds: float = 5.0
     stderr_bytes: int = 16 * 2**10
+    log_bytes: int = 16 * 2**20
+    """Of `kernel.log` and `kernel.log.1` in the runtime directory together, where the agent's stderr is that file."""
     restart_limit: int = 5
 
 
@@ -157,6 +162,9 @@ class ProcessProxy(LoggingConfigurable, metaclass=_Meta):
         A key `"progress"` is a sentence for the user. Raises `LaunchRefused` or `LaunchFailed`, with
         the resource manager's own reason; what was started until then is ended by `terminate` of the
         last yielded state.
+
+        It is cancelled where its kernel is no longer wanted, or took too long. Until it has ended, its kernel is not
+        terminated and keeps its reservation, so what it waits for needs a time limit of its own.
         """
 
     @abc.abstractmethod

@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import hmac
 import json
 import os
 import pwd
 import py_compile
+import secrets
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -44,11 +47,14 @@ from hub_gateway.proxies.base import (
     ProcessProxy,
     State,
 )
+from hub_gateway.statedir import StateDir
 
 __all__ = ["LocalProxy"]
 
 T = TypeVar("T")
 LINE_SECONDS = 30.0
+NAMES = 100
+"""How many names of one user somebody else may take."""
 AGAIN_SECONDS = 1.0
 
 # glibc would return each large buffer to the system and ask for it again: a third of the CPU for 1 MB messages.
@@ -74,8 +80,13 @@ class LocalProxy(ProcessProxy):
         """
     ).tag(config=True)
     user_runtime_root = Unicode(
-        "/tmp",  # noqa: S108 (what is made there is 0700, and refused where somebody else made it)
-        help="Directory, writable for all, in which kernels of other unix users have theirs: `hub-gateway-USER/...`.",
+        help="""Directory in which kernels of other unix users have theirs.
+
+        By default `/run/hub-gateway` for a gateway that is root (or where there is no /run: /tmp), which makes it, and
+        in it a directory for each user. A gateway that uses sudo cannot make anything for others: it needs a directory
+        that everybody may write to, with the sticky bit, by default /tmp. There each user gets a directory whose
+        name nobody can guess, since whoever made it first would keep that user from starting kernels.
+        """
     ).tag(config=True)
     sudo_command = List(
         Unicode(),
@@ -110,6 +121,10 @@ class LocalProxy(ProcessProxy):
             return str(Path(state_dir) / "run")
         return str(Path(tempfile.gettempdir()) / f"hub-gateway-{os.getuid()}")
 
+    @default("user_runtime_root")
+    def _default_user_runtime_root(self) -> str:
+        return "/run/hub-gateway" if self._is_root() and Path("/run").is_dir() else "/tmp"  # noqa: S108 (see there)
+
     @default("launchers")
     def _default_launchers(self) -> str:
         return str(launchers_dir())
@@ -120,8 +135,11 @@ class LocalProxy(ProcessProxy):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Starting and ending processes takes waiting; 32 at once is more than a node can start well.
-        self._threads = ThreadPoolExecutor(32, thread_name_prefix="local-proxy")
+        # Starting and ending processes takes waiting; 32 at once is more than a node can start well. Each has its own
+        # threads: kernels that do not come up, or do not end, keep nobody from ending others, or looking at them.
+        self._launching = ThreadPoolExecutor(32, thread_name_prefix="local-launch")
+        self._ending = ThreadPoolExecutor(32, thread_name_prefix="local-end")
+        self._looking = ThreadPoolExecutor(8, thread_name_prefix="local-look")
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._watched: dict[int, int] = {}
         self.on_ended: Callable[[str], None] = lambda kernel_id: None
@@ -130,11 +148,13 @@ class LocalProxy(ProcessProxy):
     async def close(self) -> None:
         for pid in list(self._watched):
             self._unwatch(pid)
-        self._threads.shutdown(wait=False)
+        for pool in (self._launching, self._ending, self._looking):
+            pool.shutdown(wait=False)
 
-    async def _in_thread(self, call: Callable[[], T]) -> T:
+    @staticmethod
+    async def _in_thread(pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         """Run `call` in a thread, to its end: one that is cancelled has still done what it was doing."""
-        future = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        future = asyncio.get_running_loop().run_in_executor(pool, call)
         cancelled = False
         while not future.done():
             try:
@@ -149,7 +169,7 @@ class LocalProxy(ProcessProxy):
 
     async def _look(self, call: Callable[[], T]) -> T:
         """Run `call`, which changes nothing, in a thread; one that is cancelled goes on there by itself."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await asyncio.get_running_loop().run_in_executor(self._looking, call)
 
     def _watch(self, state: State, kernel_id: str) -> None:
         """Have `on_ended` called when an agent ends, whose child it may be; where that cannot be, polls notice it."""
@@ -173,26 +193,27 @@ class LocalProxy(ProcessProxy):
 
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
         user = self._other_user(request.unix_user)
-        directory = self._directory(request.gateway_id, request.kernel_id, user)
+        before = {**(request.previous or {}), "gateway_id": request.gateway_id, "kernel_id": request.kernel_id}
+        directory = await self._look(lambda: self._recorded_directory(before, user))
         # The intent is recorded before anything is done: whatever follows can be found by it.
         state: State = {"runtime_dir": str(directory), "user": user, "node": {**tagged.node()}}
         yield dict(state)
         if request.previous is not None:
-            adopted = await self._in_thread(lambda: self._adopt(request, directory, user))
+            adopted = await self._in_thread(self._launching, lambda: self._adopt(request, directory, user))
             if adopted is not None:
                 self._watch(adopted, request.kernel_id)
                 yield {**state, **adopted}
                 return
         if user is None:
-            process = await self._in_thread(lambda: self._spawn(request, directory))
+            process = await self._in_thread(self._launching, lambda: self._spawn(request, directory))
             state["pid"] = process.pid
             yield dict(state)
-            line = await self._in_thread(lambda: _first_line(process))
+            line = await self._in_thread(self._launching, lambda: _first_line(process))
             with contextlib.suppress(OSError):
                 assert process.stdout is not None
                 process.stdout.close()
         else:
-            line = await self._in_thread(lambda: self._spawn_as(request, directory, user, state))
+            line = await self._in_thread(self._launching, lambda: self._spawn_as(request, directory, user, state))
         registration = tagged.registration(line, request.kernel_id)
         if registration is None:
             raise LaunchFailed(await self._why_not(request, state))
@@ -234,6 +255,7 @@ class LocalProxy(ProcessProxy):
         return process
 
     def _spawn_as(self, request: LaunchRequest, directory: Path, user: str, state: State) -> bytes:
+        self._provide(directory.parent, user)
         answer = self._runas(
             user,
             "launch",
@@ -337,7 +359,7 @@ class LocalProxy(ProcessProxy):
 
     async def terminate(self, state: State) -> None:
         self._require_here(state)
-        await self._in_thread(lambda: self._terminate(state))
+        await self._in_thread(self._ending, lambda: self._terminate(state))
 
     @staticmethod
     def _require_here(state: State) -> None:
@@ -357,7 +379,7 @@ class LocalProxy(ProcessProxy):
             self._end([a.process for a in tagged.agents(gateway_id, kernel_id) if a.process.pid == pid], user)
             if tagged.agents(gateway_id, kernel_id):
                 return  # it was a second agent of a kernel that lives, whose directory it is
-        directory = self._directory(gateway_id, kernel_id, user)
+        directory = self._recorded_directory(state, user)
         found = [agent.process for agent in tagged.agents(gateway_id, kernel_id)]
         self._end(found, user)
         # A kernel whose agent was killed; it is known by the connection file in its command line.
@@ -418,7 +440,7 @@ class LocalProxy(ProcessProxy):
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._send(psutil.Process(pid).children(), signum, self._other_user(state.get("user")))
 
-        await self._in_thread(send)
+        await self._in_thread(self._ending, send)
 
     async def owned(self, gateway_id: str) -> Sequence[ClusterObject]:
         return await self._look(lambda: self._owned(gateway_id))
@@ -493,7 +515,21 @@ class LocalProxy(ProcessProxy):
             if writable
             else Finding("error", "runtime directory", f"{root} is not writable", "set LocalProxy.runtime_root")
         )
+        findings += self._check_user_root()
         return findings
+
+    def _check_user_root(self) -> list[Finding]:
+        """What everybody may write to, and is not sticky, gives anybody everybody's directories."""
+        root = Path(self.user_runtime_root)
+        if not _open_to_all(root):
+            return []
+        if not root.stat().st_mode & stat.S_ISVTX:
+            message = f"{root} is open to all without the sticky bit: users can take away each other's directories"
+            return [Finding("error", "runtime directory of users", message, f"chmod +t {root}")]
+        if self._is_root():
+            message = f"{root} is open to all; a directory that only root may write to is better"
+            return [Finding("warning", "runtime directory of users", message, "unset LocalProxy.user_runtime_root")]
+        return []
 
     # Helpers
 
@@ -502,7 +538,59 @@ class LocalProxy(ProcessProxy):
         name = hashlib.sha256(f"{gateway_id}/{kernel_id}".encode()).hexdigest()[:16]
         if user is None:
             return Path(self.runtime_root) / name
-        return Path(self.user_runtime_root) / f"hub-gateway-{user}" / name
+        root = Path(self.user_runtime_root)
+        if not _open_to_all(root):
+            return root / user / name
+        return self._unguessable(root, user) / name
+
+    def _recorded_directory(self, state: State, user: str | None) -> Path:
+        """Where a kernel's files are: where a launch has recorded that they are, or else where they would be now."""
+        recorded = state.get("runtime_dir")
+        if user is not None and isinstance(recorded, str):
+            return Path(recorded)
+        return self._directory(str(state["gateway_id"]), str(state["kernel_id"]), user)
+
+    def _unguessable(self, root: Path, user: str) -> Path:
+        """The user's directory where everybody may make one.
+
+        A name that was seen once, and is free again (after a restart of the node), may be taken by somebody else: then
+        it is the next one.
+        """
+        uid = self._uid(user)
+        for number in range(NAMES):
+            digest = hmac.new(self._secret, f"{user}/{number}".encode(), "sha256").hexdigest()[:16]
+            path = root / f"hub-gateway-{user}-{digest}"
+            try:
+                if path.lstat().st_uid == uid:
+                    return path
+            except FileNotFoundError:
+                return path
+        raise LaunchFailed(
+            f"The kernel of {user} has no place for its files on the gateway's node; ask the administrator.",
+            hint=f"somebody else has made {NAMES} directories of that user in {root}; see who owns them",
+        )
+
+    @cached_property
+    def _secret(self) -> bytes:
+        state_dir = getattr(self.parent, "state_dir", "")
+        return StateDir(state_dir).secret("directory_names") if state_dir else secrets.token_bytes(32)
+
+    def _provide(self, parent: Path, user: str) -> None:
+        """Make the user's directory in one that only root may write to."""
+        if not self._is_root() or _open_to_all(parent.parent):
+            return
+        account = pwd.getpwnam(user)
+        try:
+            with contextlib.suppress(FileExistsError):
+                parent.parent.mkdir()
+                parent.parent.chmod(0o755)  # whatever the umask says
+            parent.mkdir(mode=0o700, exist_ok=True)
+            os.chown(parent, account.pw_uid, account.pw_gid, follow_symlinks=False)
+        except OSError as error:
+            raise LaunchFailed(
+                f"The kernel of {user} has no place for its files on the gateway's node: {error.strerror}.",
+                hint=f"{parent} cannot be made; see LocalProxy.user_runtime_root",
+            ) from error
 
     @staticmethod
     def _other_user(name: object) -> str | None:
@@ -527,6 +615,14 @@ class LocalProxy(ProcessProxy):
         prefix = [] if self._is_root() else [word.replace("{user}", user) for word in self.sudo_command]
         command = [*prefix, self.python, "-I", str(Path(self.launchers) / "runas.py")]
         return runas.call(command, {"user": user, "action": action, **request})
+
+
+def _open_to_all(directory: Path) -> bool:
+    """Whether everybody may make files in a directory."""
+    try:
+        return bool(directory.stat().st_mode & stat.S_IWOTH)
+    except OSError:
+        return False
 
 
 def _usable(directory: str | None) -> str | None:

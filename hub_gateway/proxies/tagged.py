@@ -144,7 +144,11 @@ def marked(root: Path, gateway_id: str) -> Iterator[tuple[Path, str, int]]:
 
 
 def tail(path: Path) -> str:
-    """The end of a file; empty where there is none."""
+    """The end of an agent's log, which may just have begun a new file; empty where there is none."""
+    return (_end_of(path.with_name(f"{path.name}.1")) + _end_of(path))[-TAIL_BYTES:]
+
+
+def _end_of(path: Path) -> str:
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))

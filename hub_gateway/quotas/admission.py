@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import cast
+from typing import TypeAlias, cast
 
 from sqlalchemy import Table, delete, insert, select, update
 from sqlalchemy.orm import Session as Transaction
@@ -20,23 +20,31 @@ from hub_gateway.errors import LaunchRefused
 from hub_gateway.kernels.types import KernelStatus, Resources
 from hub_gateway.quotas import ledger, prices, sentences
 from hub_gateway.quotas.amounts import shown
+from hub_gateway.quotas.holders import Room, frees_in, holdings, shares
 from hub_gateway.quotas.policies import MAINTENANCE, PolicyIndex, PolicyStore
+from hub_gateway.quotas.rates import EPSILON, prices_at, rate_of
 from hub_gateway.quotas.resolve import applicable, covers, window_bounds
-from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind, Verdict
-from hub_gateway.quotas.use import EVERYONE, Held, Holder, change, held_by, holders_of, lock
+from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind, Verdict, WindowKind
+from hub_gateway.quotas.use import Held, Holder, change, held_by, holders_of, lock, scope_of
 
-__all__ = ["BURST", "QUEUED", "Admission", "Fit", "need_of", "scope_of"]
+__all__ = ["BURST", "QUEUED", "Admission", "Burst", "Fit", "burst_after"]
 
 BURST = "burst"
-EPSILON = 1e-6
+HALVINGS = 10
+"""How exactly it is told when a rolling window has room: to a thousandth of the window."""
 QUEUED = KernelStatus.QUEUED.value
+Burst: TypeAlias = tuple[datetime, datetime | None]
+"""Since when use is above a hard limit with a burst, and (where it no longer is) until when it was."""
 _RESERVATIONS = cast(Table, Reservation.__table__)
 _RESERVE = insert(_RESERVATIONS).values(price_version=prices.CURRENT)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a launch fits into one policy: what it needs, what is used, and up to which limit (None: no limit) now."""
+    """How a launch fits into one policy: what it needs, what is used, and up to which limit (None: no limit) now.
+
+    Of what is used up over time `need` is what it takes in an hour.
+    """
 
     policy: Policy
     need: float
@@ -46,11 +54,11 @@ class Fit:
     @property
     def fits(self) -> bool:
         """Whether it is within the limit."""
-        if self.limit is None:
+        if self.limit is None or self.need <= EPSILON:
             return True
         if self.policy.resource.timed:
             return self.used < self.limit - EPSILON
-        return self.need <= EPSILON or self.used + self.need <= self.limit + EPSILON
+        return self.used + self.need <= self.limit + EPSILON
 
     @property
     def hopeless(self) -> bool:
@@ -58,28 +66,18 @@ class Fit:
         return self.limit is not None and not self.policy.resource.timed and self.need > self.limit + EPSILON
 
 
-def need_of(policy: Policy, resources: Resources) -> float:
-    """What a kernel takes of a policy's resource, at one instant."""
-    if policy.resource in (Resource.KERNELS, Resource.STARTING):
-        return 1.0
-    if policy.resource is Resource.CPU:
-        return resources.cpu
-    if policy.resource is Resource.MEMORY:
-        return float(resources.memory)
-    if policy.resource is Resource.GPU and policy.gpu_model in ("", resources.gpu_model):
-        return float(resources.gpu)
-    return 0.0
-
-
-def scope_of(policy: Policy, owner: str, owner_kind: SubjectKind) -> Holder:
-    """Whose use is compared with a policy."""
-    if policy.counts is not Counts.TOGETHER:
-        return owner_kind.value, owner
-    if policy.subject_kind is SubjectKind.EVERYONE:
-        return policy.subject_kind.value, EVERYONE
-    if policy.subject_kind is SubjectKind.GROUP:
-        return policy.subject_kind.value, policy.subject
-    return owner_kind.value, owner
+def burst_after(known: Burst | None, over: bool, now: datetime) -> Burst | None:
+    """A burst as it stands when use is seen above the hard limit (`over`), or not; None: there was none lately."""
+    if known is None:
+        return (now, None) if over else None
+    since, until = known
+    if over and until is not None:
+        spent = until - since
+        # What was not recovered meanwhile is spent already.
+        return (now if now - until >= spent else now - spent), None
+    if not over and until is None:
+        return since, now
+    return known
 
 
 class Admission:
@@ -128,20 +126,20 @@ class Admission:
         """
         taken, notices = demand.resources, []
         for policy in applicable(self.policies.index(tx).of(demand), demand, now):
-            if policy.counts is not Counts.KERNEL or policy.hard is None or need_of(policy, taken) <= policy.hard:
+            if policy.counts is not Counts.KERNEL or policy.hard is None or rate_of(policy, taken) <= policy.hard:
                 continue
             limit = shown(policy.resource, policy.hard, policy.gpu_model)
             # Of no cores or no memory a resource manager understands: as much as there is.
             nothing = policy.hard < 1 if policy.resource is Resource.MEMORY else policy.hard <= 0
             useless = nothing and policy.resource is not Resource.GPU
-            if useless or need_of(policy, replace(least, gpu_model=taken.gpu_model)) > policy.hard:
+            if useless or rate_of(policy, replace(least, gpu_model=taken.gpu_model)) > policy.hard:
                 error = LaunchRefused(
                     f"A kernel of {demand.kernelspec} needs more than the {limit} that one kernel may take "
                     f"(policy {policy.name}); choose another kernel, or ask the administrator."
                 )
                 error.policy = policy.name
                 raise error
-            asked = shown(policy.resource, need_of(policy, taken), policy.gpu_model)
+            asked = shown(policy.resource, rate_of(policy, taken), policy.gpu_model)
             notices.append(f"The kernel gets {limit} and not {asked}: one may not take more (policy {policy.name}).")
             if policy.resource is Resource.CPU:
                 taken = replace(taken, cpu=policy.hard)
@@ -157,23 +155,41 @@ class Admission:
         if not policies:
             return []
         held = held_by(tx, holders_of(demand.owner, demand.owner_kind, demand.groups))
-        return [self._fit(tx, policy, demand, held, now) for policy in policies]
+        cost = prices_at(tx, policies, now)
+        return [
+            self._fit(tx, policy, demand, held, now, rate_of(policy, demand.resources, cost)) for policy in policies
+        ]
 
     def _fit(
-        self, tx: Transaction, policy: Policy, demand: Demand, held: dict[Holder, list[Held]], now: datetime
+        self,
+        tx: Transaction,
+        policy: Policy,
+        demand: Demand,
+        held: dict[Holder, list[Held]],
+        now: datetime,
+        need: float,
     ) -> Fit:
         scope = scope_of(policy, demand.owner, demand.owner_kind)
         used = self.used(tx, policy, scope, held.get(scope, ()), now)
         limit = policy.hard
-        need = need_of(policy, demand.resources)
         if limit is not None and policy.burst is not None and used + need > limit:
-            limit = self.burst_limit(tx, policy, scope, now)
+            state = tx.get(PolicyState, (policy.id, ":".join(scope), BURST))
+            limit = self.burst_limit(policy, None if state is None else (state.since, state.until), now)
         return Fit(policy, need, used, limit)
 
-    def used(self, tx: Transaction, policy: Policy, scope: Holder, held: Sequence[Held], now: datetime) -> float:
-        """What is used of a policy by its scope, in the base unit."""
+    def used(
+        self,
+        tx: Transaction,
+        policy: Policy,
+        scope: Holder,
+        held: Sequence[Held],
+        now: datetime,
+        *,
+        since: datetime | None = None,
+    ) -> float:
+        """What is used of a policy by its scope, in the base unit; of what is used up over time `since` then only."""
         if policy.resource.timed:
-            start, _ = window_bounds(policy, now)
+            start = since or window_bounds(policy, now)[0]
             kind, name = scope
             return ledger.timed_use(
                 tx,
@@ -190,19 +206,20 @@ class Admission:
             mine = (row for row in mine if row.gpu_model == policy.gpu_model)
         return float(sum(getattr(row, policy.resource.value) for row in mine))
 
-    def burst_limit(self, tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> float:
+    @staticmethod
+    def burst_limit(policy: Policy, burst: Burst | None, now: datetime) -> float:
         """Up to which a scope may use a policy with a burst now: the burst while it lasts, else the hard limit."""
         assert policy.hard is not None and policy.burst is not None
-        lasts = timedelta(seconds=policy.burst_seconds or 0)
-        state = tx.get(PolicyState, (policy.id, ":".join(scope), BURST))
-        if state is None:
+        if burst is None:
             return policy.burst
-        if state.until is not None:
-            spent = min(state.until - state.since, lasts)
-            if now - state.until >= spent or spent < lasts:
+        lasts = timedelta(seconds=policy.burst_seconds or 0)
+        since, until = burst
+        if until is not None:
+            spent = min(until - since, lasts)
+            if now - until >= spent or spent < lasts:
                 return policy.burst
             return policy.hard
-        return policy.burst if now - state.since < lasts else policy.hard
+        return policy.burst if now - since < lasts else policy.hard
 
     def _behind(self, tx: Transaction, index: PolicyIndex, fits: list[Fit], kernel_id: str | None) -> Fit | None:
         """The policy for which others wait already, so that this launch has to wait behind them."""
@@ -224,15 +241,50 @@ class Admission:
     def _blocked(self, tx: Transaction, demand: Demand, blocked: list[Fit], now: datetime) -> Verdict:
         refusing = [fit for fit in blocked if fit.policy.action is Action.REJECT or fit.hopeless]
         if refusing:
-            sentence = sentences.refusal(tx, demand, refusing[0], now, self.where)
-            return Verdict("refused", policy=refusing[0].policy.name, sentence=sentence)
+            fit = refusing[0]
+            room = Room() if fit.hopeless else self.room(tx, fit, demand, now)
+            sentence = sentences.refusal(demand, fit, room, now, self.where)
+            return Verdict("refused", policy=fit.policy.name, sentence=sentence, frees_in=room.frees_in)
+        room = self.room(tx, blocked[0], demand, now)
         deadlines = [fit.policy.queue_seconds for fit in blocked if fit.policy.queue_seconds is not None]
         return Verdict(
             "queued",
             policy=blocked[0].policy.name,
-            sentence=sentences.waiting(tx, demand, blocked[0], now),
+            sentence=sentences.waiting(demand, blocked[0], room, now),
             deadline=now + timedelta(seconds=min(deadlines)) if deadlines else None,
+            frees_in=room.frees_in,
         )
+
+    def room(self, tx: Transaction, fit: Fit, demand: Demand, now: datetime) -> Room:
+        """Who holds what a launch needs of a policy, and when some of it comes free."""
+        policy = fit.policy
+        own = holdings(tx, policy, demand, own=True)
+        others, more = shares(tx, policy, demand, limit=sentences.NAMED)
+        if policy.resource.timed:
+            return Room(own, others, more, self._anew_in(tx, fit, demand, now))
+        oldest = holdings(tx, policy, demand) if others else own
+        return Room(own, others, more, frees_in(tx, oldest, now))
+
+    def _anew_in(self, tx: Transaction, fit: Fit, demand: Demand, now: datetime) -> timedelta | None:
+        """When there is time again: at the end of a calendar window, or when enough of a rolling one has grown old.
+
+        That is if nothing of it runs until then.
+        """
+        policy = fit.policy
+        begin, end = window_bounds(policy, now)
+        if not fit.limit or fit.limit <= EPSILON:
+            return None
+        if policy.window is WindowKind.CALENDAR:
+            return end - now
+        scope = scope_of(policy, demand.owner, demand.owner_kind)
+        early, late = begin, now
+        for _ in range(HALVINGS):
+            middle = early + (late - early) / 2
+            if self.used(tx, policy, scope, (), now, since=middle) < fit.limit - EPSILON:
+                late = middle
+            else:
+                early = middle
+        return late - begin
 
     # Reserving
 
@@ -344,21 +396,19 @@ class Admission:
 
     def _note_bursts(self, tx: Transaction, demand: Demand, now: datetime) -> None:
         """Remember when use went above a hard limit with a burst, and when it came back."""
-        policies = [one for one in self.policies.index(tx).of(demand) if one.burst is not None]
-        if not policies:
+        index = self.policies.index(tx)
+        if not any(one.burst is not None for one in index.of(demand)):
             return
-        held = held_by(tx, holders_of(demand.owner, demand.owner_kind, demand.groups))
-        for policy in applicable(policies, demand, now):
+        # Only of what counts: under a grant the policy below it is not in its burst.
+        policies = [one for one in applicable(index.of(demand), demand, now) if one.burst is not None]
+        held = held_by(tx, holders_of(demand.owner, demand.owner_kind, demand.groups)) if policies else {}
+        for policy in policies:
             scope = scope_of(policy, demand.owner, demand.owner_kind)
             over = self.used(tx, policy, scope, held.get(scope, ()), now) > (policy.hard or 0.0) + EPSILON
             state = tx.get(PolicyState, (policy.id, ":".join(scope), BURST))
-            if over and state is None:
-                tx.add(PolicyState(policy_id=policy.id, subject=":".join(scope), state=BURST, since=now))
-            elif over and state is not None and state.until is not None:
-                spent = state.until - state.since
-                # What was not recovered meanwhile is spent already.
-                state.since = now if now - state.until >= spent else now - spent
-                state.until = None
-            elif not over and state is not None and state.until is None:
-                state.until = now
+            after = burst_after(None if state is None else (state.since, state.until), over, now)
+            if after is not None and state is None:
+                tx.add(PolicyState(policy_id=policy.id, subject=":".join(scope), state=BURST, since=after[0]))
+            elif after is not None and state is not None:
+                state.since, state.until = after
         tx.flush()

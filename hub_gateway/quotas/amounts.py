@@ -11,7 +11,7 @@ from hub_gateway.errors import BadRequest
 from hub_gateway.kernels.types import Resources
 from hub_gateway.quotas.types import Resource
 
-__all__ = ["LARGEST", "amount", "cores", "devices", "memory", "resources_of", "shown"]
+__all__ = ["LARGEST", "amount", "cores", "devices", "memory", "rate", "resources_of", "shown"]
 
 LARGEST = 2**53
 """Above this a double no longer knows every whole number, and no cluster has as much of anything."""
@@ -21,8 +21,8 @@ _UNITS = {"": 1, **{unit: 1024**power for power, unit in enumerate("KMGTP", 1)},
 SMALLEST_MEMORY = 2**20
 
 
-def _number(what: str, value: object) -> float:
-    """A finite number, from 0 to `LARGEST`."""
+def rate(what: str, value: object) -> float:
+    """A finite number, from 0 to `LARGEST`, as it is written. Raises `BadRequest`."""
     if isinstance(value, str):
         found = _TEXT.match(value)
         if found is None or found[2]:
@@ -39,12 +39,12 @@ def _number(what: str, value: object) -> float:
 
 def cores(what: str, value: object) -> float:
     """Cores, to a thousandth (as Kubernetes counts them). Raises `BadRequest`."""
-    return round(_number(what, value), 3)
+    return round(rate(what, value), 3)
 
 
 def devices(what: str, value: object) -> int:
     """A whole number. Raises `BadRequest`."""
-    found = _number(what, value)
+    found = rate(what, value)
     if found != int(found):
         raise BadRequest(f"{what} must be a whole number; {_short(value)} is not.")
     return int(found)
@@ -60,7 +60,7 @@ def memory(what: str, value: object) -> int:
         if found is None:
             raise BadRequest(f"{what} must be an amount of memory such as 512M or 4G; {_short(value)} is none.")
         value = float(found[1]) * _UNITS[(found[2] or "").removesuffix("i")]
-    size = _number(what, value)
+    size = rate(what, value)
     if 0 < size < SMALLEST_MEMORY:
         raise BadRequest(f"{what} is {size:g} bytes, so a unit is missing; write it as 512M or 4G.")
     return int(size)

@@ -62,6 +62,7 @@ WRITTEN = (
     "weekly",
     "note",
     "origin",
+    "delegated",
 )
 READ_ONLY = ("name", "approver", "version", "created_at", "created_by", "updated_at", "updated_by")
 POLICY_FIELDS = (*WRITTEN, *READ_ONLY)
@@ -127,6 +128,7 @@ def policy_of(name: str, body: Body, *, version: int) -> Policy:
         weekly=_weekly(body),
         note=body.note("note"),
         origin=origin,
+        delegated=body.flag("delegated", False),
         version=version,
     )
     one = policy.subject_kind in (SubjectKind.USER, SubjectKind.SERVICE)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import cast
+from typing import TypeAlias, cast
 
-from sqlalchemy import Table, select, update
+from sqlalchemy import Table, or_, select, update
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway import audit
@@ -16,16 +16,18 @@ from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.db.tenancy import PolicyState
 from hub_gateway.kernels.types import KernelTarget, Resources
 from hub_gateway.quotas import sentences
-from hub_gateway.quotas.admission import Admission, need_of, scope_of
+from hub_gateway.quotas.admission import BURST, Admission, Burst, burst_after
 from hub_gateway.quotas.amounts import shown
+from hub_gateway.quotas.holders import in_group
+from hub_gateway.quotas.policies import PolicyIndex
+from hub_gateway.quotas.rates import EPSILON, prices_of, rate_of
 from hub_gateway.quotas.resolve import applicable
 from hub_gateway.quotas.types import Counts, Demand, Policy, SubjectKind
-from hub_gateway.quotas.use import Holder, held_by, lock
+from hub_gateway.quotas.use import EVERYONE, Holder, held_by, lock, scope_of
 
-__all__ = ["Notice", "Stop", "enforce"]
+__all__ = ["Line", "Notice", "Stop", "enforce", "look"]
 
 SOFT, OVER = "soft", "over"
-EPSILON = 1e-6
 _OPEN = cast(Table, Reservation.__table__)
 _HELD = select(_OPEN, Kernel.target).join(Kernel, Kernel.id == _OPEN.c.kernel_id).where(_OPEN.c.released_at.is_(None))
 
@@ -51,50 +53,125 @@ class Stop:
     sentence: str
 
 
+Line: TypeAlias = tuple[str, Holder]
+"""The name of a policy, and whose use is compared with it."""
+State: TypeAlias = tuple[int | None, str, str]
+
+
+@dataclass
+class _Changes:
+    """What a look has found out: rows to write, words to say, kernels to stop."""
+
+    made: list[PolicyState] = field(default_factory=list)
+    ended: list[PolicyState] = field(default_factory=list)
+    burst: list[tuple[PolicyState, Burst]] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.made or self.ended or self.burst or self.notices or self.stops)
+
+
 @dataclass(frozen=True)
 class _Held:
     id: str
     since: datetime
     demand: Demand
+    price: int
+    """The version of the price list by which it is billed."""
     going: bool
     """Whether it is being stopped already, for whatever reason."""
 
 
-def enforce(tx: Transaction, admission: Admission, now: datetime) -> tuple[list[Notice], list[Stop]]:
-    """Look at everything that is held; what is to be told, once, and what is to be stopped.
+def look(tx: Transaction, admission: Admission, now: datetime) -> list[Line]:
+    """The lines in which `enforce` would change something. Only reads, and so holds nobody up."""
+    return [line for line, changes in _survey(tx, admission, now, None) if changes]
+
+
+def enforce(
+    tx: Transaction, admission: Admission, now: datetime, lines: Collection[Line] | None = None
+) -> tuple[list[Notice], list[Stop]]:
+    """Look at what is held, in these lines or in all; what is to be told, once, and what is to be stopped.
 
     A kernel that is to be stopped has that as its target in this transaction: whoever dies right after it, it ends, and
     nobody is told twice. A grace begins anew where its policy is changed: what was told then is not true any more.
     """
     lock(tx)
-    index = admission.policies.index(tx)
-    if not any(_watched(policy) for policy in index.by_name.values()):
-        return [], []
-    held: dict[tuple[str, Holder], list[_Held]] = defaultdict(list)
-    for kernel in _kernels(tx):
-        for policy in applicable(index.of(kernel.demand), kernel.demand, now):
-            if _watched(policy) and (policy.resource.timed or need_of(policy, kernel.demand.resources) > 0):
-                scope = scope_of(policy, kernel.demand.owner, kernel.demand.owner_kind)
-                held[policy.name, scope].append(kernel)
     notices: list[Notice] = []
-    stops: list[Stop] = []
-    seen = set()
-    for (name, scope), kernels in held.items():
-        policy = index.by_name[name]
-        seen.add((policy.id, ":".join(scope)))
-        rows = held_by(tx, [scope])[scope]
-        used = admission.used(tx, policy, scope, rows, now)
-        notices += _soft(tx, policy, scope, kernels, used, now)
-        limit = policy.hard if policy.burst is None else admission.burst_limit(tx, policy, scope, now)
-        told, ended = _over(tx, policy, scope, kernels, used, limit, now)
-        notices += told
-        stops += [stop for stop in ended if stop.kernel_id not in {one.kernel_id for one in stops}]
-    for state in tx.scalars(select(PolicyState).where(PolicyState.state.in_((SOFT, OVER)))):
-        if (state.policy_id, state.subject) not in seen:
+    stops: dict[str, Stop] = {}
+    for _, changes in _survey(tx, admission, now, lines):
+        for state in changes.ended:
             tx.delete(state)
-    for stop in stops:
+        tx.flush()
+        tx.add_all(changes.made)
+        for state, (since, until) in changes.burst:
+            state.since, state.until = since, until
+        notices += changes.notices
+        for stop in changes.stops:
+            stops.setdefault(stop.kernel_id, stop)
+    for stop in stops.values():
         _end(tx, stop)
-    return notices, stops
+    return notices, list(stops.values())
+
+
+def _survey(
+    tx: Transaction, admission: Admission, now: datetime, lines: Collection[Line] | None
+) -> Iterator[tuple[Line, _Changes]]:
+    """What has changed in each line (of these)."""
+    index = admission.policies.index(tx)
+    states: dict[State, PolicyState] = {
+        (one.policy_id, one.subject, one.state): one for one in tx.scalars(select(PolicyState))
+    }
+    held = _lines(tx, index, now, lines)
+    uses = held_by(tx, list({scope for _, scope in held}))
+    for (name, scope), kernels in held.items():
+        policy, subject = index.by_name[name], ":".join(scope)
+        soft, over, burst = (states.pop((policy.id, subject, one), None) for one in (SOFT, OVER, BURST))
+        used = admission.used(tx, policy, scope, uses[scope], now)
+        changes = _Changes()
+        limit = policy.hard
+        if policy.burst is not None and limit is not None:
+            limit = _burst(changes, policy, subject, burst, used, now)
+        _soft(changes, policy, subject, soft, kernels, used, now)
+        _over(changes, policy, subject, over, kernels, used, limit, now)
+        yield (name, scope), changes
+    names = {policy.id: policy.name for policy in index.by_name.values()}
+    for (policy_id, subject, state), found in states.items():
+        kind, _, whose = subject.partition(":")
+        line = (names.get(policy_id, ""), (kind, whose))
+        if lines is not None and line not in lines:
+            continue
+        # Nothing is held there, or the policy does not count at this time.
+        if state in (SOFT, OVER):
+            yield line, _Changes(ended=[found])
+        elif found.until is None:
+            yield line, _Changes(burst=[(found, (found.since, now))])
+
+
+def _lines(
+    tx: Transaction, index: PolicyIndex, now: datetime, lines: Collection[Line] | None
+) -> dict[Line, list[_Held]]:
+    """The kernels that count in each line that time does something to."""
+    held: dict[Line, list[_Held]] = defaultdict(list)
+    if not any(_watched(policy) for policy in index.by_name.values()):
+        return held
+    prices = prices_of(tx, index.by_name.values())
+    known: dict[tuple[object, ...], list[tuple[Policy, Holder]]] = {}
+    for kernel in _kernels(tx, None if lines is None else {scope for _, scope in lines}):
+        one = kernel.demand
+        key = (one.owner, one.groups, one.kernelspec, one.proxy, one.queue)
+        if key not in known:
+            known[key] = [
+                (policy, scope_of(policy, one.owner, one.owner_kind))
+                for policy in applicable(index.of(one), one, now)
+                if _watched(policy)
+            ]
+        for policy, scope in known[key]:
+            line = (policy.name, scope)
+            wanted = lines is None or line in lines
+            if wanted and rate_of(policy, one.resources, prices(kernel.price)) > EPSILON:
+                held[line].append(kernel)
+    return held
 
 
 def _end(tx: Transaction, stop: Stop) -> None:
@@ -109,14 +186,20 @@ def _end(tx: Transaction, stop: Stop) -> None:
 
 
 def _watched(policy: Policy) -> bool:
-    return policy.counts is not Counts.KERNEL and (
-        policy.soft is not None or (policy.hard is not None and policy.grace_seconds is not None)
-    )
+    if policy.counts is Counts.KERNEL:
+        return False
+    limited = policy.hard is not None and (policy.grace_seconds is not None or policy.burst is not None)
+    return policy.soft is not None or limited
 
 
-def _kernels(tx: Transaction) -> list[_Held]:
-    found = []
-    for row in tx.connection().execute(_HELD).mappings():
+def _kernels(tx: Transaction, scopes: Collection[Holder] | None) -> Iterator[_Held]:
+    """What is held, by anybody or by these."""
+    wanted = _HELD
+    if scopes is not None and (SubjectKind.EVERYONE.value, EVERYONE) not in scopes:
+        owners = [name for kind, name in scopes if kind != SubjectKind.GROUP.value]
+        groups = [in_group(tx, name, number) for number, (kind, name) in enumerate(scopes) if kind == "group"]
+        wanted = _HELD.where(or_(_OPEN.c.owner.in_(owners), *groups))
+    for row in tx.connection().execute(wanted).mappings():
         demand = Demand(
             row["owner"],
             SubjectKind(row["owner_kind"]),
@@ -127,8 +210,7 @@ def _kernels(tx: Transaction) -> list[_Held]:
             Resources(row["cpu"], row["memory"], row["gpu"], row["gpu_model"]),
         )
         going = row["target"] != KernelTarget.RUNNING.value
-        found.append(_Held(row["kernel_id"], row["created_at"], demand, going))
-    return found
+        yield _Held(row["kernel_id"], row["created_at"], demand, row["price_version"], going)
 
 
 def _by_owner(kernels: Sequence[_Held]) -> dict[str, tuple[str, ...]]:
@@ -138,81 +220,95 @@ def _by_owner(kernels: Sequence[_Held]) -> dict[str, tuple[str, ...]]:
     return {owner: tuple(ids) for owner, ids in found.items()}
 
 
-def _state(tx: Transaction, policy: Policy, scope: Holder, state: str) -> PolicyState | None:
-    return tx.get(PolicyState, (policy.id, ":".join(scope), state))
-
-
 def _amount(policy: Policy, value: float) -> str:
     return shown(policy.resource, value, policy.gpu_model)
 
 
+def _made(policy: Policy, subject: str, state: str, since: datetime, **more: datetime | None) -> PolicyState:
+    return PolicyState(policy_id=policy.id, subject=subject, state=state, since=since, **more)
+
+
+def _burst(
+    changes: _Changes, policy: Policy, subject: str, known: PolicyState | None, used: float, now: datetime
+) -> float:
+    """Note where use has gone above the hard limit, or come back, by whatever way; and up to which it may be used."""
+    assert policy.hard is not None
+    before = None if known is None else (known.since, known.until)
+    after = burst_after(before, used > policy.hard + EPSILON, now)
+    if after is not None and known is None:
+        changes.made.append(_made(policy, subject, BURST, after[0], until=after[1]))
+    elif after is not None and known is not None and after != before:
+        changes.burst.append((known, after))
+    return Admission.burst_limit(policy, after, now)
+
+
 def _soft(
-    tx: Transaction, policy: Policy, scope: Holder, kernels: Sequence[_Held], used: float, now: datetime
-) -> list[Notice]:
-    known = _state(tx, policy, scope, SOFT)
+    changes: _Changes,
+    policy: Policy,
+    subject: str,
+    known: PolicyState | None,
+    kernels: Sequence[_Held],
+    used: float,
+    now: datetime,
+) -> None:
     if policy.soft is None or used <= policy.soft + EPSILON:
         if known is not None:
-            tx.delete(known)
-        return []
+            changes.ended.append(known)
+        return
     if known is not None:
-        return []
-    tx.add(PolicyState(policy_id=policy.id, subject=":".join(scope), state=SOFT, since=now, noticed_at=now))
+        return
+    changes.made.append(_made(policy, subject, SOFT, now, noticed_at=now))
     limit = "" if policy.hard is None else f", of {_amount(policy, policy.hard)} at most"
     sentence = (
         f"{_amount(policy, used)} are in use{sentences.window(policy)}: more than the soft limit of "
         f"{_amount(policy, policy.soft)} of the policy {policy.name}{limit}."
     )
-    return [Notice(owner, policy.name, SOFT, sentence, ids) for owner, ids in _by_owner(kernels).items()]
+    changes.notices += [Notice(owner, policy.name, SOFT, sentence, ids) for owner, ids in _by_owner(kernels).items()]
 
 
 def _over(
-    tx: Transaction,
+    changes: _Changes,
     policy: Policy,
-    scope: Holder,
+    subject: str,
+    known: PolicyState | None,
     kernels: Sequence[_Held],
     used: float,
     limit: float | None,
     now: datetime,
-) -> tuple[list[Notice], list[Stop]]:
-    known = _state(tx, policy, scope, OVER)
+) -> None:
     staying = [kernel for kernel in kernels if not kernel.going]
     if not policy.resource.timed:
-        used -= sum(need_of(policy, kernel.demand.resources) for kernel in kernels if kernel.going)
+        used -= sum(rate_of(policy, kernel.demand.resources) for kernel in kernels if kernel.going)
     over = limit is not None and (used >= limit - EPSILON if policy.resource.timed else used > limit + EPSILON)
     if policy.grace_seconds is None or limit is None or not over or not staying:
         if known is not None:
-            tx.delete(known)
-        return [], []
+            changes.ended.append(known)
+        return
     what = (
         f"{_amount(policy, used)} are in use{sentences.window(policy)}, and the policy {policy.name} allows "
         f"{_amount(policy, limit)}"
     )
     if known is not None and policy.updated_at is not None and known.since < policy.updated_at:
-        tx.delete(known)
-        tx.flush()
+        changes.ended.append(known)
         known = None
     if known is None:
         until = now + timedelta(seconds=policy.grace_seconds)
-        tx.add(
-            PolicyState(
-                policy_id=policy.id, subject=":".join(scope), state=OVER, since=now, until=until, noticed_at=now
-            )
-        )
+        changes.made.append(_made(policy, subject, OVER, now, until=until, noticed_at=now))
         sentence = (
             f"{what}: in {sentences.span(policy.grace_seconds)} kernels are stopped, the newest first. Save your work, "
             "and shut down what you do not need."
         )
-        return [Notice(owner, policy.name, OVER, sentence, ids) for owner, ids in _by_owner(staying).items()], []
+        told = _by_owner(staying)
+        changes.notices += [Notice(owner, policy.name, OVER, sentence, ids) for owner, ids in told.items()]
+        return
     if known.until is None or now < known.until:
-        return [], []
-    stops = []
+        return
     for kernel in sorted(staying, key=lambda one: one.since, reverse=True):
         if not policy.resource.timed:
             if used <= limit + EPSILON:
                 break
-            used -= need_of(policy, kernel.demand.resources)
+            used -= rate_of(policy, kernel.demand.resources)
         sentence = (
             f"This kernel was stopped: {what}, for longer than the grace of {sentences.span(policy.grace_seconds)}."
         )
-        stops.append(Stop(kernel.id, kernel.demand.owner, policy.name, sentence))
-    return [], stops
+        changes.stops.append(Stop(kernel.id, kernel.demand.owner, policy.name, sentence))

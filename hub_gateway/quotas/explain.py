@@ -11,12 +11,13 @@ from sqlalchemy.orm import Session as Transaction
 from hub_gateway import audit
 from hub_gateway.db.tenancy import PolicyState
 from hub_gateway.quotas import sentences
-from hub_gateway.quotas.admission import BURST, Admission, scope_of
+from hub_gateway.quotas.admission import BURST, Admission
 from hub_gateway.quotas.amounts import shown
 from hub_gateway.quotas.enforce import OVER
+from hub_gateway.quotas.holders import Holding, holdings
 from hub_gateway.quotas.resolve import active, applicable, concerns, covers, losers, window_bounds
 from hub_gateway.quotas.types import Counts, Demand, ObjectKind, Policy, Resource, SubjectKind, WindowKind
-from hub_gateway.quotas.use import held_by, holders_of
+from hub_gateway.quotas.use import held_by, holders_of, scope_of
 
 __all__ = ["Explanation", "LimitView", "PolicyView", "Refusal", "explain", "limits"]
 
@@ -36,7 +37,7 @@ class LimitView:
     soft: float | None
     burst: float | None
     used: float
-    held_by: tuple[sentences.Holding, ...] = ()
+    held_by: tuple[Holding, ...] = ()
     resets_at: datetime | None = None
     valid_until: datetime | None = None
     state: str = "ok"
@@ -44,6 +45,8 @@ class LimitView:
     stops_at: datetime | None = None
     """When the newest kernels are stopped, if use stays above the hard limit."""
     origin: str = "policy"
+    delegated: bool = False
+    """Whether a lead has set it, beside what administrators have."""
     sentence: str = ""
     warning: str = ""
     """What happens if nothing is shut down, where something does."""
@@ -120,11 +123,7 @@ def limits(
         used = 0.0
         if policy.counts is not Counts.KERNEL:
             used = admission.used(tx, policy, scope, held.get(scope, ()), now)
-        found = (
-            ()
-            if policy.resource.timed or policy.counts is Counts.KERNEL
-            else tuple(sentences.holdings(tx, policy, demand))
-        )
+        found = () if policy.resource.timed or policy.counts is Counts.KERNEL else tuple(holdings(tx, policy, demand))
         resets = window_bounds(policy, now)[1] if policy.window is WindowKind.CALENDAR else None
         over = None if policy.grace_seconds is None else tx.get(PolicyState, (policy.id, ":".join(scope), OVER))
         stops_at = None if over is None else over.until
@@ -149,6 +148,7 @@ def limits(
                 state=_state(policy, used, burst),
                 stops_at=stops_at,
                 origin=policy.origin.value,
+                delegated=policy.delegated,
                 sentence=_said(policy, used),
                 warning=_ends(stops_at),
             )

@@ -23,7 +23,7 @@ from hub_gateway.quotas.prices import all_prices
 from hub_gateway.quotas.types import Resource
 from hub_gateway.quotas.use import lock
 
-__all__ = ["Closed", "close", "close_month", "correct", "cost_center_of", "groups_key", "in_group", "timed_use"]
+__all__ = ["Closed", "close", "close_month", "correct", "groups_key", "in_group", "timed_use"]
 
 _LEDGER = cast(Table, LedgerEntry.__table__)
 _OPEN = cast(Table, Reservation.__table__)
@@ -37,7 +37,7 @@ HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Closed:
-    """A closed month: how many entries stand in it, how many kernel-seconds, and a digest over all of them."""
+    """A closed month: how many entries stand in it, how many kernel-seconds of it, and a digest over all of them."""
 
     month: str
     entries: int
@@ -53,18 +53,6 @@ def groups_key(groups: Collection[str]) -> str:
 def in_group(group: str) -> ColumnElement[bool]:
     """Whether an entry's owner was in a group at launch."""
     return LedgerEntry.groups.contains(f"\n{group}\n", autoescape=True)
-
-
-def cost_center_of(groups: Collection[str], properties: dict[str, dict[str, Any]]) -> str:
-    """The cost centre of a user: the Hub's property `cost_center` of the first, by name, of their groups that has one.
-
-    `properties` are the groups' properties, by name.
-    """
-    for group in sorted(groups):
-        found = properties.get(group, {}).get("cost_center")
-        if found not in (None, "", []):
-            return str(found)[:255]
-    return ""
 
 
 def close(tx: Transaction, reservation: RowMapping, at: datetime) -> None:
@@ -164,7 +152,8 @@ def close_month(tx: Transaction, month: str, actor: str, *, now: datetime | None
     """Close a month (UTC) that is over: nothing is added to it any more. Raises `BadRequest`, `Conflict`.
 
     Reservations that go on over its end are split there: an entry up to the end, and the reservation from there.
-    Entries of kernels that ended later, but began before the end, are in both months: reports clip them.
+    Entries of kernels that ended later, but began before the end, are in both months: their seconds are clipped, as in
+    reports.
     """
     begin, end = _bounds(month)
     moment = now or utcnow()
@@ -182,7 +171,10 @@ def close_month(tx: Transaction, month: str, actor: str, *, now: datetime | None
     for entry in tx.connection().execute(select(_LEDGER).where(stands).order_by(_LEDGER.c.id)):
         digest.update(repr(tuple(entry)).encode())
         entries += 1
-        seconds += entry.seconds
+        if entry.kind == "interval":
+            seconds += min(entry.stopped, end.timestamp()) - max(entry.started, begin.timestamp())
+        else:
+            seconds += entry.seconds
     tx.add(
         LedgerMonth(
             month=month,
@@ -201,36 +193,61 @@ def _at(begin: datetime, end: datetime) -> ColumnElement[bool]:
     return and_(_LEDGER.c.stopped >= begin.timestamp(), _LEDGER.c.stopped < end.timestamp())
 
 
-def correct(tx: Transaction, entry: int, seconds: float, note: str, actor: str, *, now: datetime | None = None) -> int:
-    """Add a correction of an entry: `seconds` more (or, negative, fewer) than it says; the correction's number.
+def correct(
+    tx: Transaction,
+    entry: int,
+    seconds: float,
+    note: str,
+    actor: str,
+    *,
+    cost_center: str | None = None,
+    now: datetime | None = None,
+) -> int:
+    """Correct an entry: `seconds` more (or, negative, fewer) than it says, all of it billed to `cost_center`.
 
-    It stands at this moment, whatever the month of what it corrects. Raises `NotFound`, `BadRequest`.
+    None is the cost centre to which it is billed now. A correction is one entry, or two where the cost centre changes:
+    what is taken from the old one, and what the new one gets; the number of the last one is the answer. They stand at
+    this moment, whatever the month of what they correct. Raises `NotFound`, `BadRequest`.
     """
     moment = (now or utcnow()).timestamp()
     lock(tx)
     found = tx.connection().execute(select(_LEDGER).where(_LEDGER.c.id == entry)).mappings().one_or_none()
     if found is None or found["kind"] != "interval":
         raise NotFound(f"The ledger has no entry {entry} that could be corrected; corrections are not corrected again.")
-    before = tx.execute(
-        select(func.coalesce(func.sum(LedgerEntry.seconds), 0.0)).where(LedgerEntry.corrects == entry)
-    ).scalar_one()
-    if found["seconds"] + before + seconds < 0:
-        raise BadRequest(f"Entry {entry} says {found['seconds'] + before:g} seconds; it cannot be less than none.")
+    billed_to, billed = _billed(tx, entry)
+    to = billed_to if cost_center is None else cost_center
+    if billed + seconds < 0:
+        raise BadRequest(f"Entry {entry} says {billed:g} seconds; it cannot be less than none.")
+    if to == billed_to and not seconds:
+        raise BadRequest(f"Entry {entry} says that already; give seconds, or another cost centre.")
+    parts = [(to, seconds)] if to == billed_to else [(billed_to, -billed), (to, billed + seconds)]
     copied = {name: found[name] for name in (*_COPIED, "groups")}
-    made = tx.connection().execute(
-        insert(_LEDGER)
-        .values(
-            kind="correction",
-            started=moment,
-            stopped=moment,
-            seconds=seconds,
-            corrects=entry,
-            actor=actor,
-            note=note,
-            recorded_at=utcnow(),
-            **copied,
+    number = 0
+    for centre, amount in parts:
+        values = {"started": moment, "stopped": moment, "seconds": amount, "corrects": entry, "actor": actor}
+        made = tx.connection().execute(
+            insert(_LEDGER)
+            .values(
+                {**copied, **values, "kind": "correction", "note": note, "recorded_at": utcnow(), "cost_center": centre}
+            )
+            .returning(_LEDGER.c.id)
         )
-        .returning(_LEDGER.c.id)
+        number = int(made.scalar_one())
+        METRICS.ledger_entries.inc()
+    return number
+
+
+def _billed(tx: Transaction, entry: int) -> tuple[str, float]:
+    """To which cost centre an entry is billed, after its corrections, and how many seconds. They move it as a whole."""
+    stands = or_(_LEDGER.c.id == entry, _LEDGER.c.corrects == entry)
+    sums = (
+        tx.connection()
+        .execute(
+            select(_LEDGER.c.cost_center, func.sum(_LEDGER.c.seconds), func.max(_LEDGER.c.id))
+            .where(stands)
+            .group_by(_LEDGER.c.cost_center)
+        )
+        .all()
     )
-    METRICS.ledger_entries.inc()
-    return int(made.scalar_one())
+    centre, seconds, _ = max(sums, key=lambda row: row[2])  # where the last correction has put it
+    return centre, float(seconds)

@@ -1,14 +1,17 @@
-"""Notices about limits: in the owner's notebooks, to a webhook, by e-mail; none of them can fail anything else."""
+"""Notices about limits to a webhook and by e-mail; none of them can fail anything else.
+
+What is shown in notebooks is `hub_gateway.kernels.notices`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import smtplib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from email.message import EmailMessage
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tornado.httpclient import AsyncHTTPClient, HTTPError, HTTPRequest
 from tornado.simple_httpclient import HTTPTimeoutError
@@ -17,14 +20,11 @@ from traitlets.config import LoggingConfigurable
 
 from hub_gateway.metrics import METRICS
 
-if TYPE_CHECKING:
-    from hub_gateway.kernels.links import Links
-
 __all__ = ["Notifier"]
 
 
 class Notifier(LoggingConfigurable):
-    """Sends notices. `links` are the notebooks that this process serves."""
+    """Sends notices, once: of a process that is killed while it sends one nobody sends it again."""
 
     webhook_url = Unicode(
         help="""Where notices are posted, as JSON: `{"user", "policy", "event", "sentence"}`. Empty: nowhere.
@@ -45,18 +45,12 @@ class Notifier(LoggingConfigurable):
     ).tag(config=True)
     timeout = Float(10.0, help="How long (seconds) webhook and mail server may take.").tag(config=True)
 
-    def __init__(self, *, links: Links | None = None, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.links = links
         self._sending: set[asyncio.Task[None]] = set()
 
-    def tell(self, owner: str, policy: str, event: str, sentence: str, kernel_ids: Iterable[str]) -> None:
+    def tell(self, owner: str, policy: str, event: str, sentence: str) -> None:
         """Tell an owner something about a limit; returns at once."""
-        for kernel_id in kernel_ids:
-            relay = None if self.links is None else self.links.existing(kernel_id)
-            if relay is not None:
-                relay.notify(sentence)
-                METRICS.notices.labels("notebook", "sent").inc()
         found = {"user": owner, "policy": policy, "event": event, "sentence": sentence}
         if self.webhook_url:
             self._start(self._post(found))

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session as Transaction
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.tenancy import PriceList
 from hub_gateway.errors import BadRequest
-from hub_gateway.quotas.amounts import cores
+from hub_gateway.quotas.amounts import rate
 from hub_gateway.quotas.use import lock
 
 __all__ = ["CURRENT", "FREE", "Prices", "all_prices", "set_prices"]
@@ -89,10 +89,10 @@ def set_prices(tx: Transaction, actor: str, *, valid_from: datetime | None = Non
     row = PriceList(
         version=(tx.execute(select(func.max(PriceList.version))).scalar_one_or_none() or 0) + 1,
         valid_from=valid_from or now,
-        gpu_models={str(model): cores(f"The price of {model}", price) for model, price in models.items()},
+        gpu_models={str(model): rate(f"The price of {model}", price) for model, price in models.items()},
         created_at=now,
         created_by=actor,
-        **{name: cores(f"The price {name}", rates.get(name, 0)) for name in RATES},
+        **{name: rate(f"The price {name}", rates.get(name, 0)) for name in RATES},
     )
     tx.add(row)
     tx.flush()

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from statistics import median
 from typing import TypeAlias, cast
 
 from sqlalchemy import Integer, Table, case, func, select, update
@@ -21,11 +20,14 @@ from hub_gateway.kernels.rows import KERNELS, record_of
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
 from hub_gateway.metrics import METRICS
 from hub_gateway.quotas import sentences
-from hub_gateway.quotas.admission import Fit, need_of, scope_of
+from hub_gateway.quotas.admission import Fit
+from hub_gateway.quotas.holders import Room
 from hub_gateway.quotas.policies import PolicyIndex
+from hub_gateway.quotas.prices import Prices
+from hub_gateway.quotas.rates import EPSILON, prices_at, rate_of
 from hub_gateway.quotas.resolve import applicable
 from hub_gateway.quotas.types import Counts, Demand
-from hub_gateway.quotas.use import Holder, lock
+from hub_gateway.quotas.use import Holder, lock, scope_of
 
 __all__ = ["Dispatched", "QueueEntry", "decayed_use", "dispatch", "due", "entries", "ordinal"]
 
@@ -57,16 +59,13 @@ class QueueEntry:
     queued_at: datetime
     deadline: datetime | None
     frees_in: timedelta | None
-    """When room is likely, if such kernels run as long as they did lately; None: nobody knows."""
+    """When room is likely: if such kernels run as long as they did lately, or as time grows old; None: nobody knows."""
 
     @property
     def sentence(self) -> str:
         """What its notebook shows."""
-        frees = ""
-        if self.frees_in is not None:
-            frees = f"; by experience the first of them ends in about {sentences.span(self.frees_in.total_seconds())}"
         until = "" if self.deadline is None else f" It waits until {self.deadline:%H:%M} UTC."
-        return f"{ordinal(self.position)} in the queue of {self.queue}: {self.reason}{frees}.{until}"
+        return f"{ordinal(self.position)} in the queue of {self.queue}: {self.reason}.{until}"
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,9 @@ class _Walk:
     Whoever is blocked in a line keeps those behind from what they need of it; whoever needs something else passes.
     """
 
-    def __init__(self, index: PolicyIndex, now: datetime) -> None:
+    def __init__(self, index: PolicyIndex, prices: Prices, now: datetime) -> None:
         self._index = index
+        self._prices = prices
         self._now = now
         self._needs: dict[Demand, frozenset[Line]] = {}
         self._blocking: set[Line] = set()
@@ -136,7 +136,7 @@ class _Walk:
                 for policy in applicable(self._index.of(demand), demand, self._now)
                 if policy.counts is not Counts.KERNEL
                 and policy.hard is not None
-                and (policy.resource.timed or need_of(policy, demand.resources) > 0)
+                and rate_of(policy, demand.resources, self._prices) > EPSILON
             )
         return not self._blocking.isdisjoint(needs)
 
@@ -145,6 +145,11 @@ class _Walk:
         line = _line(self._index, name, demand)
         if line is not None:
             self._blocking.add(line)
+
+
+def _walk(tx: Transaction, admitter: Admitter, now: datetime) -> _Walk:
+    index = admitter.admission.policies.index(tx)
+    return _Walk(index, prices_at(tx, index.by_name.values(), now), now)
 
 
 def _line(index: PolicyIndex, name: str, demand: Demand) -> Line | None:
@@ -158,7 +163,7 @@ def _overdue(record: KernelRecord, now: datetime) -> bool:
 
 def due(tx: Transaction, admitter: Admitter, now: datetime, *, half_life: float) -> bool:
     """Whether `dispatch` would change anything. Only reads, and so holds nobody up."""
-    walk = _Walk(admitter.admission.policies.index(tx), now)
+    walk = _walk(tx, admitter, now)
     for record in _ordered(tx, now, half_life):
         demand = admitter.demand(record)
         if _overdue(record, now):
@@ -176,7 +181,7 @@ def dispatch(tx: Transaction, admitter: Admitter, now: datetime, *, half_life: f
     """Admit what fits now, in order, and end what waited too long, or can never be admitted any more."""
     lock(tx)
     admitted, expired = [], []
-    walk = _Walk(admitter.admission.policies.index(tx), now)
+    walk = _walk(tx, admitter, now)
     for record in _ordered(tx, now, half_life):
         demand = admitter.demand(record)
         if _overdue(record, now):
@@ -224,15 +229,6 @@ def _give_up(tx: Transaction, record: KernelRecord, now: datetime, sentence: str
     )
 
 
-@dataclass
-class _Room:
-    """What those of one line wait for: how much is used, who holds it, and when it may free."""
-
-    fit: Fit | None
-    held: Sequence[sentences.Holding] = ()
-    frees_in: timedelta | None = None
-
-
 def entries(
     tx: Transaction, admitter: Admitter, now: datetime, *, half_life: float, only: Collection[str] | None = None
 ) -> Sequence[QueueEntry]:
@@ -241,7 +237,7 @@ def entries(
     closed = admitter.admission.policies.standing(tx).maintenance
     shut = sentences.maintenance(closed).rstrip(".") if closed else ""
     positions: dict[Line | None, int] = defaultdict(int)
-    rooms: dict[Line, _Room] = {}
+    rooms: dict[Line, tuple[Fit, Room] | None] = {}
     found = []
     for record in _ordered(tx, now, half_life):
         demand = admitter.demand(record)
@@ -251,10 +247,8 @@ def entries(
             continue
         if line is not None and line not in rooms:
             rooms[line] = _room(tx, admitter, index, record.queue_policy, demand, now)
-        room = _Room(None) if line is None else rooms[line]
-        reason = record.queue_reason
-        if room.fit is not None:
-            reason = sentences.waiting(tx, demand, room.fit, now, room.held)
+        known = None if line is None else rooms[line]
+        reason = record.queue_reason if known is None else sentences.waiting(demand, *known, now)
         found.append(
             QueueEntry(
                 kernel_id=record.id,
@@ -266,36 +260,16 @@ def entries(
                 reason=shut or reason,
                 queued_at=record.queued_at or record.created_at,
                 deadline=record.queue_deadline,
-                frees_in=None if shut else room.frees_in,
+                frees_in=None if shut or known is None else known[1].frees_in,
             )
         )
     return found
 
 
-def _room(tx: Transaction, admitter: Admitter, index: PolicyIndex, name: str, demand: Demand, now: datetime) -> _Room:
+def _room(
+    tx: Transaction, admitter: Admitter, index: PolicyIndex, name: str, demand: Demand, now: datetime
+) -> tuple[Fit, Room] | None:
+    """What those of one line wait for: how much is used, who holds it, and when it may free."""
     fits = admitter.admission.fits(tx, index, demand, now)
     fit = next((fit for fit in fits if fit.policy.name == name), None)
-    if fit is None or fit.policy.resource.timed:
-        return _Room(fit)
-    held = sentences.holdings(tx, fit.policy, demand)
-    return _Room(fit, held, _frees_in(tx, held, now))
-
-
-def _frees_in(tx: Transaction, held: Sequence[sentences.Holding], now: datetime) -> timedelta | None:
-    """When the first of these kernels ends, if each lives as long as the median of its kind."""
-    usual: dict[str, float | None] = {}
-    left = []
-    for one in held:
-        if one.kernelspec not in usual:
-            lately = tx.scalars(
-                select(LedgerEntry.seconds)
-                .where(LedgerEntry.kernelspec == one.kernelspec, LedgerEntry.kind == "interval")
-                .order_by(LedgerEntry.id.desc())
-                .limit(50)
-            ).all()
-            usual[one.kernelspec] = median(lately) if len(lately) >= 3 else None
-        lasts = usual[one.kernelspec]
-        if lasts is not None:
-            left.append(lasts - (now - one.since).total_seconds())
-    ahead = [seconds for seconds in left if seconds > 0]
-    return timedelta(seconds=max(60.0, min(ahead))) if ahead else None
+    return None if fit is None else (fit, admitter.admission.room(tx, fit, demand, now))

@@ -388,9 +388,11 @@ class Reports(LoggingConfigurable):
         audit.append(tx, actor=actor, action="month.close", subject=month, detail=asdict(made))
         return made
 
-    def correct(self, tx: Transaction, entry: int, seconds: float, note: str, actor: str) -> dict[str, Any]:
+    def correct(
+        self, tx: Transaction, entry: int, seconds: float, note: str, actor: str, cost_center: str | None = None
+    ) -> dict[str, Any]:
         """Correct an entry. Raises `NotFound`, `BadRequest`."""
-        made = ledger.correct(tx, entry, seconds, note, actor)
-        detail = {"entry": entry, "seconds": seconds, "note": note, "correction": made}
+        made = ledger.correct(tx, entry, seconds, note, actor, cost_center=cost_center)
+        detail = {"entry": entry, "seconds": seconds, "cost_center": cost_center, "note": note, "correction": made}
         audit.append(tx, actor=actor, action="ledger.correct", subject=f"entry {entry}", detail=detail)
-        return {"id": made, "corrects": entry, "seconds": seconds, "note": note}
+        return {"id": made, "corrects": entry, "seconds": seconds, "cost_center": cost_center, "note": note}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -11,17 +11,18 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway import audit
+from hub_gateway.db.among import among
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.tenancy import QuotaRequest
 from hub_gateway.errors import BadRequest, Conflict, NotFound, TooManyRequests
+from hub_gateway.quotas.grants import check_counts, check_lead, grant_from, kind_of
 from hub_gateway.quotas.policies import PolicyStore
-from hub_gateway.quotas.resolve import concerns, name_of
-from hub_gateway.quotas.types import Counts, Demand, Origin, Policy, Resource, SubjectKind
+from hub_gateway.quotas.resolve import concerns
+from hub_gateway.quotas.types import Counts, Demand, Policy, Resource
 from hub_gateway.quotas.use import lock
 
-__all__ = ["GRANT_PRIORITY", "Request", "answer", "find", "open_request", "withdraw"]
+__all__ = ["Request", "answer", "find", "get", "open_request", "withdraw"]
 
-GRANT_PRIORITY = 1000
 MOST_OPEN = 10
 
 
@@ -42,10 +43,6 @@ class Request:
     decided_by: str | None = None
     answer: str = ""
     grant_name: str | None = None
-
-
-def _kind(owner: str) -> SubjectKind:
-    return SubjectKind.USER if name_of(owner) == owner else SubjectKind.SERVICE
 
 
 def _sensible(resource: Resource, amount: float) -> None:
@@ -73,14 +70,32 @@ def _request(row: QuotaRequest) -> Request:
     )
 
 
-def find(tx: Transaction, state: str | None = None, owner: str | None = None, limit: int = 500) -> Sequence[Request]:
-    """Requests, newest first."""
+def find(
+    tx: Transaction,
+    state: str | None = None,
+    owner: str | None = None,
+    *,
+    owners: Collection[str] | None = None,
+    before: int | None = None,
+    limit: int = 500,
+) -> Sequence[Request]:
+    """Requests, newest first; of one owner, of some owners, with numbers before one."""
     statement = select(QuotaRequest).order_by(QuotaRequest.id.desc()).limit(limit)
+    if owners is not None:
+        statement = statement.where(among(tx, QuotaRequest.owner, owners))
+    if before is not None:
+        statement = statement.where(QuotaRequest.id < before)
     if state is not None:
         statement = statement.where(QuotaRequest.state == state)
     if owner is not None:
         statement = statement.where(QuotaRequest.owner == owner)
     return [_request(row) for row in tx.scalars(statement)]
+
+
+def get(tx: Transaction, request_id: int) -> Request | None:
+    """One request."""
+    row = tx.get(QuotaRequest, request_id)
+    return None if row is None else _request(row)
 
 
 def open_request(
@@ -91,7 +106,7 @@ def open_request(
     Raises `NotFound` (it is no limit of theirs), `BadRequest`, `Conflict` (asked already), `TooManyRequests`.
     """
     lock(tx)
-    if not concerns(policy, Demand(owner, _kind(owner), frozenset(groups), "", "")):
+    if not concerns(policy, Demand(owner, kind_of(owner), frozenset(groups), "", "")):
         raise NotFound(f"There is no limit {policy.name!r} of yours; see your limits for their names.")
     if policy.counts is not Counts.EACH:
         raise BadRequest(
@@ -138,9 +153,14 @@ def answer(
     text: str,
     amount: float | None = None,
     until: datetime | None = None,
-    priority: int | None = None,
+    lead: bool = False,
+    check: Callable[[Policy], None] = lambda policy: None,
 ) -> Request:
-    """Grant a request (by a grant that ends) or refuse it, once. Raises `NotFound`, `Conflict`, `BadRequest`."""
+    """Grant a request (by a grant that ends) or refuse it, once.
+
+    A `lead` gives more of what leads have set. `check` raises where the grant makes no sense. Raises `NotFound`,
+    `Conflict` (also where the grant would have no effect), `BadRequest`, `Forbidden`.
+    """
     lock(tx)
     row = tx.get(QuotaRequest, request_id)
     if row is None:
@@ -157,33 +177,20 @@ def answer(
             raise BadRequest("The grant would have ended already; give a later `until`.")
         if amount is not None:
             _sensible(before.resource, amount)
-        made = policies.put(
-            tx,
-            Policy(
-                name=f"grant-{row.id}",
-                origin=Origin.GRANT,
-                subject_kind=_kind(row.owner),
-                subject=name_of(row.owner),
-                object_kind=before.object_kind,
-                object=before.object,
-                resource=before.resource,
-                gpu_model=before.gpu_model,
-                counts=before.counts,
-                window=before.window,
-                window_seconds=before.window_seconds,
-                period=before.period,
-                timezone=before.timezone,
-                hard=amount if amount is not None else row.amount,
-                action=before.action,
-                queue_seconds=before.queue_seconds,
-                priority=GRANT_PRIORITY if priority is None else priority,
-                valid_until=ends,
-                approver=actor,
-                note=f"Request {row.id}: {row.reason}"[:2000],
-            ),
-            actor,
-            action="grant.set",
+        if lead:
+            check_lead(before)
+        wanted = grant_from(
+            before,
+            name=f"grant-{row.id}",
+            owner=row.owner,
+            hard=amount if amount is not None else row.amount,
+            ends=ends,
+            approver=actor,
+            note=f"Request {row.id}: {row.reason}",
         )
+        check_counts(wanted, before, policies.all(tx), row.groups, now)
+        check(wanted)
+        made = policies.put(tx, wanted, actor, action="grant.set")
         row.grant_name, row.until, row.amount = made.name, ends, made.hard or row.amount
     row.state, row.decided_at, row.decided_by, row.answer = "granted" if grant else "refused", now, actor, text
     tx.flush()

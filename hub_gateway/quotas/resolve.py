@@ -73,6 +73,7 @@ def concerns(policy: Policy, demand: Demand) -> bool:
 def slot(policy: Policy) -> Slot:
     """Policies with the same slot speak about the same thing, and one of them wins."""
     return (
+        policy.delegated,
         policy.counts,
         policy.object_kind,
         policy.object,

@@ -18,11 +18,12 @@ from traitlets.config import LoggingConfigurable
 from hub_gateway import audit
 from hub_gateway.db.models import Kernel, utcnow
 from hub_gateway.errors import GatewayError
+from hub_gateway.kernels import notices as board
 from hub_gateway.kernels.service import KernelService
 from hub_gateway.kernels.types import KernelStatus
 from hub_gateway.metrics import METRICS
 from hub_gateway.quotas import use
-from hub_gateway.quotas.enforce import enforce
+from hub_gateway.quotas.enforce import Line, Notice, Stop, enforce, look
 from hub_gateway.quotas.notices import Notifier
 from hub_gateway.quotas.queue import Dispatched, dispatch, due, entries
 from hub_gateway.quotas.resolve import active
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["QuotaRunner"]
 
 PURGE_SECONDS = 3600.0
+LINES = 50
 ABANDONED = "The kernel no longer waits: its notebook was closed."
 _IS_QUEUED = Kernel.status == KernelStatus.QUEUED.value
 _WAITING = select(Kernel.id, Kernel.connections, Kernel.last_activity).where(_IS_QUEUED)
@@ -93,6 +95,9 @@ class QuotaRunner(LoggingConfigurable):
         self._tasks = [
             asyncio.ensure_future(self._every(self.queue_seconds, "queue", self.move, self._wake)),
             asyncio.ensure_future(self._every(self.enforce_seconds, "enforcer", self.enforce, asyncio.Event())),
+            asyncio.ensure_future(
+                self._every(self.queue_seconds, "notices", self.service.notices.deliver, asyncio.Event())
+            ),
             asyncio.ensure_future(self._every(PURGE_SECONDS, "audit", self.purge, asyncio.Event())),
         ]
 
@@ -202,14 +207,28 @@ class QuotaRunner(LoggingConfigurable):
     async def enforce(self) -> None:
         """Tell who is above a limit, stop what was told to stop, and measure."""
         admission = self.store.admission
-        notices, stops = await self.store.write(lambda tx: enforce(tx, admission, utcnow()))
+        lines = await self.store.db.read(lambda tx: look(tx, admission, utcnow()))
+        for first in range(0, len(lines), LINES):
+            # A few at a time: whoever launches meanwhile waits for one such transaction at most.
+            await self._enforce(frozenset(lines[first : first + LINES]))
+        await self.store.db.read(self._measure)
+
+    async def _enforce(self, lines: Collection[Line]) -> None:
+        admission = self.store.admission
+
+        def act(tx: Transaction) -> tuple[list[Notice], list[Stop]]:
+            found, ended = enforce(tx, admission, utcnow(), lines)
+            for notice in found:
+                board.add(tx, notice.kernels, [notice.sentence])
+            return found, ended
+
+        notices, stops = await self.store.write(act)
         for notice in notices:
-            self.notifier.tell(notice.owner, notice.policy, notice.event, notice.sentence, notice.kernels)
+            self.notifier.tell(notice.owner, notice.policy, notice.event, notice.sentence)
         for stop in stops:
             self.log.info("Kernel %s of %s is stopped under policy %s", stop.kernel_id, stop.owner, stop.policy)
-            self.notifier.tell(stop.owner, stop.policy, "stopped", stop.sentence, ())
+            self.notifier.tell(stop.owner, stop.policy, "stopped", stop.sentence)
         await asyncio.gather(*(self.service.stop(stop.kernel_id, stop.sentence) for stop in stops))
-        await self.store.db.read(self._measure)
 
     def _measure(self, tx: Transaction) -> None:
         index = self.store.admission.policies.index(tx)
@@ -232,7 +251,8 @@ class QuotaRunner(LoggingConfigurable):
             )
 
     async def purge(self) -> None:
-        """Delete lines of the audit trail that are older than they are to be kept."""
+        """Delete lines of the audit trail that are older than they are to be kept, and notices to nobody."""
+        await self.store.db.write(board.purge)
         if self._audit_days > 0:
             before = utcnow() - timedelta(days=self._audit_days)
             await self.store.db.write(lambda tx: audit.purge(tx, before) and None)

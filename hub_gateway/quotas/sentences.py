@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select
-from sqlalchemy.orm import Session as Transaction
-
-from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.quotas.amounts import shown
-from hub_gateway.quotas.resolve import covers, name_of, window_bounds
-from hub_gateway.quotas.types import Counts, Demand, Policy, SubjectKind, WindowKind
+from hub_gateway.quotas.holders import Room
+from hub_gateway.quotas.resolve import name_of
+from hub_gateway.quotas.types import Counts, Demand, Policy, Resource, SubjectKind, WindowKind
 
 if TYPE_CHECKING:
     from hub_gateway.quotas.admission import Fit
 
-__all__ = ["Holding", "holdings", "maintenance", "refusal", "soft", "span", "waiting", "window"]
+__all__ = ["NAMED", "maintenance", "refusal", "soft", "span", "waiting", "window"]
 
 NAMED = 3
 """How many kernels or people a sentence names."""
-
-
-@dataclass(frozen=True)
-class Holding:
-    """A kernel that counts for a policy."""
-
-    kernel_id: str
-    owner: str
-    kernelspec: str
-    title: str
-    """The notebook's name, or the kernelspec's."""
-    since: datetime
 
 
 def maintenance(sentence: str) -> str:
@@ -59,37 +43,6 @@ def window(policy: Policy) -> str:
     return ""
 
 
-def holdings(tx: Transaction, policy: Policy, demand: Demand, *, limit: int = 200) -> list[Holding]:
-    """The kernels that count for a policy, oldest first: the owner's own, or everybody's of a common limit."""
-    open_ones = (
-        select(
-            Kernel.id,
-            Kernel.owner,
-            Kernel.kernelspec,
-            Kernel.path,
-            Kernel.name,
-            Reservation.created_at,
-            Reservation.proxy,
-            Reservation.queue,
-            Reservation.groups,
-        )
-        .join(Reservation, Reservation.kernel_id == Kernel.id)
-        .where(Reservation.released_at.is_(None))
-        .order_by(Reservation.created_at)
-        .limit(limit)
-    )
-    together = policy.counts is Counts.TOGETHER and policy.subject_kind in (SubjectKind.GROUP, SubjectKind.EVERYONE)
-    if not together:
-        open_ones = open_ones.where(Reservation.owner == demand.owner)
-    found = []
-    for key, owner, kernelspec, path, name, since, proxy, queue, groups in tx.execute(open_ones):
-        if together and policy.subject_kind is SubjectKind.GROUP and policy.subject not in (groups or ()):
-            continue
-        if covers(policy, kernelspec, proxy, queue):
-            found.append(Holding(key, owner, kernelspec, (path or name or "").rpartition("/")[2] or kernelspec, since))
-    return found
-
-
 def _limit(fit: Fit) -> str:
     policy = fit.policy
     amount = shown(policy.resource, fit.limit or 0.0, policy.gpu_model)
@@ -109,30 +62,51 @@ def _ago(since: datetime, now: datetime) -> str:
     return f"for {span(max(0.0, (now - since).total_seconds()))}"
 
 
-def _holders(found: Sequence[Holding], demand: Demand, now: datetime) -> str:
-    """Who holds it: own kernels by name, others by their owner and how many they have."""
-    mine = [one for one in found if one.owner == demand.owner]
-    parts = [f"{one.title} ({_ago(one.since, now)})" for one in mine[:NAMED]]
-    if len(mine) > NAMED:
-        parts.append(f"{len(mine) - NAMED} more of yours")
-    others: dict[str, int] = {}
-    for one in found:
-        if one.owner != demand.owner:
-            others[one.owner] = others.get(one.owner, 0) + 1
-    ranked = sorted(others.items(), key=lambda item: (-item[1], item[0]))
-    if len(ranked) == 1 and not mine:
-        return name_of(ranked[0][0])
-    parts += [f"{name_of(owner)} ({count} kernel{'' if count == 1 else 's'})" for owner, count in ranked[:NAMED]]
-    if len(ranked) > NAMED:
-        parts.append(f"{len(ranked) - NAMED} more people")
-    return _joined(parts)
+def _holders(policy: Policy, room: Room, now: datetime) -> str:
+    """Who holds it: own kernels by name, others by how much they have; and the verb."""
+    counted = policy.resource in (Resource.KERNELS, Resource.STARTING)
+    alone = len(room.own) + len(room.others) + room.more == 1
+    parts = []
+    for one in room.own[:NAMED]:
+        amount = "" if counted or alone else f"{shown(policy.resource, one.amount, policy.gpu_model)}, "
+        parts.append(f"{one.title} ({amount}{_ago(one.since, now)})")
+    if len(room.own) > NAMED:
+        parts.append(f"{len(room.own) - NAMED} more of yours")
+    for share in room.others:
+        amount = "" if alone else f" ({shown(policy.resource, share.amount, policy.gpu_model)})"
+        parts.append(name_of(share.owner) + amount)
+    if room.more:
+        parts.append("one more person" if room.more == 1 else f"{room.more} more people")
+    return f"{_joined(parts)} {'holds' if alone else 'hold'}" if parts else ""
 
 
-def _hold(found: Sequence[Holding], demand: Demand) -> str:
-    """The verb: one kernel of one's own holds something, or one person."""
-    mine = sum(one.owner == demand.owner for one in found)
-    holders = mine + len({one.owner for one in found if one.owner != demand.owner})
-    return "holds" if holders == 1 else "hold"
+def _are(amount: str) -> str:
+    return "is" if amount.startswith("1 ") else "are"
+
+
+def _soon(room: Room) -> str:
+    """When room comes, as it did lately."""
+    if room.frees_in is None:
+        return ""
+    which = "it ends" if room.kernels == 1 else "the first of them ends"
+    return f"; by experience {which} in about {span(room.frees_in.total_seconds())}"
+
+
+def _anew(policy: Policy, room: Room) -> str:
+    """When there is time again of what is used up over time."""
+    if room.frees_in is None:
+        return "it allows none"
+    when = span(room.frees_in.total_seconds())
+    if policy.window is WindowKind.CALENDAR:
+        return f"it begins anew in {when}"
+    if room.others:
+        return f"it frees in about {when}, once what runs now has ended"
+    if not room.own:
+        return f"it frees in about {when}"
+    names = [one.title for one in room.own[:NAMED]]
+    if len(room.own) > NAMED:
+        names.append(f"{len(room.own) - NAMED} more of yours")
+    return f"it frees in about {when} if {_joined(names)} {'is' if len(room.own) == 1 else 'are'} shut down"
 
 
 def _without_unit(used: str, limit: str) -> str:
@@ -147,7 +121,7 @@ def _joined(parts: Iterable[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
 
 
-def refusal(tx: Transaction, demand: Demand, fit: Fit, now: datetime, where: str) -> str:
+def refusal(demand: Demand, fit: Fit, room: Room, now: datetime, where: str) -> str:
     """Why a launch is refused: the limit, its use, who holds it, when it frees, and where to look."""
     policy = fit.policy
     look = f", or ask for more at {where}" if where else ", or ask the administrator for more"
@@ -159,35 +133,27 @@ def refusal(tx: Transaction, demand: Demand, fit: Fit, now: datetime, where: str
         )
     used = shown(policy.resource, fit.used, policy.gpu_model)
     if policy.resource.timed:
-        _, end = window_bounds(policy, now)
-        frees = (
-            f"it begins anew in {span((end - now).total_seconds())}"
-            if policy.window is WindowKind.CALENDAR
-            else "it frees as what you used grows older"
-        )
-        return f"You have used {used} of {_whose(policy)} of {_limit(fit)} {named}: {frees}{look}."
-    found = holdings(tx, policy, demand)
-    held = _holders(found, demand, now)
-    taken = f"{held} {_hold(found, demand)} {used}" if held else f"{used} are in use"
-    shut = "shut one down" if any(one.owner == demand.owner for one in found) else "wait until one is shut down"
+        who = "All together have" if policy.counts is Counts.TOGETHER else "You have"
+        return f"{who} used {used} of {_whose(policy)} of {_limit(fit)} {named}: {_anew(policy, room)}{look}."
+    held = _holders(policy, room, now)
+    taken = f"{held} {used}" if held else f"{used} {_are(used)} in use"
+    shut = "shut one down" if room.own else "wait until one is shut down"
     need = shown(policy.resource, fit.need, policy.gpu_model)
-    return f"There is no room for {need} more: {_whose(policy)} is {_limit(fit)} {named}, and {taken}; {shut}{look}."
+    return (
+        f"There is no room for {need} more: {_whose(policy)} is {_limit(fit)} {named}, and {taken}{_soon(room)}; "
+        f"{shut}{look}."
+    )
 
 
-def waiting(tx: Transaction, demand: Demand, fit: Fit, now: datetime, found: Sequence[Holding] | None = None) -> str:
-    """What a kernel waits for: who holds how much of what. `found` is who holds it, where that is known already."""
+def waiting(demand: Demand, fit: Fit, room: Room, now: datetime) -> str:
+    """What a kernel waits for: who holds how much of what, and when that frees. A sentence without its end."""
     policy = fit.policy
     used = shown(policy.resource, fit.used, policy.gpu_model)
     limit = _limit(fit)
     if policy.resource.timed:
-        _, end = window_bounds(policy, now)
-        anew = policy.window is WindowKind.CALENDAR
-        frees = f", and it begins anew in {span((end - now).total_seconds())}" if anew else ""
-        return f"{used} of {limit} are used up (policy {policy.name}){frees}"
-    found = holdings(tx, policy, demand) if found is None else found
-    held = _holders(found, demand, now)
-    verb = _hold(found, demand) if held else "hold"
-    return f"{held or 'others'} {verb} {_without_unit(used, limit)} of {limit} (policy {policy.name})"
+        return f"{used} of {limit} {_are(used)} used up (policy {policy.name}), and {_anew(policy, room)}"
+    held = _holders(policy, room, now) or "others hold"
+    return f"{held} {_without_unit(used, limit)} of {limit} (policy {policy.name}){_soon(room)}"
 
 
 def soft(fits: Iterable[Fit]) -> tuple[str, ...]:

@@ -232,9 +232,21 @@ class QuotaService(LoggingConfigurable):
 
     # Requests
 
-    async def requests(self, state: str | None = None, owner: str | None = None) -> Sequence[Request]:
-        """Requests for more, newest first."""
-        return await self.db.read(lambda tx: requests.find(tx, state, owner))
+    async def requests(
+        self,
+        state: str | None = None,
+        owner: str | None = None,
+        *,
+        owners: Collection[str] | None = None,
+        before: int | None = None,
+        limit: int = 500,
+    ) -> Sequence[Request]:
+        """Requests for more, newest first; of one owner, of some owners (None: of all), with numbers before one."""
+        return await self.db.read(lambda tx: requests.find(tx, state, owner, owners=owners, before=before, limit=limit))
+
+    async def request(self, request_id: int) -> Request | None:
+        """One request."""
+        return await self.db.read(lambda tx: requests.get(tx, request_id))
 
     async def open_request(
         self, owner: str, groups: Collection[str], policy: str, amount: float, until: datetime, reason: str
@@ -258,11 +270,17 @@ class QuotaService(LoggingConfigurable):
         *,
         amount: float | None = None,
         until: datetime | None = None,
-        priority: int | None = None,
+        lead: bool = False,
     ) -> Request:
-        """Grant or refuse a request, once. Raises `NotFound`, `Conflict`, `BadRequest`."""
+        """Grant or refuse a request, once; as a `lead`, whose permission is for some only, or an administrator.
+
+        Raises `NotFound`, `Conflict` (also where a grant would have no effect), `BadRequest`, `Forbidden`.
+        """
+        enforced = self._enforced()
 
         def write(tx: Transaction) -> Request:
+            lock(tx)
+            others = self.admission.policies.all(tx)
             return requests.answer(
                 tx,
                 self.admission.policies,
@@ -272,7 +290,8 @@ class QuotaService(LoggingConfigurable):
                 text=text,
                 amount=amount,
                 until=until,
-                priority=priority,
+                lead=lead,
+                check=lambda grant: _refuse(check(grant, others, proxies=enforced, now=utcnow())),
             )
 
         return await self._change(write)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from heapq import heappop, heappush
@@ -17,12 +17,12 @@ from hub_gateway.db.models import Reservation
 from hub_gateway.db.tenancy import AuditEntry, LedgerEntry
 from hub_gateway.errors import BadRequest
 from hub_gateway.kernels.types import Resources
-from hub_gateway.quotas.admission import need_of, scope_of
 from hub_gateway.quotas.policies import PolicyIndex
 from hub_gateway.quotas.prices import Prices, all_prices
+from hub_gateway.quotas.rates import EPSILON, prices_then, rate_of
 from hub_gateway.quotas.resolve import applicable, covers, window_bounds
 from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind
-from hub_gateway.quotas.use import Holder
+from hub_gateway.quotas.use import Holder, scope_of
 
 __all__ = ["Simulation", "UserOutcome", "simulate"]
 
@@ -67,7 +67,9 @@ class _Launch:
     refused: bool = False
 
 
-def _history(tx: Transaction, first: datetime, since: datetime, now: datetime) -> list[_Launch]:
+def _history(
+    tx: Transaction, prices: Mapping[int, Prices], first: datetime, since: datetime, now: datetime
+) -> list[_Launch]:
     """Launches in order: what ran since `first`, of the ledger and open ones, and what was refused after `since`."""
     found: list[_Launch] = []
     last: dict[str, _Launch] = {}
@@ -107,7 +109,9 @@ def _history(tx: Transaction, first: datetime, since: datetime, now: datetime) -
             resources=Resources(**(detail.get("resources") or {})),
         )
         begin = at.timestamp()
-        found.append(_Launch(demand, begin, begin + usual, usual, 0, refused=True))
+        found.append(
+            _Launch(demand, begin, begin + usual, usual, prices_then(prices.values(), at).version, refused=True)
+        )
     return sorted(found, key=lambda one: one.started)
 
 
@@ -186,7 +190,7 @@ class _World:
     def add(self, launch: _Launch, policies: Iterable[Policy]) -> None:
         demand = launch.demand
         for policy in policies:
-            rate = self._rate(policy, launch) if policy.resource.timed else need_of(policy, demand.resources)
+            rate = self.rate(policy, launch)
             if rate and covers(policy, demand.kernelspec, demand.proxy, demand.queue):
                 scope = scope_of(policy, demand.owner, demand.owner_kind)
                 self.meters[policy.name, scope].add(launch.started, launch.stopped, rate)
@@ -197,16 +201,9 @@ class _World:
             return meter.held(at)
         return meter.used(window_bounds(policy, now)[0].timestamp(), at)
 
-    def _rate(self, policy: Policy, one: _Launch) -> float:
-        taken = one.demand.resources
-        if policy.resource is Resource.KERNEL_HOURS:
-            return 1.0
-        if policy.resource is Resource.CORE_HOURS:
-            return taken.cpu
-        if policy.resource is Resource.GPU_HOURS:
-            return float(taken.gpu) if policy.gpu_model in ("", taken.gpu_model) else 0.0
-        prices = self.prices.get(one.price, self.prices[0])
-        return prices.per_hour(taken.cpu, taken.memory, taken.gpu, taken.gpu_model)
+    def rate(self, policy: Policy, one: _Launch) -> float:
+        """What a launch takes of a policy."""
+        return rate_of(policy, one.demand.resources, self.prices.get(one.price, self.prices[0]))
 
 
 def simulate(tx: Transaction, policies: Sequence[Policy], days: int, now: datetime) -> Simulation:
@@ -220,11 +217,12 @@ def simulate(tx: Transaction, policies: Sequence[Policy], days: int, now: dateti
     for policy in counting:
         by_subject[policy.subject_kind, policy.subject].append(policy)
     index = PolicyIndex("simulated", {}, {key: tuple(some) for key, some in by_subject.items()})
-    world = _World(all_prices(tx))
+    prices = all_prices(tx)
+    world = _World(prices)
     since = now - timedelta(days=days)
     begins = [window_bounds(policy, since)[0] for policy in counting if policy.resource.timed]
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
-    for launch in _history(tx, min([since, *begins]), since, now):
+    for launch in _history(tx, prices, min([since, *begins]), since, now):
         in_time = launch.started >= since.timestamp()
         outcome = _outcome(index, world, launch) if in_time else "admitted"
         of_user = counts[launch.demand.owner]
@@ -252,9 +250,11 @@ def _outcome(index: PolicyIndex, world: _World, launch: _Launch) -> str:
     for policy in applicable(index.of(demand), demand, moment):
         if policy.hard is None:
             continue
+        need = world.rate(policy, launch)
+        if need <= EPSILON:
+            continue
         used = world.used(policy, scope_of(policy, demand.owner, demand.owner_kind), launch.started, moment)
-        need = need_of(policy, demand.resources)
-        fits = used < policy.hard if policy.resource.timed else need == 0 or used + need <= policy.hard + 1e-6
+        fits = used < policy.hard if policy.resource.timed else used + need <= policy.hard + EPSILON
         if not fits and (policy.action is Action.REJECT or (not policy.resource.timed and need > policy.hard)):
             return "refused"
         queued = queued or not fits

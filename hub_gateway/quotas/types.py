@@ -148,6 +148,8 @@ class Policy:
     weekly: tuple[Weekly, ...] = ()
     note: str = ""
     origin: Origin = Origin.POLICY
+    delegated: bool = False
+    """Set by a lead, whose permission is for some only: it holds beside what administrators set, never in its place."""
     approver: str | None = None
     id: int | None = None
     version: int = 0

@@ -14,9 +14,9 @@ from sqlalchemy.orm import Session as Transaction
 from hub_gateway.db.models import Reservation
 from hub_gateway.db.tenancy import Use
 from hub_gateway.kernels.types import Resources
-from hub_gateway.quotas.types import SubjectKind
+from hub_gateway.quotas.types import Counts, Policy, SubjectKind
 
-__all__ = ["EVERYONE", "Held", "Holder", "change", "held_by", "holders_of", "lock", "recount"]
+__all__ = ["EVERYONE", "Held", "Holder", "change", "held_by", "holders_of", "lock", "recount", "scope_of"]
 
 LOCK = 0x51756F74  # "Quot": everything that admits, gives back or changes a limit, one after the other
 EVERYONE = "*"
@@ -81,6 +81,17 @@ def holders_of(owner: str, owner_kind: SubjectKind, groups: Iterable[str]) -> li
         *((SubjectKind.GROUP.value, group) for group in sorted(set(groups))),
         (SubjectKind.EVERYONE.value, EVERYONE),
     ]
+
+
+def scope_of(policy: Policy, owner: str, owner_kind: SubjectKind) -> Holder:
+    """Whose use is compared with a policy."""
+    if policy.counts is not Counts.TOGETHER:
+        return owner_kind.value, owner
+    if policy.subject_kind is SubjectKind.EVERYONE:
+        return policy.subject_kind.value, EVERYONE
+    if policy.subject_kind is SubjectKind.GROUP:
+        return policy.subject_kind.value, policy.subject
+    return owner_kind.value, owner
 
 
 def held_by(tx: Transaction, holders: Sequence[Holder]) -> dict[Holder, list[Held]]:

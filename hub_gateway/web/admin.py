@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.auth.people import PeoplePage, Person
 from hub_gateway.auth.scopes import KERNELS_READ, KERNELS_STOP, MAINTENANCE_WRITE, QUOTAS_READ, require
+from hub_gateway.db.among import among
 from hub_gateway.db.models import Kernel
 from hub_gateway.errors import GatewayError, NotFound
 from hub_gateway.kernels.types import KernelStatus
@@ -22,7 +22,6 @@ from hub_gateway.web.kerneltable import (
     SORTS,
     KernelFilter,
     KernelPage,
-    among,
     kernel_page,
     owners_of,
 )
@@ -81,24 +80,17 @@ async def find_people(services: Services, authority: Authority, query: str, *, o
 async def stop_kernels(services: Services, authority: Authority, ids: list[str], message: str) -> dict[str, list[str]]:
     """Have kernels stopped: `{"stopping": [...], "unknown": [...]}`.
 
-    What the caller may not stop is unknown, like what does not exist. The sentence, with the name of who stopped it,
-    reaches each notebook. Returns when every stop is certain to happen.
+    What the caller may not stop is unknown, like what does not exist or has been stopped. The sentence, with the name
+    of who stopped it, reaches each notebook; what has failed only goes off the lists. Each stop is in the audit trail
+    with it. Returns when every stop is certain to happen.
     """
     reach = await authority.reach(KERNELS_STOP)
-    owners = {kernel: owner for kernel, owner in (await owners_of(services, ids)).items() if reach.over(owner)}
+    owners = await owners_of(services, ids)
+    mine = [kernel_id for kernel_id in ids if kernel_id in owners and reach.over(owners[kernel_id])]
     actor = authority.caller.name
     said = f"Stopped by {actor}: {message}" if message else f"Stopped by {actor}."
-    await asyncio.gather(*(services.kernels.stop(kernel_id, said) for kernel_id in ids if kernel_id in owners))
-    audit = services.audit
-    if audit is not None and owners:
-
-        def record(tx: Transaction) -> None:
-            for kernel_id, owner in owners.items():
-                detail = {"kernel": kernel_id, "message": message}
-                audit.append(tx, actor=actor, action="kernel.stop", subject=owner, outcome="ok", detail=detail)
-
-        await services.db.write(record)
-    return {"stopping": [k for k in ids if k in owners], "unknown": [k for k in ids if k not in owners]}
+    stopping = await services.kernels.stop_for(actor, mine, said)
+    return {"stopping": [k for k in ids if k in stopping], "unknown": [k for k in ids if k not in stopping]}
 
 
 async def cluster_findings(services: Services, only: str | None = None) -> dict[str, list[Finding]]:

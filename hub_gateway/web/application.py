@@ -25,6 +25,7 @@ from hub_gateway.web.health import (
     RootHandler,
     SpecHandler,
 )
+from hub_gateway.web.incoming import Incoming
 from hub_gateway.web.kernels import InterruptHandler, KernelHandler, KernelsHandler, LaunchHandler, RestartHandler
 from hub_gateway.web.kernelspecs import KernelSpecHandler, KernelSpecsHandler, ResourceHandler
 from hub_gateway.web.limits import AnswerHandler, LimitsHandler, OneRequestHandler, QueueHandler, RequestsHandler
@@ -99,6 +100,7 @@ class GatewayApplication(Application):
     def __init__(self, routes: list[Any], services: Services, **settings: Any) -> None:
         super().__init__(routes, **settings)
         self.services = services
+        self.incoming = Incoming(services.web)
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> _HandlerDelegate:
         """The handler that was asked for, or the one that says that the body is too large."""
@@ -187,4 +189,6 @@ def make_application(services: Services, *, base_url: str = "/") -> GatewayAppli
         # Not xsrf_cookies: the REST API believes no cookie, and pages are protected by HubOAuth itself.
         websocket_max_message_size=services.web.max_message_bytes,
         websocket_ping_interval=services.web.ws_ping_interval,
+        # Whether the client lives is judged by the FrameWriter: tornado would end a large message to a slow one.
+        websocket_ping_timeout=0,
     )

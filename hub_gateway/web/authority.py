@@ -7,7 +7,7 @@ something does not exist.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hub_gateway.auth.base import Caller
@@ -32,6 +32,11 @@ class Reach:
     everything: bool
     owners: frozenset[str] = frozenset()
 
+    @property
+    def among(self) -> frozenset[str] | None:
+        """The owners among whom is to be looked, None for all."""
+        return None if self.everything else self.owners
+
     def over(self, owner: str) -> bool:
         """Whether it covers what that owner has."""
         return self.everything or owner in self.owners
@@ -54,7 +59,6 @@ class Authority:
         self.caller = caller
         self.fresh = fresh
         self.people = people_of(services)
-        self.lead_max_priority = services.delegation.lead_max_priority
 
     def require(self, scope: str) -> Power:
         """The caller's power of a scope. Raises `Forbidden` where there is none."""
@@ -114,6 +118,10 @@ class Authority:
 
         return readable
 
+    def authored(self, policy: Policy) -> Policy:
+        """A policy as the caller sets it: a lead's is a lead's, whatever it says."""
+        return policy if self.unlimited(QUOTAS_WRITE) else replace(policy, delegated=True)
+
     async def check_policy(self, policy: Policy) -> None:
         """Whether the caller may set, change or delete a policy. Raises `Forbidden`, with the rule in its sentence."""
         power = require(self.caller, QUOTAS_WRITE)
@@ -133,22 +141,21 @@ class Authority:
             )
         if policy.subject_kind is SubjectKind.USER and policy.subject == self.caller.name:
             raise Forbidden("You may set the limits of others, but not your own; ask the administrator of the gateway.")
-        if policy.priority > self.lead_max_priority:
+        if not policy.delegated:
             raise Forbidden(
-                f"The priority {policy.priority} is for administrators; with a permission for {whom} policies may "
-                f"have a priority of at most {self.lead_max_priority}."
+                f"The policy {policy.name} is an administrator's, and your permission is for {whom}; set a lower limit "
+                "beside it, or ask the administrator of the gateway."
             )
 
-    async def may_answer(self, owner: str) -> int | None:
-        """Whether the caller may answer a request of that user; the priority of the grant, None: the usual one.
+    async def may_answer(self, owner: str) -> None:
+        """Whether the caller may answer a request of that user.
 
         Raises `NotFound` as for a request that does not exist, `Forbidden` for one's own.
         """
         power = require(self.caller, QUOTAS_WRITE)
         if power.everything:
-            return None
+            return
         if not await self.covers(power, owner):
             raise NotFound("There is no open request of that number that you may answer.")
         if owner == owner_of(self.caller):
             raise Forbidden("You may answer the requests of others, but not your own; ask the administrator.")
-        return self.lead_max_priority

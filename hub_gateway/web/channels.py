@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import uuid
 
-from tornado.websocket import WebSocketHandler
+from tornado.websocket import WebSocketHandler, WebSocketProtocol
 
 from hub_gateway.errors import BadRequest, GatewayError
 from hub_gateway.link import Dialect, KernelRelay, decode
@@ -16,6 +17,7 @@ from hub_gateway.link.wire import V1_SUBPROTOCOL, ClientMessage, OverLimit, enco
 from hub_gateway.metrics import METRICS
 from hub_gateway.web.base import APIHandler, of_notebook_server
 from hub_gateway.web.framewriter import ONE_BATCH, FrameWriter, Window
+from hub_gateway.web.incoming import BoundedProtocol, Incoming, Room
 
 __all__ = ["NUMBERED_SUBPROTOCOL", "ChannelsHandler"]
 
@@ -26,6 +28,7 @@ NUMBERED_SUBPROTOCOL = "numbered.v1.kernel.websocket.hub-gateway"
 _DIALECTS = {NUMBERED_SUBPROTOCOL: Dialect.NUMBERED, V1_SUBPROTOCOL: Dialect.V1}
 NUMBERED_WINDOW = Window(16_384, 4 * 2**20)
 _IOPUB = CHANNELS.index(b"iopub")
+_ARRIVALS = itertools.count()
 _MAX_SESSION = 200
 _NOTICE_SECONDS = 10.0
 
@@ -34,14 +37,29 @@ class ClientSink(FrameWriter):
     """One websocket as the relay sees it (`hub_gateway.link.Sink`)."""
 
     def __init__(
-        self, handler: WebSocketHandler, *, session: str, keep: bool, after: int | None, dialect: Dialect
+        self,
+        handler: WebSocketHandler,
+        *,
+        session: str,
+        arrived: int,
+        keep: bool,
+        after: int | None,
+        dialect: Dialect,
+        silence: float = 0.0,
     ) -> None:
         # A client that names the last number it saw gets nothing twice, however much was on its way.
-        super().__init__(handler, NUMBERED_WINDOW if dialect is Dialect.NUMBERED else ONE_BATCH)
+        super().__init__(handler, NUMBERED_WINDOW if dialect is Dialect.NUMBERED else ONE_BATCH, silence)
+        self._handler = handler
         self.session = session
+        self.arrived = arrived
+        self.heard = False
         self.keep = keep
         self.after = after
         self.dialect = dialect
+
+    def dismiss(self) -> None:
+        """Close the websocket: its session is served at another one."""
+        self._handler.close(1000, "this session has another websocket")
 
 
 class ChannelsHandler(APIHandler, WebSocketHandler):
@@ -51,12 +69,15 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
     """
 
     relay: KernelRelay
+    arrived: int
     sink: ClientSink | None = None
+    room: Room
     refused = 0
     told = float("-inf")
 
     async def enter(self) -> None:
         """Find the caller's kernel before the handshake: what is not theirs answers 404, and nothing opens."""
+        self.arrived = next(_ARRIVALS)  # before anything is waited for, which may take longer for the first of two
         await super().enter()
         self.relay = await self.services.kernels.relay(self.caller, self.path_args[0])
 
@@ -64,7 +85,23 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
         """The handshake. Raises `BadRequest` for a request that is none."""
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
             raise BadRequest("This is the address of a kernel's websocket; open it with a websocket client.")
-        await super().get(*args)
+        incoming: Incoming = self.application.incoming  # type: ignore[attr-defined]
+        self.room = Room(incoming, self.caller.name)
+        try:
+            with incoming.websocket(self.caller.name, self.path_args[0]):
+                await super().get(*args)  # until it is closed
+        finally:
+            self.room.give()
+
+    def get_websocket_protocol(self) -> WebSocketProtocol | None:
+        """tornado's, with bounds on what it reads."""
+        made = super().get_websocket_protocol()
+        return None if made is None else BoundedProtocol(self, made.params, self.room, self._reading)  # type: ignore[attr-defined]
+
+    def _reading(self, moving: bool) -> None:
+        if self.sink is not None:
+            self.sink.alive()
+            self.sink.held_up = not moving
 
     def check_origin(self, origin: str) -> bool:
         """Any: no cookie is ever believed here, and a page cannot send somebody's token."""
@@ -86,9 +123,11 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
             self,
             # A client without a session of its own cannot come back to one, so nothing is kept for it.
             session=given or f"anonymous-{uuid.uuid4().hex}",
+            arrived=self.arrived,
             keep=bool(given),
             after=int(seen) if seen.isdecimal() and len(seen) < 19 else None,
             dialect=self._dialect(),
+            silence=2 * self.services.web.ws_ping_interval,
         )
         METRICS.websockets.inc()
         self.relay.attach(self.sink)
@@ -103,6 +142,7 @@ class ChannelsHandler(APIHandler, WebSocketHandler):
         """Hand a message to the kernel; say so if it is none."""
         sink = self.sink
         assert sink is not None
+        sink.alive()
         decoded = None
         try:
             decoded = decode(message, sink.dialect)

@@ -101,14 +101,17 @@ class ConsoleHandler(PageHandler):
     async def privileged(self) -> Authority:
         """The rules for who changes something, whose login is looked up anew at the Hub.
 
-        Raises `Unauthenticated` for one that was revoked meanwhile, `Unavailable`.
+        Raises `Unauthenticated` for one that was revoked meanwhile, `Forbidden` for one that no longer opens the
+        gateway, `Unavailable`.
         """
         assert self.services.hub is not None
+        authenticator = self.services.hub.authenticator
         token = self.hub_auth.get_token(self) or ""
         session = self.hub_auth.get_session_id(self) or ""  # type: ignore[no-untyped-call]
-        model = await self.services.hub.authenticator.model_of(token, session, fresh=True)
+        model = await authenticator.model_of(token, session, fresh=True)
         if model is None:
             raise Unauthenticated("Your login has ended; open the page again to log in.")
+        authenticator.check_access(model)
         self.current_user = dict(model)
         return Authority(self.services, self.caller, fresh=True)
 

@@ -9,11 +9,15 @@ That bytes were handed to the operating system does not mean that the client has
 a client that has not read them yet may lose them (tornado's client throws its read buffer away when the connection
 ends). So every so often a ping is put between the messages; its pong (RFC 6455, section 5.5.3) says that the client
 has taken everything before it. No more than `Window` is on its way at a time: that much may come twice after a kill.
+
+Whether a client lives is told by what moves, and not by whether a pong comes in time: a pong stands in line behind a
+large message, which may take minutes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 from collections import deque
 from collections.abc import Callable
@@ -31,6 +35,17 @@ PING_SECONDS = 0.02
 PATIENCE_SECONDS = 5.0
 """A client that has answered no ping for this long does not answer pings."""
 
+ANSWER_SECONDS = 5.0
+"""How long a client may take to say that it is there."""
+
+CHUNK_BYTES = 2**20
+"""In pieces of this size a large message is handed over, so that it can be seen to move."""
+UNSEEN_BYTES = 16 * 2**20
+"""What the buffers on the way to a client (the system's, those of proxies, its own) hold at most."""
+SLOWEST_BYTES = 64 * 2**10
+"""In a second: so fast those buffers empty at least, which nobody here can see."""
+
+LOG = logging.getLogger("hub_gateway.web")
 _MARK = b"hgw"
 _PING = struct.Struct("!BB3sQ")
 _PONG = struct.Struct("!3sQ")
@@ -61,9 +76,14 @@ class _Group:
 
 
 class FrameWriter:
-    """The sending side of one open websocket. `on_flushed(seq)` says that the client has everything up to `seq`."""
+    """The sending side of one open websocket. `on_flushed(seq)` says that the client has everything up to `seq`.
 
-    def __init__(self, handler: WebSocketHandler, window: Window = ONE_BATCH) -> None:
+    A websocket that gives no sign of life for `silence` seconds is closed (0: never). Signs are what comes from the
+    client (`alive`), and that it takes what is sent. While something is on its way to it, for which no pong has
+    come yet, there is more time: as much as it takes at `SLOWEST_BYTES` a second.
+    """
+
+    def __init__(self, handler: WebSocketHandler, window: Window = ONE_BATCH, silence: float = 0.0) -> None:
         connection = handler.ws_connection
         assert connection is not None, "the websocket is not open"
         stream = connection.stream
@@ -84,6 +104,32 @@ class FrameWriter:
         self._answers = False
         self._silent = False
         self._confirm = False
+        self._answered: asyncio.Future[None] | None = None
+        self._silence = silence
+        self.held_up = False
+        """Whether it is us who do not read what it sends."""
+        self._watch: asyncio.TimerHandle | None = None
+        self.alive()
+        if silence:
+            self._watch = asyncio.get_running_loop().call_later(silence, self._look)
+
+    def alive(self) -> None:
+        """A sign of life of the client."""
+        self._sign = asyncio.get_running_loop().time()
+
+    def _look(self) -> None:
+        """Close a websocket whose client is gone; or look again, when it may be."""
+        loop = asyncio.get_running_loop()
+        due = self._sign + self._silence + min(self._bytes, UNSEEN_BYTES) / SLOWEST_BYTES
+        if self._stream.closed():
+            return
+        if self.held_up:
+            due = loop.time() + self._silence
+        if loop.time() < due:
+            self._watch = loop.call_at(due, self._look)
+            return
+        LOG.info("A websocket gave no sign of life for %.0f s and is closed", loop.time() - self._sign)
+        self._stream.close()
 
     def write(self, data: bytes, seq: int | None) -> None:
         """Send complete frames; does nothing on a closed websocket (its `on_close` says so to everybody)."""
@@ -104,6 +150,15 @@ class FrameWriter:
         self._confirm = bool(self._queue)
         self._ping()
 
+    async def answers(self) -> bool:
+        """Whether the client answers a ping, or anything, within `ANSWER_SECONDS`."""
+        if self._stream.closed():
+            return False
+        answered = self._answered = self._answered or asyncio.get_running_loop().create_future()
+        self._write(_PING.pack(0x89, _PONG.size, _MARK, 0))  # no group has this number
+        done, _ = await asyncio.wait({answered}, timeout=ANSWER_SECONDS)
+        return bool(done) and not self._stream.closed()
+
     def _fits(self, size: int, count: int) -> bool:
         if self._messages == 0:
             return True
@@ -123,12 +178,24 @@ class FrameWriter:
             self._timer = asyncio.get_running_loop().call_later(PING_SECONDS, self._ping)
 
     def _write(self, data: bytes) -> asyncio.Future[None] | None:
+        future = None
         try:
-            future = self._stream.write(data)
+            if len(data) <= CHUNK_BYTES:
+                future = self._stream.write(data)
+                future.add_done_callback(self._moved)
+                return future
+            view = memoryview(data)
+            for start in range(0, len(data), CHUNK_BYTES):
+                future = self._stream.write(view[start : start + CHUNK_BYTES])
+                future.add_done_callback(self._moved)
         except StreamClosedError:
             return None
-        future.add_done_callback(_seen)
         return future
+
+    def _moved(self, future: asyncio.Future[None]) -> None:
+        """A write that failed is a closed websocket, of which everybody hears by `on_close`."""
+        if not future.cancelled() and future.exception() is None:
+            self.alive()
 
     def _ping(self) -> None:
         if self._timer is not None:
@@ -147,7 +214,11 @@ class FrameWriter:
             self._patience = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._give_up_pongs)
 
     def pong(self, data: bytes) -> None:
-        """A pong of the client: ours, or somebody else's, which is passed over."""
+        """A pong of the client: ours, or somebody else's, which says no more than that it lives."""
+        self.alive()
+        if self._answered is not None:
+            self._answered.set_result(None)
+            self._answered = None
         if len(data) == _PONG.size and data.startswith(_MARK):
             self._answers, self._silent = True, False
             if self._patience is not None:
@@ -198,14 +269,8 @@ class FrameWriter:
 
     def close(self) -> None:
         """The websocket is closed."""
-        for timer in (self._timer, self._patience):
+        for timer in (self._timer, self._patience, self._watch):
             if timer is not None:
                 timer.cancel()
         self._queue.clear()
         self.backlog = 0
-
-
-def _seen(future: asyncio.Future[None]) -> None:
-    """A write that failed is a closed websocket, of which everybody hears by `on_close`."""
-    if not future.cancelled():
-        future.exception()

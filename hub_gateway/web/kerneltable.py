@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ColumnElement, String, and_, bindparam, func, or_, select, text
+from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session as Transaction
 
+from hub_gateway.db.among import among
 from hub_gateway.db.models import Kernel
 from hub_gateway.errors import BadRequest
 from hub_gateway.kernels.types import JSON, KernelStatus, isoformat
@@ -41,7 +41,6 @@ _COLUMNS = (
     Kernel.queue_reason,
     Kernel.principal,
     Kernel.unix_user,
-    Kernel.name,
     Kernel.path,
     Kernel.message,
     Kernel.restarts,
@@ -97,7 +96,6 @@ class KernelRow:
     queue_reason: str
     principal: str | None
     unix_user: str | None
-    name: str | None
     path: str | None
     message: str
     restarts: int
@@ -155,24 +153,6 @@ async def owners_of(services: Services, kernel_ids: Iterable[str]) -> dict[str, 
     )
 
 
-def among(tx: Transaction, column: Any, names: Iterable[str]) -> ColumnElement[bool]:
-    """`column IN names`, however many they are: one parameter."""
-    listed = list(names)
-    if tx.get_bind().dialect.name == "sqlite":
-        # IN (?, ?, ...) has a limit of parameters, and every length is a statement of its own.
-        table = text("SELECT value FROM json_each(:hg_names)").bindparams(hg_names=json.dumps(listed))
-        found: ColumnElement[bool] = column.in_(table.columns(value=String).scalar_subquery())
-    else:
-        found = column == func.any(bindparam("hg_names", listed, type_=_array()))
-    return found
-
-
-def _array() -> Any:
-    from sqlalchemy.dialects.postgresql import ARRAY
-
-    return ARRAY(String)
-
-
 def _read(tx: Transaction, wanted: KernelFilter, after: Sequence[Any] | None) -> KernelPage:
     conditions = _conditions(tx, wanted)
     grouped = select(Kernel.status, func.count()).where(Kernel.status != ENDED, *conditions).group_by(Kernel.status)
@@ -217,7 +197,7 @@ def _conditions(tx: Transaction, wanted: KernelFilter) -> list[ColumnElement[boo
     if wanted.kernelspec is not None:
         found.append(Kernel.kernelspec == wanted.kernelspec)
     if wanted.query is not None:
-        searched = (Kernel.id, Kernel.owner, Kernel.kernelspec, Kernel.path, Kernel.name, Kernel.principal)
+        searched = (Kernel.id, Kernel.owner, Kernel.kernelspec, Kernel.path, Kernel.principal)
         found.append(or_(*(column.icontains(wanted.query, autoescape=True) for column in searched)))
     return found
 

@@ -14,7 +14,7 @@ from hub_gateway.quotas.fields import Body
 from hub_gateway.quotas.types import Resource
 from hub_gateway.web.authority import Authority, Reach, kind_of
 from hub_gateway.web.plain import plain
-from hub_gateway.web.tenancy import TenancyHandler
+from hub_gateway.web.tenancy import TenancyHandler, cursor, read_cursor
 
 __all__ = ["AnswerHandler", "LimitsHandler", "OneRequestHandler", "QueueHandler", "RequestsHandler"]
 
@@ -66,14 +66,20 @@ class RequestsHandler(TenancyHandler):
     """Requests for more: see one's own and those that one may answer; open one."""
 
     async def get(self) -> None:
-        query = self.query("state", "user")
+        query = self.query("state", "user", "after", "limit")
         state, user = query.choice("state", ("open", "granted", "refused", "withdrawn")), query.text("user")
         authority = self.authority()
         reach = await _reach(authority)
         mine = owner_of(self.caller)
         wanted = user if user is not None else None if powers(self.caller, QUOTAS_READ) else mine
-        found = await self.quotas.requests(state=state, owner=wanted)
-        self.write_json({"requests": [plain(one) for one in found if reach.over(one.owner)]})
+        key, limit = read_cursor(query.text("after"), int), query.number("limit", 200, 1, 200)
+        before = None if key is None else key[0]
+        found = await self.quotas.requests(
+            state=state, owner=wanted, owners=reach.among, before=before, limit=limit + 1
+        )
+        page = found[:limit]
+        following = cursor(page[-1].id) if len(found) > limit else None
+        self.write_json({"requests": [plain(one) for one in page], "next": following})
 
     async def post(self) -> None:
         body = self.fields("policy", "amount", "until", "reason")
@@ -111,18 +117,18 @@ class AnswerHandler(TenancyHandler):
         authority.require(QUOTAS_WRITE)
         number = _number(request_id)
         grant, text = body.flag("grant"), body.note("text", needed=not body.flag("grant"))
-        request = next((one for one in await self.quotas.requests(state="open") if one.id == number), None)
-        if request is None:
+        request = await self.quotas.request(number)
+        if request is None or request.state != "open":
             raise no_request()
-        priority = await authority.may_answer(request.owner)
+        await authority.may_answer(request.owner)
         until, now = body.moment("until"), utcnow()
         if until is not None and not now < until <= now + MAX_AHEAD:
             raise BadRequest("The field `until` must be a moment in the next 366 days.")
         more: dict[str, Any] = {"until": until}
         if body.found.get("amount") is not None:
             more["amount"] = await self._granted(body, request.policy)
-        if priority is not None:
-            more["priority"] = priority
+        if not authority.unlimited(QUOTAS_WRITE):
+            more["lead"] = True
         found = await self.quotas.answer(number, self.caller.name, grant, text, **more)
         self.write_json(plain(found))
 

@@ -37,6 +37,8 @@ __all__ = [
 ]
 
 MAX_STOPPED = 500
+PAGE = 100
+REQUEST_STATES = ("open", "granted", "refused", "withdrawn")
 ORDERS = (
     ("-created", "newest"),
     ("created", "oldest"),
@@ -146,16 +148,24 @@ class RequestsHandler(ConsoleHandler):
     async def get(self) -> None:
         self.require(QUOTAS_READ)
         reach = await self.authority().reach(QUOTAS_READ)
-        found = [one for one in await self.quotas.requests() if reach.over(one.owner)]
+        wanted = self.chosen({"state": "", "before": ""})
+        state = wanted["state"] if wanted["state"] in REQUEST_STATES else None
+        before = int(wanted["before"]) if wanted["before"].isdecimal() and len(wanted["before"]) < 10 else None
+        found = await self.quotas.requests(state=state, owners=reach.among, before=before, limit=PAGE + 1)
+        open_ones = await self.quotas.requests(state="open", owners=reach.among)
         writes = bool(powers(self.caller, QUOTAS_WRITE))
         self.page(
             "admin_requests.html",
             "Requests",
             "admin/requests",
             live="live_requests.html",
-            requests=found,
+            requests=found[:PAGE],
+            following=found[PAGE - 1].id if len(found) > PAGE else None,
+            unanswered=len(open_ones),
+            wanted=wanted,
+            states=REQUEST_STATES,
             writes=writes,
-            asked=await self.asked(found),
+            asked=await self.asked(found[:PAGE]),
         )
 
 
@@ -166,12 +176,13 @@ class AnswerHandler(ConsoleHandler):
         self.check_form()
         authority = await self.privileged()
         require_scope(self.caller, QUOTAS_WRITE)
-        found = next((one for one in await self.quotas.requests(state="open") if one.id == int(request_id)), None)
-        if found is None:
+        found = await self.quotas.request(int(request_id)) if len(request_id) < 10 else None
+        if found is None or found.state != "open":
             raise NotFound("There is no open request of that number that you may answer.")
-        priority = await authority.may_answer(found.owner)
+        await authority.may_answer(found.owner)
         grant = self.field("answer") == "grant"
-        await self.quotas.answer(found.id, self.caller.name, grant, self.field("text"), priority=priority)
+        lead = not authority.unlimited(QUOTAS_WRITE)
+        await self.quotas.answer(found.id, self.caller.name, grant, self.field("text"), lead=lead)
         self.done("admin/requests", f"Request {found.id} is {'granted' if grant else 'refused'}.")
 
 

@@ -23,7 +23,7 @@ from hub_gateway.web.usage import MAX_PRICE
 __all__ = ["ClosePage", "CorrectPage", "LedgerHandler", "PricesPage"]
 
 MONTHS = 36
-TYPED = (*RATES, "gpu_models", "valid_from", "month", "entry", "seconds", "note")
+TYPED = (*RATES, "gpu_models", "valid_from", "month", "entry", "seconds", "cost_center", "note")
 
 
 class LedgerHandler(ConsoleHandler):
@@ -128,12 +128,13 @@ class CorrectPage(LedgerHandler):
         entry, seconds, note = self.field("entry"), self.field("seconds"), self.field("note")
         if not re.fullmatch(r"[0-9]{1,15}", entry) or int(entry) == 0:
             raise BadRequest(f"{entry[:40]!r} is no number of an entry of the ledger.")
+        seconds, centre = seconds or "0", self.field("cost_center")[:255] or None
         if not re.fullmatch(r"[+-]?[0-9]{1,9}(\.[0-9]{1,6})?", seconds):
             raise BadRequest(f"{seconds[:40]!r} is no number of seconds such as 3600 or -120.")
         if not note:
             raise BadRequest("A correction needs a note that says why.")
         reports, actor = self.reports, self.caller.name
-        return lambda tx: reports.correct(tx, int(entry), float(seconds), note, actor)
+        return lambda tx: reports.correct(tx, int(entry), float(seconds), note, actor, centre)
 
 
 def _price(what: str, text: str) -> float:

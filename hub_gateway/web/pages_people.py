@@ -19,12 +19,12 @@ from hub_gateway.auth.scopes import require as require_scope
 from hub_gateway.db.models import utcnow
 from hub_gateway.errors import BadRequest, Conflict, Forbidden, GatewayError, NotFound
 from hub_gateway.quotas.amounts import amount
+from hub_gateway.quotas.grants import check_counts, check_lead, grant_from
 from hub_gateway.quotas.resolve import name_of
-from hub_gateway.quotas.types import Counts, Origin, Policy, SubjectKind
+from hub_gateway.quotas.types import Counts, Policy, SubjectKind
 from hub_gateway.web.admin import find_people, held_by
 from hub_gateway.web.authority import Authority, kind_of
 from hub_gateway.web.console import ConsoleHandler
-from hub_gateway.web.quota import GRANT_PRIORITY
 
 if TYPE_CHECKING:
     from hub_gateway.quotas.explain import Explanation, LimitView
@@ -149,11 +149,8 @@ class PersonHandler(ConsoleHandler):
             self.set_status(error.status)
             await self._person(person, typed=typed, error=error)
             return
-        counts = {view.policy for view in await limits_of(self, person)}
         said = f"{person.name} has more of {typed['policy']} until {made.valid_until:%Y-%m-%d %H:%M} UTC."
-        if made.name not in counts:
-            said = f"The grant {made.name} is set, but another policy counts in its place; see below which, and why."
-        self.done(f"admin/people/{quote(person.name, safe='')}", said, good=made.name in counts)
+        self.done(f"admin/people/{quote(person.name, safe='')}", said)
 
     async def _named(self, authority: Authority, scope: str, name: str) -> Person:
         """The user of that name. Being oneself is no permission to look here."""
@@ -162,39 +159,32 @@ class PersonHandler(ConsoleHandler):
         return await authority.person(scope, name)
 
     async def _grant(self, authority: Authority, person: Person, typed: Mapping[str, str]) -> Policy:
-        """The grant that the form asks for. Raises `BadRequest` (with the name of the field)."""
+        """The grant that the form asks for.
+
+        Raises `BadRequest` (with the name of the field), `Forbidden`, `Conflict` where it would have no effect.
+        """
         view = next((one for one in grantable(await limits_of(self, person)) if one.policy == typed["policy"]), None)
         before = None if view is None else await self.quotas.policy(view.policy)
         if before is None or before.hard is None:
             raise _wrong("policy", f"{person.name} has no limit {typed['policy'][:100]!r} of which more can be given.")
+        if not authority.unlimited(QUOTAS_WRITE):
+            check_lead(before)
         wanted = amount(before.resource, "The field `amount`", typed["amount"])
         if wanted <= before.hard:
             raise _wrong("amount", f"The limit {before.name} allows as much already; give more than that.")
         if not typed["reason"]:
             raise _wrong("reason", "Write why; the reason stands in the audit trail.")
-        unlimited = authority.unlimited(QUOTAS_WRITE)
-        return Policy(
+        grant = grant_from(
+            before,
             name=f"grant-{re.sub(r'[^A-Za-z0-9._@-]', '-', name_of(person.name))[:60]}-{secrets.token_hex(4)}",
-            origin=Origin.GRANT,
-            subject_kind=kind_of(person.name),
-            subject=name_of(person.name),
-            object_kind=before.object_kind,
-            object=before.object,
-            resource=before.resource,
-            gpu_model=before.gpu_model,
-            counts=before.counts,
-            window=before.window,
-            window_seconds=before.window_seconds,
-            period=before.period,
-            timezone=before.timezone,
+            owner=person.name,
             hard=wanted,
-            action=before.action,
-            queue_seconds=before.queue_seconds,
-            priority=GRANT_PRIORITY if unlimited else authority.lead_max_priority,
-            valid_until=_end_of(typed["until"]),
+            ends=_end_of(typed["until"]),
             approver=self.caller.name,
-            note=typed["reason"][:2000].replace("\r", ""),
+            note=typed["reason"].replace("\r", ""),
         )
+        check_counts(grant, before, await self.quotas.policies(), person.groups, utcnow())
+        return grant
 
     async def _person(
         self, person: Person, *, typed: Mapping[str, str] | None = None, error: GatewayError | None = None
@@ -216,13 +206,18 @@ class PersonHandler(ConsoleHandler):
             spec=spec,
             specs=await self._specs(),
             readable=await self.authority().may_read(),
-            choices=grantable(limits),
+            choices=self._choices(limits),
             typed=typed or {"policy": "", "amount": "", "until": soon, "reason": ""},
             where=found[1] if found else "",
             sentence=sentence[:1].upper() + sentence[1:],
             held=(await held_by(self.services, (person,))).get(person.name, 0),
             writes=await self._may_grant(person),
         )
+
+    def _choices(self, limits: Collection[LimitView]) -> list[LimitView]:
+        """The limits of which the visitor can give more: a lead, of those that leads have set."""
+        whole = self.authority().unlimited(QUOTAS_WRITE)
+        return [view for view in grantable(limits) if whole or view.delegated]
 
     async def _may_grant(self, person: Person) -> bool:
         authority, power = self.authority(), powers(self.caller, QUOTAS_WRITE)

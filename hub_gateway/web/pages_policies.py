@@ -104,7 +104,7 @@ class PolicyHandler(ConsoleHandler):
             if doing == "more":
                 self._editor(name, replace(form, weeks=(*form.weeks, Week())), target=target, before=before)
                 return
-            policy = wanted(target, form, before, self.caller.name)
+            policy = authority.authored(wanted(target, form, before, self.caller.name))
             await authority.check_policy(policy)
             if doing == "preview":
                 preview = await self._preview(authority, policy, before)
@@ -198,6 +198,7 @@ class PolicyHandler(ConsoleHandler):
             days=DAYS,
             asked={"days": self.field("days") or str(SIMULATED_DAYS), "explain": self.field("explain")},
             new=name == NEW,
+            whole=powers(self.caller, QUOTAS_WRITE).everything,
             writes=bool(powers(self.caller, QUOTAS_WRITE)),
         )
 

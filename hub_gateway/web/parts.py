@@ -43,7 +43,17 @@ class QuotaPart(Protocol):
 
     async def queue(self) -> Sequence[Any]: ...
 
-    async def requests(self, state: str | None = None, owner: str | None = None) -> Sequence[Any]: ...
+    async def requests(
+        self,
+        state: str | None = None,
+        owner: str | None = None,
+        *,
+        owners: Collection[str] | None = None,
+        before: int | None = None,
+        limit: int = 500,
+    ) -> Sequence[Any]: ...
+
+    async def request(self, request_id: int) -> Any: ...
 
     async def open_request(
         self, owner: str, groups: Collection[str], policy: str, amount: float, until: datetime, reason: str
@@ -58,7 +68,7 @@ class QuotaPart(Protocol):
         *,
         amount: float | None = None,
         until: datetime | None = None,
-        priority: int | None = None,
+        lead: bool = False,
     ) -> Any: ...
 
     async def withdraw(self, request_id: int, owner: str) -> Any: ...
@@ -120,4 +130,6 @@ class ReportsPart(Protocol):
 
     def close_month(self, tx: Transaction, month: str, actor: str) -> Any: ...
 
-    def correct(self, tx: Transaction, entry: int, seconds: float, note: str, actor: str) -> Any: ...
+    def correct(
+        self, tx: Transaction, entry: int, seconds: float, note: str, actor: str, cost_center: str | None = None
+    ) -> Any: ...

@@ -144,8 +144,8 @@ def wanted(name: str, form: Typed, before: Policy | None, actor: str) -> Policy:
     found["weekly"] = [_week(week) for week in form.weeks]
     found["enabled"] = form.enabled
     if before is not None:
-        found["origin"] = before.origin.value
-    made = policy_of(name, Body(found, (*LABELS, "enabled", "origin")), version=form.version)
+        found |= {"origin": before.origin.value, "delegated": before.delegated}
+    made = policy_of(name, Body(found, (*LABELS, "enabled", "origin", "delegated")), version=form.version)
     return replace(made, approver=actor) if made.origin is Origin.GRANT else made
 
 

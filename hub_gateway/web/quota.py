@@ -10,6 +10,7 @@ from hub_gateway.auth.scopes import QUOTAS_READ, QUOTAS_WRITE, require
 from hub_gateway.errors import BadRequest, Conflict, Forbidden, NotFound
 from hub_gateway.quotas.document import NAME, POLICY_FIELDS, policy_json, policy_of, subject_of
 from hub_gateway.quotas.fields import Body
+from hub_gateway.quotas.grants import GRANT_PRIORITY
 from hub_gateway.quotas.types import Origin, Policy, SubjectKind
 from hub_gateway.web.authority import Authority, kind_of
 from hub_gateway.web.plain import plain
@@ -28,7 +29,6 @@ __all__ = [
 
 MAX_DOCUMENT = 1_000_000
 MAX_DAYS = 366
-GRANT_PRIORITY = 1000
 _ETAG = re.compile(r'(?:W/)?"([0-9]{1,9})"')
 
 
@@ -108,9 +108,7 @@ def grant_of(policy: Policy, body: Body, authority: Authority) -> Policy:
     """A grant, with its approver and the priority that makes it win; other policies as they are."""
     if policy.origin is not Origin.GRANT:
         return policy
-    priority = policy.priority
-    if body.found.get("priority") is None:
-        priority = GRANT_PRIORITY if authority.unlimited(QUOTAS_WRITE) else authority.lead_max_priority
+    priority = GRANT_PRIORITY if body.found.get("priority") is None else policy.priority
     return replace(policy, approver=authority.caller.name, priority=priority)
 
 
@@ -152,7 +150,7 @@ class PolicyHandler(_PolicyHandler):
         before = await self.known(authority, name)
         if before is not None and not (await authority.may_read())(before):
             raise Conflict(f"The name {name} is taken; choose another one.")
-        wanted = grant_of(self.wanted(name, body, before), body, authority)
+        wanted = authority.authored(grant_of(self.wanted(name, body, before), body, authority))
         wanted = await self.permitted(authority, wanted, before)
         dry = query.flag("dry_run")
         result = await self.quotas.put(wanted, self.caller.name, dry_run=dry)
@@ -181,7 +179,8 @@ class PreviewHandler(_PolicyHandler):
         _check_name(name)
         days = int(body.number("days", low=1, high=MAX_DAYS, default=30))
         before = await self.known(authority, name)
-        wanted = grant_of(policy_of(name, body, version=before.version if before else 0), body, authority)
+        asked = policy_of(name, body, version=before.version if before else 0)
+        wanted = authority.authored(grant_of(asked, body, authority))
         wanted = await self.permitted(authority, wanted, before)
         result = await self.quotas.put(wanted, self.caller.name, dry_run=True)
         others = [policy for policy in await self.quotas.policies() if policy.name != name]

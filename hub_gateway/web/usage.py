@@ -164,11 +164,12 @@ class CorrectionsHandler(TenancyHandler):
     """Put an entry of the ledger right, by a new one."""
 
     async def post(self) -> None:
-        body = self.fields("entry", "seconds", "note")
+        body = self.fields("entry", "seconds", "cost_center", "note")
         await self.privileged()
         require(self.caller, LEDGER_WRITE)
         entry = int(body.number("entry", low=1, high=2**53))
-        seconds, note = body.number("seconds", low=-1e9, high=1e9), body.note("note", needed=True)
+        seconds, note = body.number("seconds", low=-1e9, high=1e9, default=0), body.note("note", needed=True)
+        centre = None if body.found.get("cost_center") is None else body.text("cost_center")
         reports, actor = self.reports, self.caller.name
-        made = await self.services.db.write(lambda tx: reports.correct(tx, entry, seconds, note, actor))
+        made = await self.services.db.write(lambda tx: reports.correct(tx, entry, seconds, note, actor, centre))
         self.write_json(plain(made), 201)

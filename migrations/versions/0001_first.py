@@ -32,7 +32,6 @@ def upgrade() -> None:
         sa.Column("kernelspec", sa.String(255), nullable=False),
         sa.Column("proxy", sa.String(64), nullable=False),
         sa.Column("unix_user", sa.String(255), nullable=True),
-        sa.Column("name", sa.Text(), nullable=True),
         sa.Column("path", sa.Text(), nullable=True),
         sa.Column("status", sa.String(16), nullable=False),
         sa.Column("target", sa.String(16), nullable=False),
@@ -94,6 +93,19 @@ def upgrade() -> None:
     op.create_index("ix_reservations_owner_released_at", "reservations", ["owner", "released_at"])
 
     op.create_table(
+        "waiting_requests",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("kernel_id", sa.String(64), nullable=False),
+        sa.Column("key", sa.String(64), nullable=False),
+        sa.Column("frames", sa.Text(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["kernel_id"], ["kernels.id"], name="fk_waiting_requests_kernel_id_kernels", ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("id", name="pk_waiting_requests"),
+        sa.UniqueConstraint("kernel_id", "key", name="uq_waiting_requests_kernel_id_key"),
+    )
+
+    op.create_table(
         "sessions",
         sa.Column("id", sa.String(64), nullable=False),
         sa.Column("owner", sa.String(255), nullable=False),
@@ -108,4 +120,4 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_sessions"),
     )
     op.create_index("ix_sessions_kernel_id", "sessions", ["kernel_id"])
-    op.create_index("ix_sessions_owner_path", "sessions", ["owner", "path"])
+    op.create_index("ix_sessions_owner", "sessions", ["owner"])

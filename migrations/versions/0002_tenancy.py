@@ -82,6 +82,16 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("month", name="pk_ledger_months"),
     )
     op.create_table(
+        "notices",
+        sa.Column("id", BIG_ID, nullable=False),
+        sa.Column("kernel_id", sa.String(length=64), nullable=False),
+        sa.Column("sentence", sa.Text(), nullable=False),
+        sa.Column("made_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(["kernel_id"], ["kernels.id"], name="fk_notices_kernel_id_kernels", ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("id", name="pk_notices"),
+    )
+    op.create_index("ix_notices_kernel_id", "notices", ["kernel_id"])
+    op.create_table(
         "policies",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("name", sa.String(length=100), nullable=False),
@@ -110,6 +120,7 @@ def upgrade() -> None:
         sa.Column("valid_until", sa.DateTime(timezone=True), nullable=True),
         sa.Column("weekly", sa.JSON(), nullable=False),
         sa.Column("note", sa.Text(), nullable=False),
+        sa.Column("delegated", sa.Boolean(), nullable=False),
         sa.Column("approver", sa.String(length=255), nullable=True),
         sa.Column("version", sa.Integer(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),

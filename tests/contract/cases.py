@@ -78,7 +78,7 @@ class NodeCase(ProxyCase):
             for process, argv in processes()
             if gateway_id in argv or any(f"{state_dir}/run" in word for word in argv)
         ]
-        roots = [state_dir / "run", *(state_dir / "users" / f"hub-gateway-{user}" for user in self.users)]
+        roots = [state_dir / "run", *(state_dir / "users").glob("*")]
         return found + [f"directory {path}" for root in roots if root.is_dir() for path in root.iterdir()]
 
     def agents(self, gateway_id: str) -> list[str]:
@@ -188,8 +188,6 @@ def other_user(state_dir: Path) -> Mapping[str, Any]:
     state_dir.chmod(0o755)
     # The checkout may lie where other users may not look.
     launchers = shutil.copytree(launchers_dir(), state_dir / "launchers", ignore=shutil.ignore_patterns("__pycache__"))
-    (state_dir / "users").mkdir()
-    (state_dir / "users").chmod(0o1777)
     return {
         "UnixUsers": {"impersonate": True},
         "LocalProxy": {
@@ -209,6 +207,8 @@ class SudoProxy(LocalProxy):
 
 def by_sudo(state_dir: Path) -> Mapping[str, Any]:
     config = other_user(state_dir)
+    (state_dir / "users").mkdir()
+    (state_dir / "users").chmod(0o1777)
     traits = {"extra_proxies": {"sudo": SudoProxy}, "default_proxy": "sudo"}
     return {**config, "Proxies": traits, "SudoProxy": config["LocalProxy"]}
 

@@ -48,6 +48,8 @@ class KernelClient:
     keep = True
     after: int | None = None
     backlog = 0
+    arrived = 0
+    heard = False
 
     def __init__(self, relay: KernelRelay, session: str) -> None:
         self.relay = relay
@@ -75,6 +77,12 @@ class KernelClient:
 
     def confirm(self) -> None:
         """It is at once."""
+
+    def dismiss(self) -> None:
+        """No session of these tests has two."""
+
+    async def answers(self) -> bool:
+        return True
 
     def close(self) -> None:
         self.relay.detach(self)

@@ -23,6 +23,12 @@ DYING = ["/bin/sh", "-c", "echo 'libcudart.so.12: cannot open' >&2; exit 3", "{c
 SPECS = {
     "python": {"argv": PYTHON, "display_name": "Python", "language": "python"},
     "message": {"argv": PYTHON, "display_name": "Python", "language": "python", "interrupt_mode": "message"},
+    "loopback": {
+        "argv": PYTHON,
+        "display_name": "Python, by loopback",
+        "language": "python",
+        "metadata": {"hub_gateway": {"transport": "tcp"}, "supported_encryption": ["curve"]},
+    },
     "dies": {"argv": DYING, "display_name": "Dies", "language": "none"},
     "silent": {"argv": ["/bin/sleep", "600", "{connection_file}"], "display_name": "Silent", "language": "none"},
     "nowhere": {"argv": ["/nonexistent/kernel", "{connection_file}"], "display_name": "Nowhere", "language": "none"},

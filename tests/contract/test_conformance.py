@@ -86,6 +86,22 @@ async def test_interrupt_by_message(bench: Bench) -> None:
         await gateway.service.shutdown(bench.alice, record.id)
 
 
+async def test_a_kernel_that_cannot_use_ipc(bench: Bench) -> None:
+    """It is reached by loopback, and encrypted: others may be on the node."""
+    async with bench.gateway() as gateway:
+        record = await gateway.start(bench.alice, "loopback")
+        assert record.status is KernelStatus.RUNNING, record.message
+        client = await gateway.connect(bench.alice, record.id)
+        code = (
+            "import json; from ipykernel.connect import get_connection_file\n"
+            "facts = json.load(open(get_connection_file()))\n"
+            "print(facts['transport'], facts['ip'], 'curve_secretkey' in facts)"
+        )
+        assert await client.execute(code) == "tcp 127.0.0.1 True\n"
+        await gateway.service.shutdown(bench.alice, record.id)
+        await eventually(lambda: not bench.leftovers(gateway), f"nothing left: {bench.leftovers(gateway)}")
+
+
 async def test_two_users_at_once(bench: Bench) -> None:
     """Neither sees nor can touch the other's; each runs as who they are."""
     async with bench.gateway() as gateway:

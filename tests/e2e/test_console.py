@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
 
@@ -40,6 +41,9 @@ def fill(session: httpx.Client, address: str, wanted: str, **changes: str) -> ht
 
 
 def test_bob_meets_his_limit_asks_and_gets_more(hub: RealHub, admin: httpx.Client) -> None:
+    assert (
+        "Price list 1 holds" in fill(admin, f"{hub.gateway_url}/admin/ledger", "kernel_hour", kernel_hour="3600").text
+    )
     token = hub.user_token("bob")
     assert launch(hub, token).status_code == 201
     refused = launch(hub, token)
@@ -55,6 +59,11 @@ def test_bob_meets_his_limit_asks_and_gets_more(hub: RealHub, admin: httpx.Clien
     assert "good luck" in bob.get(f"{hub.gateway_url}/limits").text
     report = admin.get(f"{hub.gateway_url}/admin/usage").text
     assert ">bob<" in report
+    billed = csv.DictReader(admin.get(f"{hub.gateway_url}/admin/usage?by=user&format=csv").text.splitlines())
+    bob_used = next(row for row in billed if row["user"] == "bob")
+    assert (int(bob_used["kernels"]), float(bob_used["kernel_hours"]) > 0) == (2, True)
+    seconds = float(bob_used["kernel_hours"]) * 3600
+    assert float(bob_used["cost"]) == pytest.approx(seconds, rel=0.01, abs=0.01), "a second of a kernel costs one unit"
     too_long = admin.get(f"{hub.gateway_url}/admin/usage?from=2000-01-01")
     assert too_long.status_code == 400 and "ten years at most" in too_long.text
     for kernel in httpx.get(f"{hub.gateway_url}/api/kernels", headers={"Authorization": f"token {token}"}).json():

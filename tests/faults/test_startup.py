@@ -39,6 +39,42 @@ def test_a_busy_port(make_gateway: MakeGateway) -> None:
         assert "cannot be bound" in refused(gateway)
 
 
+MISSING = "/proc/no/file"  # where nothing can be made, not even by root
+BROKEN = "{root}/broken"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (f"c.HubGateway.certfile = '{MISSING}'", (MISSING, "HubGateway.certfile")),
+        (f"c.HubGateway.certfile = '{BROKEN}'", (BROKEN, "HubGateway.certfile")),
+        ("c.HubGateway.state_dir = '/proc/no/state'", ("/proc/no/state", "HubGateway.state_dir")),
+        (f"c.HubGateway.cookie_secret_file = '{MISSING}'", (MISSING, "HubGateway.cookie_secret_file")),
+        (f"c.HubGateway.cookie_secret_file = '{BROKEN}'", (BROKEN, "HubGateway.cookie_secret_file")),
+        (f"c.HubGateway.secret_keys_file = '{MISSING}'", (MISSING, "key file")),
+        (f"c.QuotaService.initial_policies = '{MISSING}'", (MISSING, "QuotaService.initial_policies")),
+        ("c.HubGateway.ip = 'no.such.host.invalid'", ("no.such.host.invalid", "HubGateway.ip")),
+    ],
+)
+def test_options_that_cannot_be_followed(make_gateway: MakeGateway, config: str, said: tuple[str, ...]) -> None:
+    """One line, which names the file or address and the option."""
+    gateway = make_gateway()
+    (gateway.root / "broken").write_text("what is this?")
+    gateway.config_file.write_text(gateway.config_file.read_text() + config.format(root=gateway.root) + "\n")
+    last = refused(gateway)
+    for words in said:
+        assert words.format(root=gateway.root) in last
+    assert "another gateway" not in last
+
+
+def test_a_port_that_cannot_be(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    gateway.port = 99999
+    gateway.spawn()
+    assert gateway.wait(60) == 1
+    assert "99999" in gateway.tail() and "65535" in gateway.tail() and "Traceback" not in gateway.tail()
+
+
 def test_a_second_gateway_with_the_same_state(gateway: GatewayProcess, make_gateway: MakeGateway) -> None:
     second = make_gateway(config=f"c.HubGateway.state_dir = {str(gateway.state)!r}\nc.HubGateway.lock_timeout = 0.5\n")
     assert f"another gateway (pid {gateway.process.pid}) still holds" in refused(second)

@@ -116,7 +116,14 @@ class _Activity(_Handler):
         if self.token != self.hub.service_token:
             self.refuse()
             return
-        self.hub.activity.append((name, json.loads(self.request.body)))
+        body = json.loads(self.request.body)
+        known = self.hub.servers.get(name)
+        for server in body.get("servers", {}):
+            if known is not None and server not in known:
+                self.set_status(400)
+                self.finish({"status": 400, "message": f"No such server '{server}' for user {name}"})
+                return
+        self.hub.activity.append((name, body))
         # The real Hub answers 200 with nothing.
 
 
@@ -153,6 +160,8 @@ class FakeHub:
         self.groups: dict[str, list[str]] = {}
         self.properties: dict[str, dict[str, Any]] = {}
         self.lists = True
+        self.servers: dict[str, set[str]] = {}
+        """The servers of a user; who is not in it has any."""
         self.codes: dict[str, tuple[str, str]] = {}
         self.activity: list[tuple[str, dict[str, Any]]] = []
         self.requests: Counter[str] = Counter()

@@ -63,6 +63,7 @@ class GatewayProcess:
         self.tokens = {user: secrets.token_hex(16) for user in (*users, *admins)}
         self.token_file = root / "tokens.json"
         self.write_tokens(admins)
+        self.db_url = db_url or f"sqlite:///{self.state / 'hub-gateway.sqlite'}"
         self.base_url = base_url
         self.extra_env = dict(env or {})
         self.port = 0

@@ -90,8 +90,13 @@ class Collector:
         keep: bool = True,
         after: int | None = None,
         held: bool = False,
+        arrived: int = 0,
     ) -> None:
         self.session = session or uuid.uuid4().hex
+        self.arrived = arrived
+        self.heard = False
+        self.there = True
+        self.dismissed = False
         self.dialect = dialect
         self.keep = keep
         self.after = after
@@ -113,6 +118,12 @@ class Collector:
 
     def confirm(self) -> None:
         self.confirms += 1
+
+    def dismiss(self) -> None:
+        self.dismissed = True
+
+    async def answers(self) -> bool:
+        return self.there
 
     @property
     def backlog(self) -> int:
@@ -180,7 +191,6 @@ class RunningAgent:
             "runtime_dir": self.runtime_dir,
             "kernel_name": "test",
             "interrupt_mode": settings.pop("interrupt_mode", "signal"),
-            "kernel_encryption": settings.pop("kernel_encryption", "none"),
             "agent": {"client_public_key": PUBLIC, "launch_token": "token", **settings},
         }
         self.log = Path(self.runtime_dir, "kernel.log")

@@ -167,8 +167,20 @@ class Quotas:
     async def queue(self) -> Sequence[Any]:
         return self.waiting
 
-    async def requests(self, state: str | None = None, owner: str | None = None) -> Sequence[Request]:
-        return [one for one in self.asked.values() if state in (None, one.state) and owner in (None, one.owner)]
+    async def requests(
+        self,
+        state: str | None = None,
+        owner: str | None = None,
+        *,
+        owners: Collection[str] | None = None,
+        before: int | None = None,
+        limit: int = 500,
+    ) -> Sequence[Request]:
+        found = [one for one in self.asked.values() if state in (None, one.state) and owner in (None, one.owner)]
+        return [one for one in found if (owners is None or one.owner in owners) and (before is None or one.id < before)]
+
+    async def request(self, request_id: int) -> Request | None:
+        return self.asked.get(request_id)
 
     async def open_request(
         self, owner: str, groups: Collection[str], policy: str, amount: float, until: datetime, reason: str
@@ -313,6 +325,8 @@ class Reports:
         self.written.append(("close", month, actor))
         return {"month": month, "entries": 0}
 
-    def correct(self, tx: Any, entry: int, seconds: float, note: str, actor: str) -> Any:
-        self.written.append(("correct", entry, seconds, note, actor))
+    def correct(
+        self, tx: Any, entry: int, seconds: float, note: str, actor: str, cost_center: str | None = None
+    ) -> Any:
+        self.written.append(("correct", entry, seconds, note, actor, cost_center))
         return {"id": 2, "corrects": entry}

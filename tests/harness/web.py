@@ -8,7 +8,6 @@ from typing import Any
 
 import httpx
 from tornado.httpclient import HTTPRequest
-from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
@@ -16,6 +15,7 @@ from hub_gateway.auth.base import Authenticator, Caller
 from hub_gateway.errors import GatewayError
 from hub_gateway.services import Services, WebSettings
 from hub_gateway.web.application import make_application
+from hub_gateway.web.server import GatewayServer
 
 __all__ = ["FixedTokens", "WebServer", "settings"]
 
@@ -73,14 +73,14 @@ class WebServer:
         )
         self.application = make_application(self.services, base_url=base_url)
         self.port = 0
-        self._server: HTTPServer | None = None
+        self._server: GatewayServer | None = None
 
     async def __aenter__(self) -> WebServer:
         sockets = bind_sockets(self.port, "127.0.0.1")
         self.port = sockets[0].getsockname()[1]
         web = self.services.web
         # As hub_gateway.app makes it.
-        self._server = HTTPServer(
+        self._server = GatewayServer(
             self.application,
             xheaders=True,
             max_buffer_size=max(web.max_message_bytes, web.max_body_bytes) + 2**20,

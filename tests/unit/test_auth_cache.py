@@ -66,6 +66,26 @@ async def test_one_question_however_many_ask() -> None:
     assert asked == 1
 
 
+async def test_an_answer_that_is_asked_for_anew_is_not_an_older_one() -> None:
+    """Nor is it lost where the older question is answered after it."""
+    cache: LookupCache[str] = LookupCache(3, lambda _: 1000)
+    go = asyncio.Event()
+
+    async def before() -> str:
+        await go.wait()
+        return "may"
+
+    async def after() -> str:
+        return "may not any more"
+
+    older = cache.begin("a", before)
+    await asyncio.sleep(0)
+    assert await cache.ask_anew("a", after) == "may not any more"
+    go.set()
+    assert await older == "may"
+    assert cache.fresh("a") == ("may not any more",)
+
+
 async def test_errors_are_not_kept() -> None:
     cache: LookupCache[int] = LookupCache(3, lambda _: 1000)
 

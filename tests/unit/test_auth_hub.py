@@ -97,6 +97,19 @@ async def test_many_requests_with_one_token_are_one_question(hub: FakeHub, authe
     assert hub.looked_up == 2
 
 
+async def test_who_asks_anew_gets_no_answer_to_an_earlier_question(
+    hub: FakeHub, authenticator: HubAuthenticator
+) -> None:
+    token = hub.issue("alice")
+    hub.hangs = True
+    earlier = asyncio.ensure_future(authenticator.authenticate(token))
+    await eventually(lambda: hub.looked_up == 1, "the earlier question")
+    anew = asyncio.ensure_future(authenticator.authenticate(token, fresh=True))
+    await eventually(lambda: hub.looked_up == 2, "a question of its own")
+    hub.hang.set()
+    assert await earlier and await anew
+
+
 async def test_cold_tokens_and_a_slow_hub_stop_nobody_else(hub: FakeHub, authenticator: HubAuthenticator) -> None:
     """jupyterhub's own way takes four seconds for this, in which nothing else is answered."""
     tokens = [hub.issue(f"user{number}") for number in range(20)]
@@ -306,6 +319,9 @@ async def test_activity_is_reported(hub: FakeHub, made: HubService) -> None:
     body: dict[str, Any] = {"last_activity": "2030-01-01T00:00:00.000000Z", "servers": {}}
     await made.report_activity("alice", body)
     assert hub.activity == [("alice", body)]
+    hub.servers["alice"] = {"other"}
+    with pytest.raises(Unavailable):
+        await made.report_activity("alice", {**body, "servers": {"gone": {}}})
     hub.service_token = "changed"
     with pytest.raises(Unavailable):
         await made.report_activity("alice", body)

@@ -10,11 +10,13 @@ import pytest
 from jupyterhub.httpclient import JupyterHubHTTPClient
 from traitlets.config import Config, Configurable
 
+from hub_gateway.auth.base import Caller
 from hub_gateway.auth.hub import HubService
 from hub_gateway.auth.hub_people import HubPeople
 from hub_gateway.auth.scopes import ADMIN
 from hub_gateway.auth.tokenfile import TokenFile
 from hub_gateway.errors import Unavailable
+from hub_gateway.identity.mapper import IdentityMapper
 from tests.harness.fake_hub import FakeHub
 from tests.unit.test_auth_tokenfile import entry, write
 
@@ -87,6 +89,19 @@ async def test_a_hub_that_is_away_or_refuses(hub: FakeHub, caplog: pytest.LogCap
     await hub.stop()
     with pytest.raises(Unavailable):
         await found.members(["analysts"])
+
+
+async def test_a_launch_while_the_hub_restarts_is_billed_as_ever(hub: FakeHub) -> None:
+    """However old what is known of the groups, whose members the tokens tell; but nobody's powers come from it."""
+    found = people(cache_seconds=0.0)
+    mapper = IdentityMapper(people=found)
+    assert (await mapper.map(Caller("bob", groups=frozenset({"analysts"})))).cost_center == "4711"
+    await hub.stop()
+    assert (await mapper.map(Caller("bob", groups=frozenset({"analysts"})))).cost_center == "4711"
+    with pytest.raises(Unavailable):
+        await found.groups()
+    newly_started = IdentityMapper(people=people())
+    assert (await newly_started.map(Caller("bob", groups=frozenset({"analysts"})))).cost_center == ""
 
 
 async def test_people_of_a_token_file(tmp_path: Path) -> None:

@@ -87,6 +87,10 @@ async def test_a_limit_is_set_shown_changed_and_deleted(run: Run, quotas: Quotas
     assert (changed.hard, changed.soft, changed.note, changed.priority) == (12, 8, "kept", 3), "the rest is as it was"
     await run("quota", "set", "all", "--soft=none", "--disabled")
     assert quotas.kept["all"].soft is None and not quotas.kept["all"].enabled
+    await run("quota", "set", "all", "--hard=13")
+    assert quotas.kept["all"].hard == 13 and not quotas.kept["all"].enabled, "it stays switched off"
+    await run("quota", "set", "all", "--enabled")
+    assert quotas.kept["all"].enabled
     shown = json.loads((await run("quota", "show", "bob-one", "--json"))[1])
     assert shown["hard"] == 1 and shown["version"] == 1
     assert (await run("quota", "delete", "bob-one"))[0] == 0 and "bob-one" not in quotas.kept
@@ -171,7 +175,9 @@ async def test_usage(run: Run, server: WebServer) -> None:
     assert "2" in (await run("usage", "prices", "--core-hour=0.1", '--gpu-models={"a100": 2}'))[1]
     code, out, _ = await run("usage", "correct", "7", "--seconds=-60", "--note=a mistake")
     assert (code, out) == (0, "entry 7: corrected by -60 s\n")
-    assert [entry[0] for entry in reports.written] == ["close", "prices", "correct"]
+    code, out, _ = await run("usage", "correct", "7", "--cost-center=4711", "--note=the Hub was away")
+    assert (code, out) == (0, "entry 7: corrected by 0 s, billed to 4711\n")
+    assert [entry[0] for entry in reports.written] == ["close", "prices", "correct", "correct"]
     assert (await run("usage", "close", "2030-01", who="bob"))[0] == 1
 
 

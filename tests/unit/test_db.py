@@ -18,13 +18,14 @@ from sqlalchemy import delete, inspect, literal, select, text, update
 from hub_gateway.db import migrate, revision
 from hub_gateway.db.clock import db_now
 from hub_gateway.db.engine import Database
-from hub_gateway.db.models import Kernel, Setting, UTCDateTime, utcnow
+from hub_gateway.db.models import Kernel, Setting, UTCDateTime, WaitingRequest, utcnow
 from hub_gateway.db.secrets import Vault, VaultError
 from hub_gateway.db.tenancy import Base
 from hub_gateway.errors import BadRequest, Unavailable
 from hub_gateway.kernels.sessions import Sessions, SessionWish
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import LaunchPlan, NewKernel
+from hub_gateway.kernels.waiting import WaitingRequests
 
 
 @pytest.fixture
@@ -294,6 +295,35 @@ async def test_no_secret_is_in_the_database_in_clear(db: Database) -> None:
     assert plan.env == {"KERNEL_PASSWORD": "hunter2"}
     row = await db.read(lambda tx: repr(tx.execute(select(*Kernel.__table__.columns)).one()))
     assert "hunter2" not in row and token not in row
+
+
+async def test_waiting_requests_are_kept_in_order_encrypted_and_only_once(db: Database) -> None:
+    vault = Vault([Vault.generate_key()])
+    store = KernelStore(db, vault, instance="i")
+    for kernel_id in ("k1", "k2"):
+        await store.admit(a_kernel(id=kernel_id))
+    waiting = WaitingRequests(db, vault)
+    for key in ("c", "a", "b"):
+        waiting.keep("k1", key, [b"\x10", key.encode(), b"", b"secret"])
+    waiting.keep("k2", "a", [b"\x10", bytes(range(256))])
+    waiting.keep("nobody", "a", [b"\x10"])
+    waiting.drop("k1", ["b"])
+    await waiting.close()
+    other = WaitingRequests(db, vault)
+    other.keep("k1", "a", [b"\x10", b"sent through another replica, too"])
+    await other.close()
+    assert await other.kernels() == {"k1", "k2"}
+    assert await other.load("k1") == [(key, [b"\x10", key.encode(), b"", b"secret"]) for key in ("c", "a")]
+    assert await other.load("k2") == [("a", [b"\x10", bytes(range(256))])]
+    raw = await db.read(lambda tx: tx.execute(select(WaitingRequest.frames)).scalars().all())
+    assert not any("secret" in cipher for cipher in raw)
+    other.drop("k1", ["a", "c"])
+    await other.close()
+    assert await other.load("k1") == []
+    await store.ask_to_stop("k2")
+    await db.write(lambda tx: tx.execute(update(Kernel).values(status="stopped")) and None)
+    await other.forget_stopped()
+    assert await other.load("k2") == []
 
 
 async def test_keys_rotate(db: Database) -> None:

@@ -18,10 +18,12 @@ from sqlalchemy import select, update
 from hub_gateway import audit
 from hub_gateway.auth.base import Caller
 from hub_gateway.db.models import Kernel, Reservation
-from hub_gateway.errors import Forbidden, LaunchRefused
+from hub_gateway.errors import Forbidden, LaunchRefused, Unavailable
 from hub_gateway.kernels.service import CreateKernel
 from hub_gateway.kernels.types import KernelStatus
+from hub_gateway.quotas.types import Policy, SubjectKind
 from tests.contract.mini import MiniGateway, Setup
+from tests.harness.quotas import put, release
 
 SLEEP = {"argv": ["/bin/sleep", "600", "{connection_file}"], "display_name": "Sleep", "language": "none"}
 ME = pwd.getpwuid(os.geteuid()).pw_name
@@ -100,12 +102,42 @@ async def test_whom_no_rule_lets_through_gets_nothing(gateway: MiniGateway, name
     assert [action for action, _, _ in await actions(gateway)] == ["identity.refused"]
 
 
+async def test_a_failed_kernel_is_started_again_for_its_owner_as_they_are_now(gateway: MiniGateway) -> None:
+    """Limits, bills and tickets follow the groups and the principal of today, not of the first launch."""
+    rule = {"name": "old", "pattern": "(.*)", "unix_user": "$1", "principal": "$1@OLD.TEST", "cost_center": "old"}
+    gateway.service.identity.allowed_realms = ["OLD.TEST", "NEW.TEST"]
+    gateway.service.identity.rules = [rule]
+    store = gateway.service.store
+    await put(store, Policy("all", SubjectKind.EVERYONE, hard=0))
+    await put(store, Policy("lab", SubjectKind.GROUP, "lab", hard=5))
+    await put(store, Policy("law", SubjectKind.GROUP, "law", hard=5))
+    record = await create(gateway, "alice", groups=frozenset({"lab"}))
+    await release(store, record.id)
+    await fail(gateway, record.id)
+    changed = {"name": "new", "principal": "$1@NEW.TEST", "cost_center": "new"}
+    gateway.service.identity.rules = [{**rule, **changed}]
+    with pytest.raises(LaunchRefused, match="policy all"):
+        await gateway.service.restart(Caller("alice"), record.id)
+    gateway.service.restart_wait_seconds = 0
+    with pytest.raises(Unavailable, match="still starting"):
+        await gateway.service.restart(Caller("alice", groups=frozenset({"law"})), record.id)
+    (kernel,), (held,) = await rows(gateway), await rows(gateway, Reservation)
+    for row in (kernel, held):
+        assert (row["groups"], row["principal"], row["cost_center"]) == (["law"], "alice@NEW.TEST", "new")
+    assert kernel["identity_rule"] == "new"
+
+
+async def fail(gateway: MiniGateway, kernel_id: str) -> None:
+    """Its kernel is dead."""
+    failed = {"status": KernelStatus.FAILED.value}
+    await gateway.service.store.write(
+        lambda tx: tx.execute(update(Kernel).where(Kernel.id == kernel_id).values(**failed)) and None
+    )
+
+
 async def test_a_failed_kernel_is_not_started_again_as_somebody_else(gateway: MiniGateway) -> None:
     record = await create(gateway, "alice")
-    failed = {"status": KernelStatus.FAILED.value}
-    await gateway.db.write(
-        lambda tx: tx.execute(update(Kernel).where(Kernel.id == record.id).values(**failed)) and None
-    )
+    await fail(gateway, record.id)
     gateway.service.identity.rules = [{"name": "new", "pattern": "(.*)", "unix_user": "x_$1"}]
     with pytest.raises(Forbidden, match="start a new kernel"):
         await gateway.service.restart(Caller("alice"), record.id)

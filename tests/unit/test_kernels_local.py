@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pwd
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from traitlets.config import Configurable
 
 from hub_gateway.errors import Unavailable
 from hub_gateway.proxies import tagged
@@ -80,4 +83,69 @@ async def test_kernels_of_another_node_are_not_gone(tmp_path: Path, change: dict
     else:
         await local.terminate(state)
         assert not directory.exists()
+    await local.close()
+
+
+async def test_logs_go_back_beyond_the_newest_file(tmp_path: Path) -> None:
+    """The agent may just have begun it."""
+    (tmp_path / "kernel.log.1").write_text("older\n" * 3)
+    (tmp_path / "kernel.log").write_text("newer\n")
+    local = LocalProxy(runtime_root=str(tmp_path))
+    state: State = {"kernel_id": "k1", "gateway_id": "g", "runtime_dir": str(tmp_path)}
+    assert await local.logs(state, 3) == "older\nolder\nnewer"
+    await local.close()
+
+
+class Sudo(LocalProxy):
+    """As a gateway that is not root has it."""
+
+    def _is_root(self) -> bool:
+        return False
+
+
+async def test_nobody_can_take_the_place_of_another_users_kernels(tmp_path: Path) -> None:
+    """With sudo all users' directories lie in one to which everybody may write: bob makes what alice is to have."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    parent = Configurable()
+    parent.state_dir = str(tmp_path)  # type: ignore[attr-defined]
+    user = pwd.getpwuid(os.getuid()).pw_name
+    local = Sudo(parent=parent, user_runtime_root=str(tmp_path / "tmp"))
+    first = local._directory("g", "k1", user)
+    assert first.parent.name != f"hub-gateway-{user}"
+    assert Sudo(parent=parent, user_runtime_root=str(tmp_path / "tmp"))._directory("g", "k1", user) == first
+    first.mkdir(parents=True)
+    assert local._directory("g", "k1", user) == first, "it is the user's own"
+    if os.getuid() == 0:
+        os.chown(first.parent, 65534, 65534)
+        second = local._directory("g", "k1", user)
+        assert second.parent != first.parent and second.name == first.name
+    # What was launched is where it was.
+    state: State = {"gateway_id": "g", "kernel_id": "k1", "runtime_dir": str(first)}
+    assert local._recorded_directory(state, user) == first
+    await local.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="acting as other unix users takes root")
+async def test_root_makes_the_users_directories_where_nobody_else_can(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    local = LocalProxy(user_runtime_root=str(root))
+    directory = local._directory("g", "k1", "nobody")
+    local._provide(directory.parent, "nobody")
+    assert directory.parent == root / "nobody"
+    assert (root.stat().st_uid, stat.S_IMODE(root.stat().st_mode)) == (0, 0o755)
+    assert (directory.parent.stat().st_uid, stat.S_IMODE(directory.parent.stat().st_mode)) == (
+        pwd.getpwnam("nobody").pw_uid,
+        0o700,
+    )
+    await local.close()
+
+
+@pytest.mark.parametrize(("mode", "level"), [(0o777, "error"), (0o1777, "warning"), (0o755, None)])
+async def test_the_doctor_looks_at_the_users_directories(tmp_path: Path, mode: int, level: str | None) -> None:
+    (tmp_path / "users").mkdir()
+    (tmp_path / "users").chmod(mode)
+    local = LocalProxy(runtime_root=str(tmp_path / "run"), user_runtime_root=str(tmp_path / "users"))
+    found = {finding.what: finding.level for finding in await local.check()}.get("runtime directory of users")
+    assert found == (level if level == "error" or os.getuid() == 0 else None)
     await local.close()

@@ -164,7 +164,7 @@ async def test_a_relay_that_is_made_while_the_rows_are_read_is_kept(
             return {}
 
         monkeypatch.setattr(store, "some", some)
-        await one.controller._reap()
+        await one.controller._tidy()
         assert links.existing("gone") is None
         assert links.existing(admitted[-1]) is not None
 
@@ -174,7 +174,6 @@ async def test_what_a_replica_heard_of_a_kernel_that_it_does_not_drive_is_forgot
     async with replica("one") as one, replica("two") as two:
         record = await one.start(ALICE)
         reconciler = two.controller._reconciler
-        assert reconciler is not None
         reconciler.ended(record.id, Exit("It died."))
         await reconciler.step(record.id)
         assert record.id not in reconciler._memory

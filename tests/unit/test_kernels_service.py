@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -232,6 +233,78 @@ async def test_a_kernel_that_another_session_uses_stays(gateway: MiniGateway) ->
     assert await service.list(ALICE) == []
 
 
+async def test_two_requests_for_one_notebook_make_one_session(gateway: MiniGateway) -> None:
+    service = gateway.service
+    found = await asyncio.gather(*(service.create_session(ALICE, body()) for _ in range(6)))
+    assert {str(one["id"]) for one in found} == {str(found[0]["id"])}
+    assert len(await service.list(ALICE)) == 1 == len(await service.list_sessions(ALICE))
+    kernel = {"id": found[0]["kernel"]["id"]}  # type: ignore[index,call-overload]
+    found = await asyncio.gather(*(service.create_session(ALICE, body("b.ipynb", kernel=kernel)) for _ in range(6)))
+    assert {str(one["id"]) for one in found} == {str(found[0]["id"])}
+    consoles = await asyncio.gather(*(service.create_session(ALICE, body("", kernel=kernel)) for _ in range(3)))
+    assert len({str(one["id"]) for one in consoles}) == 3  # without a path there is nothing to share
+
+
+async def test_a_session_is_deleted_with_its_kernel_or_not_at_all(
+    gateway: MiniGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that was told 503 asks again, and the kernel does not stay."""
+    service = gateway.service
+    session = await service.create_session(ALICE, body())
+    away = Unavailable("The gateway cannot reach its database.")
+
+    def broken(*_: Any) -> Any:
+        def stop(tx: Any) -> None:
+            raise away
+
+        return stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.store, "stopping", broken)
+        with pytest.raises(Unavailable):
+            await service.delete_session(ALICE, str(session["id"]))
+    assert await service.list_sessions(ALICE) == [session]
+
+    async def unseen(*_: Any) -> None:
+        raise away
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gateway.controller, "wait", unseen)  # the end is certain, though it cannot be seen
+        await service.delete_session(ALICE, str(session["id"]))
+
+    async def gone() -> bool:
+        return await service.list(ALICE) == []
+
+    await eventually(gone, "the kernel is gone")
+
+
+async def test_a_kernel_for_a_session_that_ended_meanwhile_is_not_started(
+    gateway: MiniGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = gateway.service
+    session = await service.create_session(ALICE, body())
+    get = service.sessions.get
+
+    async def then_delete(owner: str, session_id: str) -> Any:
+        found = await get(owner, session_id)
+        await service.delete_session(ALICE, session_id)
+        return found
+
+    monkeypatch.setattr(service.sessions, "get", then_delete)
+    with pytest.raises(NotFound, match="Session"):
+        await service.patch_session(ALICE, str(session["id"]), {"kernel": {"name": "eg"}})
+    assert await service.list(ALICE) == []
+    held = select(Reservation.kernel_id).where(Reservation.released_at.is_(None))
+    assert await gateway.db.read(lambda tx: tx.execute(held).all()) == []
+
+
+async def test_a_path_as_long_as_it_may_be(gateway: MiniGateway) -> None:
+    path = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=4096))
+    session = await gateway.service.create_session(ALICE, body(path))
+    assert await gateway.service.create_session(ALICE, body(path)) == session
+    await gateway.service.delete_session(ALICE, str(session["id"]))
+
+
 @pytest.mark.parametrize(
     "bad", [{"path": 1}, {"path": "x" * 5000}, {"kernel": []}, {"kernel": {"name": 1}}, {"type": ["x"]}, {"name": "\0"}]
 )
@@ -303,6 +376,32 @@ async def test_activity_is_reported_once_and_per_server(gateway: MiniGateway, ro
     await become(gateway, rows["busy"], execution_state="busy")  # works, and says nothing
     assert await reporter.report() == 1
     assert await reporter.report() == 1
+
+
+async def test_a_server_that_is_gone_keeps_no_other_from_being_spared(gateway: MiniGateway) -> None:
+    """The Hub refuses all of a report that names a server which it does not know."""
+    await gateway.controller._queue.close()
+    for server in ("", "gone", "lab"):
+        await running(gateway, Caller("alice", server=server))
+    taken: list[tuple[str, Any]] = []
+    asked: list[Any] = []
+
+    async def report(user: str, news: Any) -> None:
+        asked.append(news)
+        if "gone" in news.get("servers", {}):
+            raise Unavailable("No such server 'gone' for user alice.")
+        taken.append((user, news))
+
+    reporter = ActivityReporter(service=gateway.service, report=report)
+    await reporter.report()
+    assert {name for _, news in taken for name in news.get("servers", {})} == {"", "lab"}
+    assert any("last_activity" in news for _, news in taken)
+    assert await reporter.report() == 0
+    asked.clear()
+    for record in await gateway.service.list(ALICE):
+        await become(gateway, record.id, last_activity=utcnow())
+    assert await reporter.report() == 1
+    assert len(asked) == 1 and set(asked[0]["servers"]) == {"", "lab"}  # it is not asked about again
 
 
 @pytest.mark.parametrize("where", ["activity", "culler"])

@@ -166,3 +166,24 @@ async def test_a_cancelled_handler_does_not_block_its_key(make_queue: Callable[.
     await until(lambda: times == 1 and "a" not in queue)
     queue.add("a")
     await until(lambda: times == 2)
+
+
+async def test_a_lane_that_is_full_holds_up_no_other(make_queue: Callable[..., WorkQueue]) -> None:
+    handled: list[str] = []
+    go_on = asyncio.Event()
+
+    async def handle(key: str) -> None:
+        if key.startswith("slow"):
+            await go_on.wait()
+        handled.append(key)
+
+    queue = make_queue(handle, workers=2, lane=lambda key: key[:4])
+    for number in range(5):
+        queue.add(f"slow{number}")
+    for number in range(5):
+        queue.add(f"fast{number}")
+    await until(lambda: len(handled) == 5)
+    assert all(key.startswith("fast") for key in handled) and len(queue) == 5
+    go_on.set()
+    await until(lambda: len(handled) == 10)
+    assert handled[5:] == [f"slow{number}" for number in range(5)] and len(queue) == 0

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import csv
 import io
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import DatabaseError
 
-from hub_gateway.db.models import Reservation, utcnow
+from hub_gateway.db.models import Kernel, Reservation, utcnow
 from hub_gateway.db.tenancy import LedgerEntry
 from hub_gateway.errors import BadRequest, Conflict, NotFound
 from hub_gateway.kernels.store import KernelStore
-from hub_gateway.kernels.types import Resources
+from hub_gateway.kernels.types import KernelStatus, Resources
 from hub_gateway.quotas import ledger, prices
-from hub_gateway.quotas.ledger import cost_center_of
 from hub_gateway.quotas.reports import BY, Report, Reports, Row, report
 from tests.harness.quotas import begin, new, release
 
@@ -88,6 +90,16 @@ async def test_prices_are_those_of_the_launch(quota_store: KernelStore) -> None:
         await quota_store.write(lambda tx: prices.set_prices(tx, "admin", kernel_hour=-1))
 
 
+async def test_prices_are_kept_as_they_are_given(quota_store: KernelStore) -> None:
+    """Also those of which a thousandth is nothing."""
+    rates = {"kernel_hour": 0.00001, "core_hour": 0.0125, "gib_hour": 0.0004, "gpu_models": {"a100": 1.23456}}
+    await quota_store.write(lambda tx: prices.set_prices(tx, "admin", **rates) and None)
+    kept = (await quota_store.db.read(prices.all_prices))[1]
+    assert {name: getattr(kept, name) for name in rates} == rates
+    await ran(quota_store, 1, at(1), at(1, 10), resources=Resources(memory=GIB))
+    assert (await made(quota_store, "user", at(1), at(2))).total.cost == pytest.approx(10 * (0.0004 + 0.00001))
+
+
 @pytest.mark.parametrize("change", [delete(LedgerEntry), update(LedgerEntry).values(seconds=0.0)])
 async def test_the_database_refuses_changes(quota_store: KernelStore, change: Any) -> None:
     await ran(quota_store, 1, at(1), at(2))
@@ -133,6 +145,16 @@ async def test_a_clock_that_was_put_back_makes_nothing_negative(quota_store: Ker
     assert (await made(quota_store, "user", at(1), at(3))).total.kernel_hours == 0
 
 
+async def test_a_kernel_over_the_end_of_a_month_is_in_each_with_its_share(quota_store: KernelStore) -> None:
+    """It had ended when the first of them was closed, so its entry was not split."""
+    await ran(quota_store, 1, at(29, 20), at(1, 4, month=3))
+    sums = {}
+    for month in ("2028-02", "2028-03"):
+        close = partial(ledger.close_month, month=month, actor="admin", now=at(2, month=4))
+        sums[month] = (await quota_store.write(close)).seconds / 3600
+    assert sums == {"2028-02": 4, "2028-03": 4}
+
+
 LIVES = st.lists(st.tuples(st.integers(0, 40 * 24), st.integers(0, 50 * 24), st.booleans()), min_size=1, max_size=8)
 
 
@@ -152,7 +174,7 @@ def test_intervals_split_by_days_sum_up(lives: list[tuple[int, int, bool]], boun
 
 
 async def test_sums_equal_lifetimes(quota_store: KernelStore) -> None:
-    """Through restarts of failed kernels, months that are closed meanwhile, and whatever is still open."""
+    """Through kernels that failed and were started again, months closed meanwhile, and whatever is still open."""
     lived = timedelta()
     for number in range(1, 8):
         start, stop = at(number, number), at(number + 20, 2 * number)
@@ -161,8 +183,16 @@ async def test_sums_equal_lifetimes(quota_store: KernelStore) -> None:
     await quota_store.write(lambda tx: ledger.close_month(tx, "2028-02", "admin", now=at(1, month=3)))
     for number in (3, 6):
         await release(quota_store, f"k{number}", at(10, month=3))
+    for number in (1, 2):
+        # It died long ago; between its lives nobody pays.
+        failed = update(Kernel).where(Kernel.id == f"k{number}").values(status=KernelStatus.FAILED.value)
+        await quota_store.write(lambda tx, failed=failed: tx.execute(failed) and None)
+        await quota_store.revive(f"k{number}")
+        await begin(quota_store, f"k{number}", at(12, month=3))
+        await release(quota_store, f"k{number}", at(12, 5 * number, month=3))
+        lived += timedelta(hours=5 * number)
     found = await made(quota_store, "user", at(1, month=1), at(1, month=6))
-    assert found.total.kernels == 7
+    assert found.total.kernels == 9, "who is started again is another kernel on the bill"
     assert found.total.kernel_hours == lived.total_seconds() / 3600
     billed = await quota_store.db.read(lambda tx: tx.execute(select(func.sum(LedgerEntry.seconds))).scalar_one())
     assert billed == lived.total_seconds()
@@ -170,6 +200,61 @@ async def test_sums_equal_lifetimes(quota_store: KernelStore) -> None:
         lambda tx: tx.scalars(select(Reservation.kernel_id).where(Reservation.released_at.is_(None))).all()
     )
     assert still == []
+
+
+STARTS = st.integers(0, 75 * 24)
+KERNELS = st.lists(st.tuples(STARTS, st.integers(0, 50 * 24)), min_size=1, max_size=5)
+CORRECTIONS = st.lists(st.tuples(STARTS, st.integers(0, 4), st.integers(-3600, 3600)), max_size=3)
+CLOSED = (("2028-02", at(1), at(1, month=3)), ("2028-03", at(1, month=3), at(1, month=4)))
+
+
+async def test_closed_sums_equal_reports(quota_store: KernelStore) -> None:
+    """Whenever kernels ended, months were closed and entries corrected: nobody is billed twice for the same hour."""
+    loop, plan = asyncio.get_running_loop(), quota_store.admitter.secrets(new(0).plan)
+
+    class Undone(Exception):
+        pass
+
+    def example(tx: Any, lives: Any, wrong: Any, delays: Any) -> None:
+        for number, (start, _) in enumerate(lives):
+            quota_store.admitter.admit(tx, new(number), plan)
+            row = tx.get_one(Reservation, f"k{number}")
+            row.created_at = row.billed_from = at(1, start)
+            tx.flush()
+        acts: list[tuple[datetime, Any]] = []
+        for number, (start, lasts) in enumerate(lives):
+            acts.append((at(1, start + lasts), partial(quota_store.admission.release, tx, f"k{number}")))
+        for moment, which, seconds in wrong:
+            acts.append((at(1, moment), partial(corrected, tx, which, seconds)))
+        closed = []
+        for (month, _, end), delay in zip(CLOSED, delays, strict=True):
+            moment = end + timedelta(hours=delay)
+            acts.append((moment, lambda now, month=month: closed.append(closing(tx, month, now))))
+        for moment, act in sorted(acts, key=lambda one: one[0]):
+            act(moment)
+        late = at(1, month=9)
+        for found, (month, start, end) in zip(sorted(closed, key=lambda one: one.month), CLOSED, strict=True):
+            reported = report(tx, "user", start, end, now=late).total.kernel_hours
+            assert found.seconds / 3600 == pytest.approx(reported, abs=1e-6), month
+        raise Undone
+
+    def corrected(tx: Any, which: int, seconds: float, now: datetime) -> None:
+        known = tx.scalars(select(LedgerEntry.id).where(LedgerEntry.kind == "interval")).all()
+        if which < len(known):
+            with contextlib.suppress(BadRequest):
+                ledger.correct(tx, known[which], seconds, "wrong", "admin", now=now)
+
+    def closing(tx: Any, month: str, now: datetime) -> ledger.Closed:
+        return ledger.close_month(tx, month, "admin", now=now)
+
+    @settings(max_examples=60, deadline=None)
+    @given(KERNELS, CORRECTIONS, st.tuples(st.integers(0, 400), st.integers(0, 400)))
+    def examples(lives: Any, wrong: Any, delays: Any) -> None:
+        writing = quota_store.write(lambda tx: example(tx, lives, wrong, delays))
+        with pytest.raises(Undone):
+            asyncio.run_coroutine_threadsafe(writing, loop).result(60)
+
+    await asyncio.to_thread(examples)
 
 
 def test_names_cannot_be_formulas_in_a_spreadsheet() -> None:
@@ -180,10 +265,34 @@ def test_names_cannot_be_formulas_in_a_spreadsheet() -> None:
     assert all(line.isprintable() for line in found.to_table().splitlines())
 
 
-def test_the_cost_centre_is_the_first_groups_that_has_one() -> None:
-    properties = {"b": {"cost_center": "2"}, "a": {}, "c": {"cost_center": "3"}}
-    assert cost_center_of(["c", "b", "a"], properties) == "2"
-    assert cost_center_of(["a"], properties) == cost_center_of([], {}) == ""
+async def test_an_entry_is_moved_to_another_cost_centre(quota_store: KernelStore) -> None:
+    """As a whole, with what was corrected before, and again; the month that was reported stays as it was."""
+    await quota_store.write(lambda tx: prices.set_prices(tx, "admin", kernel_hour=2))
+    await ran(quota_store, 1, at(1), at(1, 10))
+    (entry,) = await quota_store.db.read(lambda tx: tx.scalars(select(LedgerEntry.id)).all())
+
+    async def corrected(seconds: float, centre: str | None, day: int) -> None:
+        when = at(day, month=3)
+        await quota_store.write(
+            lambda tx: ledger.correct(tx, entry, seconds, "the Hub was away", "admin", cost_center=centre, now=when)
+        )
+
+    async def billed(start: datetime) -> dict[str, tuple[float, float]]:
+        rows = (await made(quota_store, "cost_center", start, at(1, month=5))).rows
+        return {row.key: (row.kernel_hours, row.cost) for row in rows if row.kernel_hours}
+
+    await corrected(-3600, None, 2)
+    await corrected(0, "4711", 3)
+    assert await billed(at(1)) == {"4711": (9, 18)}
+    assert await billed(at(1, month=3)) == {"(none)": (-10, -20), "4711": (9, 18)}
+    await corrected(1800, "4712", 4)
+    await corrected(1800, None, 5)
+    assert await billed(at(1)) == {"4712": (10, 20)}
+    for seconds, centre, said in ((-36001, None, "less than none"), (0, "4712", "already"), (0, None, "already")):
+        with pytest.raises(BadRequest, match=said):
+            await corrected(seconds, centre, 6)
+    await corrected(0, "", 7)
+    assert await billed(at(1)) == {"(none)": (10, 20)}
 
 
 async def test_the_facade_writes_its_lines(quota_store: KernelStore) -> None:

@@ -10,8 +10,10 @@ import os
 import signal
 import socket
 import stat
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ import psutil
 import pytest
 import zmq
 
-from hub_gateway.errors import Conflict, PayloadTooLarge, Unavailable
+from hub_gateway.errors import Conflict, LaunchFailed, PayloadTooLarge, Unavailable
 from hub_gateway.kernels.types import ExecutionState
-from hub_gateway.link import Dialect
+from hub_gateway.link import Dialect, codec, relay
 from hub_gateway.link.sinks import Delivery
+from hub_gateway.proxies.tagged import tail
+from tests.harness import waiting
 from tests.harness.link import (
     FLOOD,
     IPYTHON,
@@ -33,6 +37,7 @@ from tests.harness.link import (
     Gateway,
     RunningAgent,
     eventually,
+    load_agent,
 )
 
 
@@ -82,6 +87,41 @@ async def test_what_a_client_sends_early_is_executed_once_the_kernel_is_up(start
     assert gateway.event("ready") and gateway.relay.ready
 
 
+@pytest.mark.parametrize("early", [True, False])
+async def test_what_is_sent_twice_runs_once(start: Start, early: bool) -> None:
+    """A gateway that takes over cannot know what the one before has sent. It makes no difference who sends it."""
+    gateway = await start(IPYTHON).connect(ready=not early)
+    sink = gateway.attach(Collector())
+    first = gateway.send(sink, "n = globals().get('n', 0) + 1")
+    link = gateway.relay._link
+    assert link is not None
+    header = {"msg_id": first, "msg_type": "execute_request", "session": sink.session, "username": "", "version": "5.3"}
+    other = await start(to=gateway.agent).connect(epoch=2)
+    parts = [json.dumps(header).encode(), b"{}", b"{}", json.dumps({"code": "n = 100", "silent": False}).encode()]
+    other.relay.restore([("k", codec.encode_request(sink.session.encode(), 0, sink.session.encode(), parts))])
+    await eventually(lambda: not other.relay._kept, "the agent to have it")
+    await eventually(lambda: sink.finished(first), "the cell to end")
+    again = gateway.attach(Collector())
+    await gateway.execute(again, "print(n)")
+    assert again.text() == "1\n"
+    assert (await gateway.relay.ping())["counters"]["repeated_requests"] == 1
+
+
+async def test_an_answer_waits_for_a_client_that_is_not_back_yet(start: Start) -> None:
+    """Of a request that an earlier gateway was given, to an agent that has never heard of its session."""
+    gateway = await start(IPYTHON).connect()
+    settled: list[str] = []
+    gateway.relay.on_settled = settled.extend
+    header = {"msg_id": "m1", "msg_type": "execute_request", "session": "away", "username": "", "version": "5.3"}
+    parts = [json.dumps(header).encode(), b"{}", b"{}", json.dumps({"code": "print(6 * 7)", "silent": False}).encode()]
+    gateway.relay.restore([("k", codec.encode_request(b"away", 0, b"away", parts))])
+    await eventually(lambda: settled == ["k"], "the agent to have it")
+    await gateway.execute(gateway.attach(Collector()), "pass")
+    sink = gateway.attach(Collector("away"))
+    await eventually(lambda: sink.finished("m1"), "its end")
+    assert sink.text() == "42\n" and sink.of("m1", "execute_reply")
+
+
 @pytest.mark.parametrize("argv", [IPYTHON, STOCK_IPYTHON], ids=["ours", "stock"])
 async def test_a_busy_cell_is_interrupted(start: Start, argv: list[str]) -> None:
     gateway = await start(argv).connect()
@@ -117,6 +157,47 @@ async def test_input_is_asked_of_the_session_that_runs_the_cell(start: Start) ->
     await eventually(lambda: sink.finished(msg_id), "the cell to finish")
     assert sink.text() == "abab\n" == other.text()
     assert not other.of(msg_id, "input_request") and not other.of(msg_id, "execute_reply")
+
+
+async def last_activity(gateway: Gateway) -> datetime:
+    await gateway.relay.ping()
+    return gateway.relay.last_activity
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["seen", "unseen"])
+async def test_output_between_cells_is_activity(start: Start, there: bool) -> None:
+    """A kernel whose threads work and report is not idle, though it is at its prompt and nobody looks."""
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector(keep=False))
+    work = "def work():\n    while True:\n        print('on it', flush=True)\n        time.sleep(0.02)"
+    await gateway.execute(sink, f"import threading, time\n{work}\nthreading.Thread(target=work, daemon=True).start()")
+    await eventually(lambda: gateway.relay.execution_state is ExecutionState.IDLE, "the prompt")
+    if not there:
+        gateway.relay.detach(sink)
+    before = await last_activity(gateway)
+    deadline = time.monotonic() + 20
+    while await last_activity(gateway) - before < timedelta(seconds=1):
+        assert time.monotonic() < deadline, "no activity was told"
+
+
+async def test_what_a_client_sends_is_activity(start: Start) -> None:
+    gateway = await start(IPYTHON).connect()
+    sink = gateway.attach(Collector())
+    before = await last_activity(gateway)
+    deadline = time.monotonic() + 20
+    while await last_activity(gateway) - before < timedelta(seconds=0.5):
+        gateway.request(sink, "input_reply", {"value": "nobody asked"}, channel="stdin")  # no kernel says busy to it
+        assert time.monotonic() < deadline, "no activity was told"
+
+
+async def test_a_kernel_that_nobody_uses_has_no_activity(start: Start) -> None:
+    """What gateways and agents do by themselves is none."""
+    gateway = await start().connect()
+    before = await last_activity(gateway)
+    for _ in range(100):
+        await gateway.relay.ping()
+    # The age is told, not the moment: it varies by the way it took.
+    assert await last_activity(gateway) - before < timedelta(seconds=0.2)
 
 
 async def test_a_restart_keeps_link_and_sessions(start: Start) -> None:
@@ -172,6 +253,7 @@ async def test_a_client_that_comes_while_a_dead_kernel_comes_back_is_not_told_th
     os.kill(gateway.relay.welcome["pid"], signal.SIGKILL)
     await eventually(lambda: "restarting" in sink.states(), "the kernel to be restarted")
     assert sink.confirms == 1, "whether it has that is asked at once"
+    gateway.relay.detach(sink)
     again, new = gateway.attach(Collector(sink.session)), gateway.attach(Collector())
     await eventually(lambda: gateway.relay.linked and "dead" in new.states(), "the restart to be given up")
     for one in (again, new):
@@ -246,6 +328,21 @@ async def test_a_kernel_whose_child_holds_its_sockets_is_restarted_all_the_same(
     await gateway.execute(sink, "print('back')", timeout=15)
 
 
+async def test_what_a_kernel_writes_besides_its_cells_does_not_fill_the_disk(start: Start, tmp_path: Path) -> None:
+    """Its stdout and stderr go to a log, often beside the database; the newest of it is kept."""
+    flood = "head -c 2000000 /dev/zero | tr '\\0' o; head -c 2000000 /dev/zero | tr '\\0' e >&2"
+    once = f"test -e again || ({flood}; echo last out; echo last err >&2); touch again"
+    argv = ["/bin/sh", "-c", f"{once}; exec {' '.join(FLOOD[:-1])} $0", "{connection_file}"]
+    gateway = await start(argv, cwd=str(tmp_path), log_bytes=400_000).connect()
+    files = [gateway.agent.log, gateway.agent.log.with_name("kernel.log.1")]
+    assert sum(file.stat().st_size for file in files) <= 400_000 + 2 * 65536
+    assert stat.S_IMODE(files[0].stat().st_mode) == 0o600
+    for last in ("last out\n", "last err\n"):
+        await eventually(lambda last=last: last in tail(gateway.agent.log), last)  # type: ignore[misc]
+    await gateway.execute(gateway.attach(Collector()), "exit 3")
+    await eventually(lambda: "ended: exit code 3" in gateway.agent.log.read_text(), "the agent's own word")
+
+
 async def test_a_kernel_that_dies_again_and_again_is_left_dead(start: Start) -> None:
     gateway = await start(restart_limit=2).connect()
     sink = gateway.attach(Collector())
@@ -271,7 +368,7 @@ async def test_a_restart_that_hangs_ends_and_may_be_tried_again(start: Start, tm
     gateway = await start(argv, cwd=str(tmp_path), start_seconds=1.0, shutdown_seconds=0.5).connect()
     sink = gateway.attach(Collector())
     (tmp_path / "hang").touch()
-    with pytest.raises(Conflict, match=r"did not answer within 1 s and was killed\. Last .*\nwaiting for the file"):
+    with pytest.raises(LaunchFailed, match=r"did not answer within 1 s and was killed\. Last .*\nwaiting for the file"):
         await gateway.relay.restart()
     await eventually(lambda: "dead" in sink.states(), "the kernel to be given up")
     exited = gateway.event("exited")
@@ -289,7 +386,7 @@ async def test_a_restart_that_the_node_cannot_do_now_may_be_tried_again(start: S
     (connection_file,) = Path(gateway.agent.runtime_dir).glob("kernel-*.json")
     connection_file.unlink()
     connection_file.mkdir()
-    with pytest.raises(Conflict, match=r"^The kernel cannot be started on its node: Is a directory\."):
+    with pytest.raises(LaunchFailed, match=r"^The kernel cannot be started on its node: Is a directory\."):
         await gateway.relay.restart()
     await eventually(lambda: "dead" in sink.states(), "the kernel to be given up")
     assert [entry.name for entry in Path(gateway.agent.runtime_dir).glob("kernel-*")] == [connection_file.name]
@@ -429,10 +526,12 @@ def stranger(agent: RunningAgent, *, plain: bool = False) -> zmq.Socket[bytes]:
 async def test_an_unknown_peer_is_refused_and_counted(start: Start) -> None:
     gateway = await start().connect()
     strangers = [stranger(gateway.agent), stranger(gateway.agent, plain=True)]
-    counters: dict[str, int] = {}
-    while counters.get("refused_peers", 0) < 1 or counters.get("failed_handshakes", 0) < 2:
+
+    async def counted() -> bool:
         counters = (await gateway.relay.ping())["counters"]
-        await asyncio.sleep(0.01)
+        return bool(counters["refused_peers"] >= 1 and counters["failed_handshakes"] >= 2)
+
+    await waiting.eventually(counted, "both to be counted")
     for sock in strangers:
         assert not sock.poll(0)
         sock.close(0)
@@ -603,6 +702,74 @@ async def test_a_session_that_does_not_keep_its_place_starts_afresh(start: Start
     assert not numbers(back)
 
 
+@pytest.mark.parametrize("arrived", [1, 3])
+async def test_a_websocket_where_nobody_is_takes_nothing_from_one_that_was_heard(
+    start: Start, arrived: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """jupyter_server's gateway client finishes what JupyterLab has closed meanwhile, and never closes it: we do."""
+    monkeypatch.setattr(relay, "STANDBY_SECONDS", 0.5)
+    gateway = await start().connect()
+    ours = gateway.attach(Collector("s", arrived=2))
+    asked = gateway.request(ours, "kernel_info_request", {})
+    left = gateway.attach(Collector("s", arrived=arrived))
+    await eventually(lambda: ours.finished(asked), "the reply")
+    await gateway.execute(ours, "flood 10 20")
+    assert numbers(ours) == list(range(10))
+    assert not left.messages
+    await eventually(lambda: left.dismissed, "it to be closed")
+    gateway.relay.detach(left)
+    await gateway.execute(ours, "pass")
+    assert not ours.dismissed
+
+
+async def test_a_websocket_that_is_heard_is_served(start: Start) -> None:
+    """The one where nobody is may have come before it, or after it."""
+    gateway = await start().connect()
+    ours = gateway.attach(Collector("s", arrived=1))
+    gateway.attach(Collector("s", arrived=2))
+    await gateway.execute(ours, "flood 10 20")
+    assert numbers(ours) == list(range(10))
+
+
+async def test_a_websocket_that_does_not_answer_gives_way_to_the_next(start: Start) -> None:
+    """Its client lost the network, and is back."""
+    gateway = await start().connect()
+    gone = gateway.attach(Collector("s", arrived=1))
+    await gateway.execute(gone, "pass")
+    gone.there = False
+    back = gateway.attach(Collector("s", arrived=2))
+    other = gateway.attach(Collector())
+    await eventually(lambda: gateway.counts.get("replaced") == 1, "the change")
+    await gateway.execute(other, "flood 10 20")
+    await eventually(lambda: numbers(back) == list(range(10)), "the output")
+
+
+async def test_a_session_goes_on_at_the_youngest_websocket_that_is_open(start: Start) -> None:
+    gateway = await start().connect()
+    first = gateway.attach(Collector("s", arrived=1))
+    second = gateway.attach(Collector("s", arrived=2))
+    third = gateway.attach(Collector("s", arrived=3))
+    gateway.relay.detach(third)
+    await gateway.execute(second, "flood 10 20")
+    assert numbers(second) == list(range(10))
+    gateway.relay.detach(first)
+    gateway.relay.detach(second)
+    assert gateway.relay.connections == 0
+
+
+async def test_a_websocket_that_took_over_and_is_never_heard_is_closed(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else what JupyterLab left behind would count as somebody at the kernel for ever."""
+    monkeypatch.setattr(relay, "STANDBY_SECONDS", 0.5)
+    gateway = await start().connect()
+    ours = gateway.attach(Collector("s", arrived=1))
+    await gateway.execute(ours, "pass")
+    left = gateway.attach(Collector("s", arrived=2))
+    gateway.relay.detach(ours)
+    await eventually(lambda: left.dismissed, "it to be closed")
+
+
 async def test_two_gateways_at_once(start: Start) -> None:
     first = await start().connect()
     second = await start(to=first.agent).connect()
@@ -625,6 +792,9 @@ async def test_a_session_may_move_from_one_gateway_to_another(start: Start) -> N
     await second.execute(moved, "flood 10 20")
     assert numbers(moved) == list(range(10)) == numbers(sink)
     await eventually(lambda: first.relay._clients[b"s"].state is Delivery.MOVED, "the first one to be told")
+    first.relay.attach(Collector("s", arrived=-1))
+    first.relay.detach(sink)
+    await second.execute(moved, "pass")  # what is left there does not take it back
 
 
 @pytest.mark.parametrize("command", ["flood 60000 200", "data 120 200000"])
@@ -791,6 +961,29 @@ async def test_buffers_up_to_the_limit_pass_both_ways_and_more_are_told(start: S
     assert [len(found["buffers"]) for found in sink.of(msg_id, "display_data")] == [250, 0, 0]
     [notice] = [found["content"]["text"] for found in sink.of(msg_id, "stream")]
     assert "The 251 binary buffers of a message (display_data) were left out" in notice
+
+
+@pytest.mark.parametrize(("sockets", "transport"), [(True, "ipc"), (False, "tcp")])
+def test_the_agent_finds_out_whether_ipc_is_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sockets: bool, transport: str
+) -> None:
+    """Not every network file system has sockets."""
+    agent = load_agent()
+    document = {
+        "version": 1,
+        "kernel_id": "k",
+        "gateway_id": "g",
+        "argv": ["x"],
+        "runtime_dir": str(tmp_path / "run"),
+        "agent": {"client_public_key": "x", "launch_token": "x"},
+    }
+    settings = agent.Settings(document)
+    if not sockets:
+        monkeypatch.setattr(agent, "has_sockets", lambda directory: False)
+    directory = agent.make_directories(settings)
+    assert settings.transport == transport
+    assert agent.has_sockets(directory) is sockets and not list(Path(directory).iterdir())
+    os.rmdir(directory)
 
 
 async def test_loopback_with_curve_where_ipc_is_not_possible(start: Start) -> None:

@@ -126,10 +126,10 @@ async def test_time_that_is_used_up(quota_store: KernelStore) -> None:
     earlier = utcnow() - timedelta(hours=3)
     await begin(quota_store, "k1", earlier)
     with pytest.raises(LaunchRefused, match="You have used 12 core-hours of your limit of 10 core-hours in 24 hours"):
-        await quota_store.admit(new(2))
+        await quota_store.admit(new(2, resources=Resources(cpu=1)))
     await release(quota_store, "k1")
     with pytest.raises(LaunchRefused, match="12 core-hours"):
-        await quota_store.admit(new(2))
+        await quota_store.admit(new(2, resources=Resources(cpu=1)))
 
 
 async def test_a_failed_kernel_is_admitted_again_like_any_other(quota_store: KernelStore, tenancy_db: Database) -> None:

@@ -14,11 +14,16 @@ from typing import Any
 
 import pytest
 import zmq
+from sqlalchemy import select
 
 from hub_gateway import audit
 from hub_gateway.auth.base import Caller
 from hub_gateway.db.models import utcnow
+from hub_gateway.db.tenancy import Notice
+from hub_gateway.kernels import notices
+from hub_gateway.kernels.notices import NoticeBoard
 from hub_gateway.kernels.service import CreateKernel
+from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
 from hub_gateway.link import KernelRelay
 from hub_gateway.quotas.enforce import enforce
@@ -28,7 +33,7 @@ from hub_gateway.quotas.runner import ABANDONED, QuotaRunner
 from hub_gateway.quotas.types import Action, Counts, Policy, SubjectKind
 from tests.contract.mini import MiniGateway, Setup
 from tests.harness.link import Collector
-from tests.harness.quotas import drift, put
+from tests.harness.quotas import drift, new, put, release
 from tests.harness.waiting import eventually
 
 ALICE, BOB, CAROL = Caller("alice"), Caller("bob"), Caller("carol")
@@ -60,7 +65,7 @@ async def life(db_url: Callable[[], str | None]) -> AsyncIterator[Life]:
 
 
 def runner_of(gateway: MiniGateway, **traits: Any) -> QuotaRunner:
-    return QuotaRunner(service=gateway.service, notifier=Notifier(links=gateway.controller.links), **traits)
+    return QuotaRunner(service=gateway.service, notifier=Notifier(), **traits)
 
 
 async def create(gateway: MiniGateway, caller: Caller, path: str = "n.ipynb") -> KernelRecord:
@@ -184,6 +189,73 @@ async def test_a_notebook_hears_why_its_kernel_is_stopped(life: Life) -> None:
         stops = await gateway.db.read(lambda tx: [one.detail for one in audit.query(tx, action="kernel.stop")])
         assert [(one["kernel"], one["policy"]) for one in stops] == [(newer.id, "two")]
         assert await drift(store) == 0
+
+
+async def test_a_notice_reaches_the_notebook_whoever_decided_it_and_died(life: Life) -> None:
+    """It is a row until a notebook has shown it; then nobody shows it again."""
+    async with life() as gateway:
+        runner, store = runner_of(gateway), gateway.service.store
+        await put(store, Policy("few", SubjectKind.EVERYONE, hard=9, soft=1))
+        first, second = await create(gateway, BOB), await create(gateway, BOB)
+        await runner.enforce()
+    async with life() as gateway:
+        board = gateway.service.notices
+        for record, many in ((first, 1), (second, 2)):  # the second launch was told of the soft limit itself
+            sink = await opened(gateway, BOB, record)
+            relay = await gateway.service.relay(BOB, record.id)
+            await board.deliver()
+            run(relay, sink, "next")
+            assert len(heard(sink)) == many and all("the soft limit" in text for _, text in heard(sink))
+            await board.deliver()
+            late = Collector()
+            relay.attach(late)
+            run(relay, late, "late")
+            assert heard(late) == []
+    async with life() as gateway:
+        sink = await opened(gateway, BOB, first)
+        await gateway.service.notices.deliver()
+        run(await gateway.service.relay(BOB, first.id), sink, "again")
+        assert heard(sink) == []
+        assert (await gateway.db.read(lambda tx: tx.scalars(select(Notice.id)).all())) == []
+
+
+class Relays(dict[str, KernelRelay]):
+    """The relays of one process."""
+
+    def relay(self, kernel_id: str) -> KernelRelay:
+        return self[kernel_id]
+
+    def __iter__(self) -> Any:
+        return iter(list(self.items()))
+
+
+async def test_a_notice_is_shown_by_the_replica_that_has_the_notebook(quota_store: KernelStore) -> None:
+    """Whoever has told it, all that have a notebook open show it; those that come after that have nothing to show."""
+    await quota_store.admit(new(1))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    relays = [KernelRelay("k1", zmq_context=context) for _ in range(3)]
+    boards = [NoticeBoard(quota_store.db, Relays(k1=relay)) for relay in relays]  # type: ignore[arg-type]
+    sinks = [Collector() for _ in relays]
+    for relay, sink in zip(relays[:2], sinks, strict=False):
+        relay.attach(sink)
+    await quota_store.write(lambda tx: notices.add(tx, ["k1"], ["Too many."]))
+    await boards[2].give("k1")
+    for board in boards:
+        await board.deliver()
+    run(relays[0], sinks[0], "cell")
+    for board in boards:
+        await board.deliver()
+    run(relays[1], sinks[1], "cell")
+    relays[2].attach(sinks[2])
+    run(relays[2], sinks[2], "cell")
+    assert [len(heard(sink)) for sink in sinks] == [1, 1, 0]
+    await quota_store.write(lambda tx: notices.add(tx, ["k1"], [f"{number}." for number in range(9)]))
+    kept = select(Notice.sentence).order_by(Notice.id)
+    assert (await quota_store.db.read(lambda tx: tx.scalars(kept).all())) == [f"{number}." for number in range(4, 9)]
+    await release(quota_store, "k1")
+    await quota_store.write(notices.purge)
+    assert (await quota_store.db.read(lambda tx: tx.scalars(kept).all())) == []
+    context.destroy(linger=0)
 
 
 async def test_a_stop_that_was_decided_happens_whoever_dies(life: Life) -> None:

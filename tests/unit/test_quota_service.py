@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import insert
 
 from hub_gateway import audit
 from hub_gateway.auth.base import Caller
 from hub_gateway.auth.people import FilePeople, GroupInfo, NoPeople, People
 from hub_gateway.db.models import utcnow
-from hub_gateway.errors import BadRequest, Conflict, LaunchRefused, NotFound, Unavailable
+from hub_gateway.db.tenancy import QuotaRequest
+from hub_gateway.errors import BadRequest, Conflict, Forbidden, LaunchRefused, NotFound, Unavailable
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import Resources
@@ -83,6 +85,7 @@ POLICIES = st.builds(
     valid_from=MOMENTS,
     valid_until=MOMENTS,
     weekly=st.lists(WEEKLY, max_size=3).map(tuple),
+    delegated=st.booleans(),
     note=st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=40).map(str.strip),
 )
 
@@ -265,6 +268,95 @@ async def test_a_request_is_answered_or_withdrawn_never_both(service: QuotaServi
     with pytest.raises(BadRequest, match="no amount"):
         asked = await service.open_request("bob", [], "bob-one", 3, until, "please")
         await service.answer(asked.id, "admin", True, "yes", amount=float("nan"))
+
+
+FULL = Policy(
+    "p",
+    SubjectKind.GROUP,
+    "lab",
+    object_kind=ObjectKind.KERNELSPEC,
+    object="py*",
+    hard=2,
+    soft=1,
+    burst=6,
+    burst_seconds=60,
+    grace_seconds=30,
+    action=Action.QUEUE,
+    queue_seconds=9,
+    priority=2000,
+    weekly=(Weekly(tuple(range(7)), 0, 1440),),
+    timezone="Europe/Berlin",
+)
+
+
+async def test_a_grant_is_its_policy_with_more(service: QuotaService, quota_store: KernelStore) -> None:
+    """It wins over a policy of any priority, at that policy's times only, and takes nothing away."""
+    before = await put(quota_store, FULL)
+    until = utcnow() + timedelta(days=1)
+    asked = await service.open_request("bob", ["lab"], "p", 3, until, "please")
+    made = await service.policy((await service.answer(asked.id, "admin", True, "")).grant_name or "")
+    assert made is not None
+    same = ("object_kind", "object", "soft", "burst", "burst_seconds", "grace_seconds", "action", "queue_seconds")
+    for name in (*same, "weekly", "timezone", "resource", "counts", "window"):
+        assert getattr(made, name) == getattr(before, name), name
+    assert made.hard == 3
+    (limit,) = await service.limits("bob", USER, ["lab"])
+    assert (limit.policy, limit.hard, limit.burst) == (made.name, 3, 6)
+    again = await service.open_request("bob", ["lab"], made.name, 8, until, "even more")
+    await service.answer(again.id, "admin", True, "")
+    (limit,) = await service.limits("bob", USER, ["lab"])
+    assert (limit.hard, limit.burst) == (8, None), "above the burst there is none"
+
+
+async def test_a_grant_without_an_effect_is_refused(service: QuotaService, quota_store: KernelStore) -> None:
+    await put(quota_store, Policy("all", SubjectKind.EVERYONE, hard=1))
+    until = utcnow() + timedelta(days=1)
+    asked = await service.open_request("bob", [], "all", 3, until, "please")
+    with pytest.raises(Conflict, match="allows as much already"):
+        await service.answer(asked.id, "admin", True, "", amount=1)
+    await put(quota_store, Policy("hold", USER, "bob", hard=0, priority=5000))
+    with pytest.raises(Conflict, match=r"the policy hold \(priority 5000\) counts"):
+        await service.answer(asked.id, "admin", True, "")
+    assert [one.state for one in await service.requests()] == ["open"]
+    assert [one.name for one in await service.policies()] == ["all", "hold"]
+
+
+async def test_a_lead_grants_more_of_what_leads_have_set(service: QuotaService, quota_store: KernelStore) -> None:
+    await put(quota_store, Policy("all", SubjectKind.EVERYONE, hard=4))
+    await put(quota_store, Policy("team", SubjectKind.GROUP, "lab", hard=1, delegated=True))
+    until = utcnow() + timedelta(days=1)
+    frame = await service.open_request("bob", ["lab"], "all", 9, until, "please")
+    with pytest.raises(Forbidden, match="The limit all is an administrator's"):
+        await service.answer(frame.id, "lea", True, "", lead=True)
+    share = await service.open_request("bob", ["lab"], "team", 9, until, "please")
+    await service.answer(share.id, "lea", True, "", lead=True)
+    for number in range(4):
+        await quota_store.admit(new(number, groups=("lab",)))
+    with pytest.raises(LaunchRefused, match="policy all"):
+        await quota_store.admit(new(4, groups=("lab",)))
+
+
+async def test_no_request_is_too_old_to_be_seen_and_answered(service: QuotaService, quota_store: KernelStore) -> None:
+    await put(quota_store, Policy("all", SubjectKind.EVERYONE, hard=1))
+    until = utcnow() + timedelta(days=1)
+    first = await service.open_request("bob", [], "all", 3, until, "please")
+    row = {
+        "groups": [],
+        "policy": "all",
+        "amount": 2.0,
+        "until": until,
+        "reason": "",
+        "created_at": until,
+        "answer": "",
+    }
+    many = [{**row, "owner": f"u{number % 9}", "state": "open"} for number in range(600)]
+    await quota_store.write(lambda tx: tx.execute(insert(QuotaRequest), many) and None)
+    assert [one.id for one in await service.requests(owners=["bob", "nobody"])] == [first.id]
+    assert await service.request(first.id) == first and await service.request(10**6) is None
+    newest = await service.requests(limit=600)
+    older = await service.requests(before=newest[-1].id)
+    assert len(newest) == 600 and [one.owner for one in older] == ["bob"]
+    assert (await service.answer(first.id, "admin", True, "")).state == "granted"
 
 
 async def test_a_service_can_be_granted_more(service: QuotaService, quota_store: KernelStore) -> None:

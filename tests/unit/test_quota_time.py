@@ -18,7 +18,8 @@ from hub_gateway.errors import LaunchRefused
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import Resources
 from hub_gateway.metrics import METRICS
-from hub_gateway.quotas.enforce import Notice, Stop, enforce
+from hub_gateway.quotas.enforce import Line, Notice, Stop, enforce
+from hub_gateway.quotas.enforce import look as lines_of
 from hub_gateway.quotas.explain import limits
 from hub_gateway.quotas.notices import Notifier
 from hub_gateway.quotas.resolve import active, window_bounds
@@ -165,6 +166,70 @@ async def test_a_burst_lasts_as_long_as_it_may(quota_store: KernelStore, monkeyp
     await quota_store.admit(new(6))
 
 
+@pytest.mark.parametrize("begins", [0, 600])
+async def test_a_burst_ends_for_who_was_above_it_before(quota_store: KernelStore, begins: int) -> None:
+    """The limit is lowered, or begins at some time, below what is held: the burst runs from then on, and ends."""
+    for number in range(8):
+        await quota_store.admit(new(number))
+        await begin(quota_store, f"k{number}", utcnow() - timedelta(hours=10 - number))
+    burst = {"hard": 2, "burst": 8, "burst_seconds": 60, "grace_seconds": 0}
+    await put(quota_store, Policy("b", SubjectKind.EVERYONE, valid_from=utcnow() + timedelta(seconds=begins), **burst))
+    assert await look(quota_store, seconds=begins + 1) == ([], [])
+    assert await look(quota_store, seconds=begins + 55) == ([], [])
+    [warning], stops = await look(quota_store, seconds=begins + 62)
+    assert warning.event == "over" and "allows 2 kernels" in warning.sentence and not stops
+    _, stops = await look(quota_store, seconds=begins + 63)
+    assert [stop.kernel_id for stop in stops] == ["k7", "k6", "k5", "k4", "k3", "k2"]
+
+
+async def test_a_grant_does_not_spend_the_burst_below_it(quota_store: KernelStore) -> None:
+    await put(quota_store, Policy("b", SubjectKind.EVERYONE, hard=1, burst=3, burst_seconds=600, grace_seconds=0))
+    ends = utcnow() + timedelta(hours=1)
+    await put(quota_store, Policy("more", SubjectKind.USER, "bob", hard=8, priority=1000, valid_until=ends))
+    for number in range(3):
+        await quota_store.admit(new(number))
+    assert await look(quota_store, minutes=59) == ([], [])
+    # The grant has ended: the burst begins now, and has all of its time.
+    assert await look(quota_store, minutes=61) == ([], [])
+    assert await look(quota_store, minutes=70) == ([], [])
+    [warning], _ = await look(quota_store, minutes=72)
+    assert warning.event == "over"
+
+
+async def test_a_burst_recovers_while_its_policy_does_not_count(quota_store: KernelStore) -> None:
+    """Under a grant that comes later, as when use is below the limit."""
+    await put(quota_store, Policy("b", SubjectKind.EVERYONE, hard=1, burst=3, burst_seconds=600, grace_seconds=0))
+    for number in range(3):
+        await quota_store.admit(new(number))
+    await look(quota_store, minutes=5)
+    span = {"valid_from": utcnow() + timedelta(minutes=6), "valid_until": utcnow() + timedelta(hours=2)}
+    await put(quota_store, Policy("more", SubjectKind.USER, "bob", hard=8, priority=1000, **span))
+    assert await look(quota_store, minutes=7) == ([], [])
+    assert await look(quota_store, minutes=121) == ([], [])
+    assert await look(quota_store, minutes=130) == ([], [])
+
+
+async def test_looking_for_what_time_does_holds_nobody_up(quota_store: KernelStore) -> None:
+    """Only lines in which something changes are written, and each alone does what all together would."""
+    await put(quota_store, Policy("each", SubjectKind.EVERYONE, soft=1, hard=9))
+    lab = {"resource": Resource.CPU, "counts": Counts.TOGETHER}
+    await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", soft=1, hard=9, **lab))
+    for number, owner in enumerate(("alice", "bob", "bob", "carol", "carol")):
+        await quota_store.admit(new(number, owner=owner, groups=("lab",), resources=Resources(cpu=1)))
+
+    async def changing() -> list[Line]:
+        return await quota_store.db.read(lambda tx: lines_of(tx, quota_store.admission, utcnow()))
+
+    found = await changing()
+    assert set(found) == {("each", ("user", "bob")), ("each", ("user", "carol")), ("lab", ("group", "lab"))}
+    for line, told in zip(sorted(found), (("bob",), ("carol",), ("alice", "bob", "carol")), strict=True):
+        notices, _ = await quota_store.write(lambda tx, line=line: enforce(tx, quota_store.admission, utcnow(), [line]))
+        assert tuple(sorted(notice.owner for notice in notices)) == told
+    assert await changing() == []
+    await release(quota_store, "k1")
+    assert await changing() == [("each", ("user", "bob"))]
+
+
 BERLIN = ZoneInfo("Europe/Berlin")
 
 
@@ -222,11 +287,11 @@ async def test_a_webhook_hears_of_it_and_one_that_fails_disturbs_nobody(tmp_path
     before = failed._value.get()
     for status in (200, 500):
         notifier = Notifier(webhook_url=f"http://127.0.0.1:{port}/{status}", webhook_token_file=str(tmp_path / "token"))
-        notifier.tell("bob", "gpus", "soft", "Too many.", ["k1"])
+        notifier.tell("bob", "gpus", "soft", "Too many.")
         await notifier.close()
     server.stop()
     gone = Notifier(webhook_url="http://127.0.0.1:9/", webhook_token_file=str(tmp_path / "missing"))
-    gone.tell("bob", "gpus", "soft", "Too many.", [])
+    gone.tell("bob", "gpus", "soft", "Too many.")
     await gone.close()
     assert [one["sentence"] for one in heard] == ["Too many."] * 2 and heard[0]["authorization"] == "Bearer secret"
     assert failed._value.get() == before + 2
@@ -254,7 +319,7 @@ async def test_an_e_mail_hears_of_it() -> None:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     notifier = Notifier(smtp_server=f"127.0.0.1:{port}", smtp_starttls=False, mail_to="{user}@example.org")
-    notifier.tell("bob", "gpus", "soft", "You hold 3 GPUs.", [])
+    notifier.tell("bob", "gpus", "soft", "You hold 3 GPUs.")
     await notifier.close()
     await eventually(lambda: any(b"You hold 3 GPUs." in line for line in said), "the mail")
     assert any(b"bob@example.org" in line for line in said)
@@ -262,7 +327,7 @@ async def test_an_e_mail_hears_of_it() -> None:
     await server.wait_closed()
     failed = METRICS.notices.labels("email", "failed")
     before = failed._value.get()
-    notifier.tell("bob", "gpus", "soft", "You hold 4 GPUs.", [])  # nobody listens any more
-    notifier.tell("bob\nBcc: all@example.org", "gpus", "soft", "You hold 4 GPUs.", [])
+    notifier.tell("bob", "gpus", "soft", "You hold 4 GPUs.")  # nobody listens any more
+    notifier.tell("bob\nBcc: all@example.org", "gpus", "soft", "You hold 4 GPUs.")
     await notifier.close()
     assert failed._value.get() == before + 2

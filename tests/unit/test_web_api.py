@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import shutil
 import tempfile
 import uuid
@@ -19,9 +20,10 @@ from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 
 from hub_gateway.errors import TooManyRequests, Unavailable
 from hub_gateway.kernels.types import ExecutionState
-from hub_gateway.metrics import METRICS
+from hub_gateway.metrics import LINK_COUNTS, METRICS
 from hub_gateway.web.application import make_application
 from tests.contract.mini import MiniGateway, Setup
+from tests.harness.gateway import ROOT
 from tests.harness.web import AnsweringDatabase, FixedTokens, WebServer, settings
 
 SLEEP = {"argv": ["/bin/sleep", "600", "{connection_file}"], "display_name": "Sleep", "language": "none"}
@@ -442,6 +444,13 @@ async def test_health_readiness_and_metrics(server: WebServer, alice: httpx.Asyn
         broken.error = Unavailable("The database cannot be reached.")
         server.services.db = broken  # type: ignore[assignment]
         is_error(await nobody.get("/readyz"), 503)
+
+
+def test_every_count_of_a_link_has_a_metric() -> None:
+    """A name that is not known would be counted as an error that was swallowed somewhere."""
+    source = "".join(path.read_text() for path in (ROOT / "hub_gateway" / "link").glob("*.py"))
+    named = set(re.findall(r'_count\("(\w+)"', source))
+    assert len(named) > 5 and named <= set(LINK_COUNTS)
 
 
 def test_every_label_is_there_from_the_start() -> None:

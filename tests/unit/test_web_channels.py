@@ -9,6 +9,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hub_gateway.link import Dialect, Sink
 from hub_gateway.link import messages as notices
 from hub_gateway.link.wire import V1_SUBPROTOCOL, encode
 from hub_gateway.metrics import METRICS
+from hub_gateway.web import framewriter
 from hub_gateway.web.channels import NUMBERED_SUBPROTOCOL, ClientSink
 from tests.contract.mini import MiniGateway, Setup
 from tests.harness.link import IPYTHON
@@ -71,8 +73,11 @@ class StubKernels:
     def __init__(self) -> None:
         self.one = StubRelay()
         self.unsure = False
+        self.held: list[asyncio.Event] = []
 
     async def relay(self, caller: Caller, kernel_id: str) -> StubRelay:
+        if self.held:
+            await self.held.pop().wait()
         if self.unsure:
             raise Unavailable("The database cannot be reached at the moment; try again in a few seconds.")
         if (caller.name, kernel_id) != ("alice", "k1"):
@@ -120,6 +125,23 @@ def v1(channel: str, *parts: bytes) -> bytes:
     for piece in pieces:
         offsets.append(offsets[-1] + len(piece))
     return struct.pack(f"<{len(offsets) + 1}Q", len(offsets), *offsets) + b"".join(pieces)
+
+
+async def test_websockets_are_told_apart_by_when_they_arrived(
+    server: WebServer, kernels: StubKernels, relay: StubRelay
+) -> None:
+    """The first of two may be the last to be ready: who is served is who came last."""
+    held = asyncio.Event()
+    kernels.held.append(held)
+    first = asyncio.ensure_future(server.websocket(f"{CHANNELS}?session_id=s"))
+    await eventually(lambda: not kernels.held, "the first one to be looked at")
+    second = await opened(server, relay, f"{CHANNELS}?session_id=s")
+    held.set()
+    late = await first
+    await eventually(lambda: len(relay.sinks) == 2, "both to be there")
+    assert relay.sinks[0].arrived > relay.sinks[1].arrived
+    for websocket in (second, late):
+        websocket.close()
 
 
 # -- who may open one
@@ -342,6 +364,40 @@ async def test_silent_connections_are_pinged_and_dead_ones_closed(kernels: StubK
             assert opcode == 9
             client.send(10, payload)
         # No answer from now on.
+        await eventually(lambda: not relay.sinks, "the end of a dead connection")
+        client.close()
+
+
+async def test_a_large_message_reaches_a_client_for_which_it_takes_long(kernels: StubKernels, relay: StubRelay) -> None:
+    """Its pongs stand behind the message; closed for want of them, it would come back for the same one for ever."""
+    async with WebServer(kernels, web=settings(ws_ping_interval=0.05)) as server:
+        client = await RawWebSocket.connect(server.port, CHANNELS, {"Authorization": "token alice-token"})
+        await eventually(lambda: relay.sinks, "the attachment")
+        data = encode(Dialect.V1, 3, [b"{}", b"{}", b"{}", bytes(12 * 2**20)], 1)
+        relay.sink.write(data, 1)
+        taken, begun = 0, time.monotonic()
+        while taken < len(data):
+            # 20 MB a second at most: several times as long as a client that has nothing to take may be silent.
+            pause = taken / 20e6 - (time.monotonic() - begun)
+            if pause > 0:
+                await asyncio.sleep(pause)
+            taken += len(await client.reader.readexactly(min(2**16, len(data) - taken)))
+        for _ in range(4):
+            opcode, payload = await client.read()
+            assert opcode == 9, f"not a ping: {payload!r}"
+            client.send(10, payload)
+        assert relay.sinks
+        client.close()
+
+
+async def test_a_client_that_stops_to_take_a_large_message_is_dead(
+    kernels: StubKernels, relay: StubRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(framewriter, "SLOWEST_BYTES", 100e6)
+    async with WebServer(kernels, web=settings(ws_ping_interval=0.05)) as server:
+        client = await RawWebSocket.connect(server.port, CHANNELS, {"Authorization": "token alice-token"})
+        await eventually(lambda: relay.sinks, "the attachment")
+        relay.sink.write(encode(Dialect.V1, 3, [b"{}", b"{}", b"{}", bytes(64 * 2**20)], 1), 1)
         await eventually(lambda: not relay.sinks, "the end of a dead connection")
         client.close()
 

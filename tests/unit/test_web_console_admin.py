@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import html
+import re
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -13,7 +14,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, insert, select
 from traitlets.config import Config, Configurable
 
 from hub_gateway import audit
@@ -21,9 +22,9 @@ from hub_gateway.audit import AuditLog
 from hub_gateway.auth.hub import HubService
 from hub_gateway.auth.scopes import ADMIN, IDENTITY_WRITE, KERNELS_READ, LEDGER_WRITE, QUOTAS_WRITE
 from hub_gateway.db.models import utcnow
-from hub_gateway.db.tenancy import IdentityClaim, LedgerMonth, SentForm
+from hub_gateway.db.tenancy import IdentityClaim, LedgerMonth, QuotaRequest, SentForm
 from hub_gateway.demo.forms import Form, forms_of
-from hub_gateway.errors import Unavailable
+from hub_gateway.errors import LaunchRefused, Unavailable
 from hub_gateway.identity.mapper import IdentityMapper
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.kernels.store import KernelStore
@@ -459,7 +460,13 @@ async def test_a_lead_sees_and_grants_to_their_own_people_alone(console: Console
     assert (await lead.get("admin/people/carol")).text.replace("carol", "nobody") == (
         await lead.get("admin/people/nobody")
     ).text, "who is out of reach is like who does not exist"
+    assert "amount" not in [
+        field for one in forms_of((await lead.get("admin/people/bob")).text) for field in one.fields
+    ], "what administrators have set is not a lead's to raise"
+    await put(console.store, Policy("team", SubjectKind.GROUP, "analysts", hard=1, delegated=True))
     form = await form_of(lead, "admin/people/bob", "amount")
+    refused = await send(lead, form, policy="all", amount="4", reason="x")
+    assert refused.status_code == 403 and "The limit all is an administrator" in refused.text
     elsewhere = Form(form.action.replace("bob", "carol"), form.fields)
     assert (await send(lead, elsewhere, amount="4", reason="x")).status_code == 404
     assert "amount" not in [
@@ -470,9 +477,9 @@ async def test_a_lead_sees_and_grants_to_their_own_people_alone(console: Console
     given = await send(lead, form, amount="4", reason="A paper is due.")
     assert given.status_code == 303
     made = next(one for one in await quotas_of(console) if one.origin is Origin.GRANT)
-    assert (made.subject, made.hard, made.approver, made.priority) == ("bob", 4, "lea", 100)
+    assert (made.subject, made.hard, made.approver, made.delegated) == ("bob", 4, "lea", True)
     person = await lead.get("admin/people/bob")
-    assert "bob has more of all until" in person.text and made.name in person.text
+    assert "bob has more of team until" in person.text and made.name in person.text
     preview = await form_of(lead, f"admin/policies/{made.name}", "hard")
     assert (await send(lead, preview, do="preview", explain="carol")).status_code == 404
     previewed = await send(lead, preview, do="preview", explain="bob")
@@ -480,6 +487,67 @@ async def test_a_lead_sees_and_grants_to_their_own_people_alone(console: Console
     nobody = await console.login("bob")
     for name in PAGES:
         assert (await nobody.get(f"admin/{name}")).status_code == 404, name
+
+
+async def test_a_lead_divides_what_administrators_give_and_lifts_nothing(console: Console) -> None:
+    """Whatever the priority and the dates, and although the lead is one of the group."""
+    await put(console.store, Policy("all", SubjectKind.EVERYONE, hard=2))
+    await put(console.store, Policy("room", SubjectKind.GROUP, "analysts", hard=3))
+    lead = await console.login("lea", f"{QUOTAS_WRITE}!group=analysts")
+    form = await form_of(lead, "admin/policies/+new", "hard")
+    policy = {"subject": "group:analysts", "resource": "kernels", "counts": "each", "do": "save", "enabled": "on"}
+    made = await send(lead, form, **policy, name="lifted", hard="", priority="999999")
+    assert made.status_code == 303, made.text
+    assert (await send(lead, await form_of(lead, "admin/policies/room", "hard"), hard="9")).status_code == 403
+    for number in range(3):
+        await console.store.admit(new(number, "lea", groups=("analysts",)))
+    with pytest.raises(LaunchRefused, match="policy room"):
+        await console.store.admit(new(3, "lea", groups=("analysts",)))
+    lifted = await form_of(lead, "admin/policies/lifted", "hard")
+    assert (await send(lead, lifted, hard="1")).status_code == 303
+    await console.store.admit(new(4, "bob", groups=("analysts",)))
+    with pytest.raises(LaunchRefused, match="policy lifted"):
+        await console.store.admit(new(5, "bob", groups=("analysts",)))
+    admin = await console.login("admin", ADMIN)
+    assert (await send(admin, await form_of(admin, "admin/policies/lifted", "hard"), hard="2")).status_code == 303
+    assert [one.delegated for one in await quotas_of(console) if one.name == "lifted"] == [True], "it stays a lead's"
+
+
+async def test_requests_are_paged_and_the_oldest_is_answered(console: Console) -> None:
+    """A lead's people are looked for in the database: others who ask a lot hide nobody."""
+    await put(console.store, Policy("team", SubjectKind.GROUP, "analysts", hard=1, delegated=True))
+    until = utcnow() + timedelta(days=1)
+    service = console.server.services.quotas
+    assert service is not None
+    await service.open_request("bob", ["analysts"], "team", 3, until, "A deadline.")
+    row = {"groups": [], "policy": "team", "amount": 2.0, "until": until, "reason": "", "created_at": until}
+    many = [{**row, "owner": "carol", "state": "open", "answer": ""} for _ in range(510)]
+    await console.store.write(lambda tx: tx.execute(insert(QuotaRequest), many) and None)
+    admin, page = await console.login("admin", ADMIN), "admin/requests?state=open"
+    for _ in range(5):
+        found = await admin.get(page)
+        assert found.status_code == 200 and "A deadline." not in found.text
+        page = f"admin/requests{html.unescape(re.findall('href=.([^ ]*before=[0-9]+)', found.text)[-1])}"
+    assert "A deadline." in (await admin.get(page)).text
+    lead = await console.login("lea", f"{QUOTAS_WRITE}!group=analysts")
+    form = await form_of(lead, "admin/requests", "text")
+    assert (await send(lead, form, answer="grant", text="good luck")).status_code == 303
+    assert [one.subject for one in await quotas_of(console) if one.origin is Origin.GRANT] == ["bob"]
+
+
+async def test_who_may_not_come_in_any_more_changes_nothing(console: Console) -> None:
+    """Although the page was open, and the login still holds powers of ours."""
+    await put(console.store, Policy("all", SubjectKind.EVERYONE, hard=2))
+    admin = await console.login("admin", ADMIN)
+    form = await form_of(admin, "admin/policies/all", "hard")
+    authenticator = console.server.services.authenticator
+    authenticator.cache_seconds = 60.0  # type: ignore[attr-defined]
+    assert (await admin.get("admin/policies")).status_code == 200
+    for model in console.hub.tokens.values():
+        model["scopes"] = [ADMIN]
+    refused = await send(admin, form, hard="9")
+    assert refused.status_code == 403 and "may not use this gateway" in refused.text
+    assert [one.hard for one in await quotas_of(console)] == [2]
 
 
 async def quotas_of(console: Console) -> list[Policy]:

@@ -138,6 +138,15 @@ async def test_what_has_arrived_is_reported_before_more_is_sent(connect: Callabl
     assert await pair.answer() == 1
 
 
+async def test_whether_a_client_is_there(connect: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    pair: Pair = await connect()  # type: ignore[misc]
+    asked = asyncio.ensure_future(pair.writer.answers())
+    assert await pair.answer() == 0
+    assert await asked
+    monkeypatch.setattr(framewriter, "ANSWER_SECONDS", 0.05)
+    assert not await pair.writer.answers()
+
+
 async def test_a_client_is_asked_at_once_where_that_is_wanted(
     connect: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,12 +27,12 @@ from hub_gateway.identity.types import Step
 from hub_gateway.proxies.base import Finding
 from hub_gateway.quotas.document import Diff
 from hub_gateway.quotas.explain import LimitView, PolicyView, Refusal
+from hub_gateway.quotas.holders import Holding
 from hub_gateway.quotas.ledger import Closed
 from hub_gateway.quotas.prices import Prices
 from hub_gateway.quotas.queue import QueueEntry
 from hub_gateway.quotas.reports import Reports, Row
 from hub_gateway.quotas.requests import Request
-from hub_gateway.quotas.sentences import Holding
 from hub_gateway.quotas.service import QuotaService
 from hub_gateway.quotas.simulate import Simulation, UserOutcome
 from hub_gateway.quotas.validate import Problem

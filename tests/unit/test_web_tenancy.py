@@ -18,12 +18,14 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from hub_gateway.audit import AuditLog
+from hub_gateway.audit import AuditLog, Line
+from hub_gateway.audit import query as audit_lines
 from hub_gateway.auth.base import Caller
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.tenancy import LedgerEntry
 from hub_gateway.errors import Unavailable
 from hub_gateway.kernels.service import CreateKernel
+from hub_gateway.kernels.types import KernelStatus, KernelTarget
 from hub_gateway.quotas.policies import PolicyStore
 from hub_gateway.quotas.reports import Reports as LedgerReports
 from hub_gateway.quotas.types import Origin, Policy, SubjectKind, Verdict
@@ -31,6 +33,7 @@ from hub_gateway.web.application import ROUTES
 from hub_gateway.web.tenancy import TenancyHandler
 from tests.contract.mini import MiniGateway, Setup
 from tests.harness.tenancy import CALLERS, Audit, Identity, Put, Quotas, Reports, Request, Tokens
+from tests.harness.waiting import eventually
 from tests.harness.web import WebServer
 from tests.unit.test_web_api import is_error
 
@@ -45,6 +48,7 @@ POLICIES = {
         Policy("cap", SubjectKind.GROUP, "analysts", hard=7, priority=500, version=1, updated_by="admin"),
         Policy("others", SubjectKind.GROUP, "others", hard=5, version=1, updated_by="admin"),
         Policy("bob-one", SubjectKind.USER, "bob", hard=1, version=1, updated_by="admin"),
+        Policy("led", SubjectKind.USER, "bob", hard=1, version=1, updated_by="lea", delegated=True),
         Policy("carol-one", SubjectKind.USER, "carol", hard=1, version=1, updated_by="admin"),
         Policy("ci", SubjectKind.SERVICE, "ci", hard=1, version=1, updated_by="admin"),
     )
@@ -136,15 +140,17 @@ MATRIX: list[tuple[str, str, Any, tuple[int, ...]]] = [
     ("GET", "/api/quota/policies/ci", None, (401, 403, 403, 404, 404, 403, 403, 200)),
     ("GET", "/api/quota/policies/none", None, (401, 403, 403, 404, 404, 403, 403, 404)),
     ("PUT", "/api/quota/policies/new", NEW, (401, 403, 403, 201, 403, 403, 403, 201)),
-    ("PUT", "/api/quota/policies/bob-one", {**NEW, "version": 1}, (401, 403, 403, 200, 409, 403, 403, 200)),
+    ("PUT", "/api/quota/policies/bob-one", {**NEW, "version": 1}, (401, 403, 403, 403, 409, 403, 403, 200)),
+    ("PUT", "/api/quota/policies/led", {**NEW, "version": 1}, (401, 403, 403, 200, 409, 403, 403, 200)),
     ("PUT", "/api/quota/policies/cap", {"subject": "group:analysts", "version": 1},
      (401, 403, 403, 403, 409, 403, 403, 200)),
     ("PUT", "/api/quota/policies/new", {"subject": "group:analysts"}, (401, 403, 403, 201, 403, 403, 403, 201)),
     ("PUT", "/api/quota/policies/new", {"subject": "everyone"}, (401, 403, 403, 403, 403, 403, 403, 201)),
     ("PUT", "/api/quota/policies/new", {"subject": "service:ci"}, (401, 403, 403, 403, 403, 403, 403, 201)),
     ("PUT", "/api/quota/policies/new", {"subject": "user:lea"}, (401, 403, 403, 403, 403, 403, 403, 201)),
-    ("PUT", "/api/quota/policies/new", {**NEW, "priority": 101}, (401, 403, 403, 403, 403, 403, 403, 201)),
-    ("DELETE", "/api/quota/policies/bob-one", None, (401, 403, 403, 204, 404, 403, 403, 204)),
+    ("PUT", "/api/quota/policies/new", {**NEW, "delegated": False}, (401, 403, 403, 201, 403, 403, 403, 201)),
+    ("DELETE", "/api/quota/policies/bob-one", None, (401, 403, 403, 403, 404, 403, 403, 204)),
+    ("DELETE", "/api/quota/policies/led", None, (401, 403, 403, 204, 404, 403, 403, 204)),
     ("DELETE", "/api/quota/policies/cap", None, (401, 403, 403, 403, 404, 403, 403, 204)),
     ("DELETE", "/api/quota/policies/all", None, (401, 403, 403, 403, 403, 403, 403, 204)),
     ("POST", "/api/quota/policies/new/preview", NEW, (401, 403, 403, 200, 403, 403, 403, 200)),
@@ -296,32 +302,71 @@ async def test_kernels_of_others(server: WebServer, mini: MiniGateway, ask: Ask)
     assert not {"launch", "link_secret", "launch_token", "proxy_state"} & set(facts)
 
 
-async def test_kernels_of_others_are_stopped_with_a_reason(
-    server: WebServer, mini: MiniGateway, ask: Ask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_kernels_of_others_are_stopped_with_a_reason(server: WebServer, mini: MiniGateway, ask: Ask) -> None:
     bob = await mini.service.create(CALLERS["bob"], CreateKernel(name="sleep"))
     carol = await mini.service.create(CALLERS["carol"], CreateKernel(name="sleep"))
-    unknown, stopped = str(uuid.uuid4()), []
-
-    async def stop(kernel_id: str, message: str = "") -> None:
-        stopped.append((kernel_id, message))
-
-    monkeypatch.setattr(mini.service, "stop", stop)
+    unknown = str(uuid.uuid4())
     body = {"ids": [bob.id, carol.id, unknown, bob.id], "message": "The node is needed."}
     answer = await ask("lea", "POST", "/api/admin/kernels/stop", json=body)
     assert answer.status_code == 202
     assert answer.json() == {"stopping": [bob.id], "unknown": [carol.id, unknown]}
-    assert stopped == [(bob.id, "Stopped by lea: The node is needed.")]
-    audit: Any = server.services.audit
-    (entry,) = audit.entries
-    assert (entry.actor, entry.action, entry.subject) == ("lea", "kernel.stop", "bob")
+    said = "Stopped by lea: The node is needed."
+    row = await mini.service.store.get(bob.id)
+    assert row is not None and row.message == said and row.target is KernelTarget.ENDED
+    (line,) = await stops(mini)
+    assert (line.actor, line.subject, line.detail) == ("lea", "bob", {"kernel": bob.id, "message": said})
+
+
+async def stops(mini: MiniGateway) -> list[Line]:
+    """What the audit trail says of stops."""
+    return list(await mini.db.read(lambda tx: audit_lines(tx, action="kernel.stop")))
+
+
+async def test_a_stop_is_in_the_audit_trail_before_anybody_waits_for_its_end(
+    server: WebServer, mini: MiniGateway, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway that dies while kernels take their time has accounted for what it did."""
+    waits = asyncio.Event()
+
+    async def for_ever(*_: Any) -> None:
+        waits.set()
+        await asyncio.Event().wait()
+
+    bob = await mini.service.create(CALLERS["bob"], CreateKernel(name="sleep"))
+    monkeypatch.setattr(mini.service.controller, "wait", for_ever)
+    asking = asyncio.ensure_future(ask("admin", "POST", "/api/admin/kernels/stop", json={"ids": [bob.id]}))
+    await asyncio.wait_for(waits.wait(), 20)
+    assert [line.subject for line in await stops(mini)] == ["bob"]
+    asking.cancel()
+
+
+async def test_a_failed_kernel_is_stopped_off_the_lists_and_a_stopped_one_is_unknown(
+    server: WebServer, mini: MiniGateway, ask: Ask
+) -> None:
+    bob = await mini.service.create(CALLERS["bob"], CreateKernel(name="sleep"))
+    await mini.service.stop(bob.id, "It was idle for too long.")
+
+    async def has_failed() -> bool:
+        row = await mini.service.store.get(bob.id)
+        return row is not None and row.status is KernelStatus.FAILED
+
+    await eventually(has_failed, "the kernel's end", timeout=20)
+    body = {"ids": [bob.id], "message": "Away with it."}
+    answer = await ask("admin", "POST", "/api/admin/kernels/stop", json=body)
+    assert answer.json() == {"stopping": [bob.id], "unknown": []}
+    assert (await ask("admin", "GET", "/api/admin/kernels")).json()["total"] == 0
+    row = await mini.service.store.get(bob.id)
+    assert row is not None and row.message == "It was idle for too long.", "why it ended has not changed"
+    assert len(await stops(mini)) == 1
+    assert (await ask("admin", "POST", "/api/admin/kernels/stop", json=body)).json()["unknown"] == [bob.id]
+    assert len(await stops(mini)) == 1, "nothing was stopped"
 
 
 # -- policies
 
 
 async def test_two_admins_at_once(server: WebServer, quotas: Quotas, ask: Ask) -> None:
-    path = "/api/quota/policies/bob-one"
+    path = "/api/quota/policies/led"
     read = await ask("admin", "GET", path)
     assert read.headers["ETag"] == '"1"'
     first = await ask("lea", "PUT", path, json={**read.json(), "hard": 2}, headers={"If-Match": '"1"'})
@@ -335,7 +380,7 @@ async def test_two_admins_at_once(server: WebServer, quotas: Quotas, ask: Ask) -
     ):
         said = is_error(await ask("admin", "PUT", path, json=body, headers=headers), 409)["message"]
         assert "lea" in said or "ETag" in said
-    assert quotas.kept["bob-one"].hard == 2
+    assert quotas.kept["led"].hard == 2
     is_error(await ask("admin", "DELETE", path, headers={"If-Match": '"1"'}), 409)
     is_error(await ask("admin", "PUT", "/api/quota/policies/gone", json={**NEW, "version": 3}), 409)
     assert (await ask("admin", "DELETE", path, headers={"If-Match": '"2"'})).status_code == 204
@@ -471,9 +516,8 @@ async def test_grants_have_an_approver_and_win(server: WebServer, quotas: Quotas
     grant = {**NEW, "origin": "grant", "valid_until": UNTIL, "approver": "somebody"}
     made = (await ask("admin", "PUT", "/api/quota/policies/g1", json=grant)).json()
     assert (made["approver"], made["priority"], made["origin"]) == ("admin", 1000, "grant")
-    lead = (await ask("lea", "PUT", "/api/quota/policies/g2", json=grant)).json()
-    assert (lead["approver"], lead["priority"]) == ("lea", 100), "not above what the administrator has set"
-    is_error(await ask("lea", "PUT", "/api/quota/policies/g3", json={**grant, "priority": 1000}), 403)
+    lead = (await ask("lea", "PUT", "/api/quota/policies/g2", json={**grant, "delegated": False})).json()
+    assert (lead["approver"], lead["delegated"]) == ("lea", True), "beside what the administrator has set"
     is_error(await ask("lea", "PUT", "/api/quota/policies/g4", json={**grant, "subject": "user:lea"}), 403)
     assert quotas.kept["g1"].origin is Origin.GRANT
 
@@ -499,9 +543,9 @@ async def test_lists_are_paged_and_filtered(server: WebServer, ask: Ask) -> None
         query = f"limit=3&after={page['next']}"
     assert names == sorted(POLICIES)
     lead = (await ask("lea", "GET", "/api/quota/policies")).json()["policies"]
-    assert {policy["name"] for policy in lead} == {"all", "analysts", "cap", "bob-one"}
+    assert {policy["name"] for policy in lead} == {"all", "analysts", "cap", "bob-one", "led"}
     one = (await ask("admin", "GET", "/api/quota/policies?subject=user:bob")).json()
-    assert one["total"] == 1
+    assert one["total"] == 2
 
 
 # -- requests for more
@@ -526,7 +570,7 @@ async def test_asking_for_more(server: WebServer, quotas: Quotas, ask: Ask) -> N
     is_error(await ask("lea", "POST", "/api/requests/1/answer", json={"grant": False}), 400)
     granted = await ask("lea", "POST", "/api/requests/1/answer", json={"grant": True, "amount": 2})
     assert granted.json()["state"] == "granted"
-    assert quotas.calls[-1] == ("answer", 1, "lea", True, {"until": None, "amount": 2.0, "priority": 100})
+    assert quotas.calls[-1] == ("answer", 1, "lea", True, {"until": None, "amount": 2.0, "lead": True})
     is_error(await ask("lea", "POST", "/api/requests/1/answer", json={"grant": True}), 404)
     quotas.asked[7] = Request(7, "lea", "analysts", 9, None, "mine")
     is_error(await ask("lea", "POST", "/api/requests/7/answer", json={"grant": True}), 403)
@@ -646,6 +690,10 @@ async def test_a_real_report_is_safe_for_a_spreadsheet(server: WebServer, mini: 
     assert (await ask("admin", "POST", "/api/prices", json={"core_hour": 0.5})).json()["version"] == 1
     fixed = await ask("admin", "POST", "/api/ledger/corrections", json={"entry": 1, "seconds": -60, "note": "late"})
     assert fixed.status_code == 201 and fixed.json()["corrects"] == 1
+    moved = {"entry": 1, "cost_center": "4711", "note": "late"}
+    fixed = await ask("admin", "POST", "/api/ledger/corrections", json=moved)
+    assert fixed.status_code == 201 and fixed.json()["cost_center"] == "4711"
+    is_error(await ask("admin", "POST", "/api/ledger/corrections", json={"entry": 1, "note": "nothing"}), 400)
     is_error(await ask("admin", "POST", "/api/ledger/corrections", json={"entry": 99, "seconds": 1, "note": "x"}), 404)
     closed = await ask("admin", "POST", "/api/ledger/close", json={"month": "2023-11"})
     assert closed.status_code == 200 and closed.json()["entries"] == 1
@@ -674,7 +722,7 @@ async def test_people(server: WebServer, mini: MiniGateway, ask: Ask) -> None:
     assert [one["name"] for one in following["people"]] == ["carol", "hubadmin"]
     mine = (await ask("lea", "GET", "/api/admin/people?limits=true")).json()
     assert [one["name"] for one in mine["people"]] == ["bob", "lea"] and mine["next"] is None
-    assert {limit["policy"] for limit in mine["people"][0]["limits"]} == {"all", "analysts", "cap", "bob-one"}
+    assert {limit["policy"] for limit in mine["people"][0]["limits"]} == {"all", "analysts", "cap", "bob-one", "led"}
     assert (await ask("lea", "GET", "/api/admin/people?q=caro")).json()["people"] == []
 
 
