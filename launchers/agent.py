@@ -16,6 +16,7 @@ Outline: `Settings`, `KernelProcess` (the child), `Ring` (numbered messages that
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -123,6 +124,8 @@ class Settings:
 
     DEFAULTS: Dict[str, Any] = {
         "listen": "127.0.0.1",
+        "port_first": 0,
+        "port_last": 0,
         "transport": "auto",
         "kernel_encryption": "none",
         "register_url": "",
@@ -166,6 +169,7 @@ class Settings:
             if agent.get(name) is not None:
                 values[name] = type(default)(agent[name])
         self.listen: str = values["listen"]
+        self.ports = range(values["port_first"], values["port_last"] + 1) if values["port_first"] else range(0)
         self.transport: str = values["transport"]  # auto until the directories are made
         self.kernel_encryption: str = values["kernel_encryption"]
         self.register_url: str = values["register_url"]
@@ -1347,7 +1351,7 @@ class Agent:
         # HANDSHAKE_FAILED_NO_DETAIL, _PROTOCOL, _AUTH
         self.monitor = link.get_monitor_socket(0x0800 | 0x2000 | 0x4000)
         host = "[%s]" % self.settings.listen if ":" in self.settings.listen else self.settings.listen
-        port = link.bind_to_random_port("tcp://%s" % host)
+        port = self.bind("tcp://%s" % host)
         self.outlet = Outlet(self.settings, self.transmit, self.session)
         self.poller = zmq.Poller()
         self.handlers: Dict[Any, Callable[[], None]] = {}
@@ -1367,6 +1371,21 @@ class Agent:
         }
         registration["proof"] = make_proof(self.settings, registration)
         return registration
+
+    def bind(self, address: str) -> int:
+        """Bind the link to a free port: any, or one of those that are allowed, from a random one on."""
+        if not self.settings.ports:
+            return int(self.link.bind_to_random_port(address))
+        ports = list(self.settings.ports)
+        first = int.from_bytes(os.urandom(4), "big") % len(ports)
+        for port in ports[first:] + ports[:first]:
+            try:
+                self.link.bind("%s:%d" % (address, port))
+                return port
+            except self.zmq.ZMQError as error:
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                    raise
+        raise OSError(errno.EADDRINUSE, "no port of %d to %d is free" % (ports[0], ports[-1]))
 
     def transmit(self, frames: Frames) -> bool:
         """Send to a peer; False where it is not connected any more."""
@@ -2011,6 +2030,11 @@ class Agent:
             self.restarts_in_a_row = 0
         again = running and self.restarts_in_a_row < self.settings.restart_limit
         self.report_exit("starting" if starting else self.phase, again or (ending and self.phase == "restarting"))
+        if again:
+            for peer in self.outlet.peers.values():
+                peer.unaware = time.monotonic() + UNAWARE_SECONDS
+            # Before all that clients are told, so that one that was told is not taken for one that could not know.
+            self.outlet.broadcast({"event": "restarting"})
         if running:
             text = self.death = self.epitaph()
             cells = [one for one in self.pending.values() if one.msg_type == "execute_request" and not one.late]
@@ -2025,10 +2049,6 @@ class Agent:
         elif again:
             self.restarts_in_a_row += 1
             self.phase = "restarting"
-            for peer in self.outlet.peers.values():
-                peer.unaware = time.monotonic() + UNAWARE_SECONDS
-            # First the event, so that a client that has the status is not taken for one that could not know.
-            self.outlet.broadcast({"event": "restarting"})
             self.publish("status", {"execution_state": "restarting"})
             self.tell_state()
             self.spawn()

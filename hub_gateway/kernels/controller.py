@@ -65,7 +65,8 @@ class Controller(LoggingConfigurable):
         60.0,
         help="""How long (seconds) a kernel may take from its launch until it answers; then it has failed.
 
-        That holds for a resource manager that does not answer, too: the launch is broken off. What the kernel
+        The time begins anew whenever the launch tells of progress, as while an image is fetched. It
+        holds for a resource manager that does not answer, too: the launch is broken off. What the kernel
         reserved is given back when it is certain that nothing of it runs.
         """,
     ).tag(config=True)

@@ -240,7 +240,9 @@ class Reconciler:
         task.add_done_callback(_looked_at)
         memory.broken_off = False
         try:
-            await asyncio.wait({task}, timeout=memory.deadline - asyncio.get_running_loop().time())
+            # Each progress that the launch tells moves the deadline.
+            while not task.done() and (left := memory.deadline - asyncio.get_running_loop().time()) > 0:
+                await asyncio.wait({task}, timeout=left)
             if not task.done():
                 self.interrupt_launch(record.id)
                 # Its kernel fails now. `_stop` waits for a launch that takes longer to end in order.
@@ -302,6 +304,8 @@ class Reconciler:
                 if isinstance(progress, str):
                     memory.progress = storable(progress)
                     self.links.relay(record.id).announce(progress)
+                    # An image may take longer to fetch than a kernel to start.
+                    memory.deadline = asyncio.get_running_loop().time() + self.timing.start
                 if target is not KernelTarget.RUNNING:
                     return
 

@@ -14,8 +14,10 @@ import pytest
 
 from hub_gateway.auth.base import Caller
 from tests.contract.cases import CASES, SUDO, UNIX_USERS, ProxyCase, administer, case_params
+from tests.contract.docker_case import DOCKER, SWARM
 from tests.contract.mini import MiniGateway, Setup
 
+CASES |= {case.name: case for case in (DOCKER, SWARM)}
 PYTHON = ["python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 DYING = ["/bin/sh", "-c", "echo 'libcudart.so.12: cannot open' >&2; exit 3", "{connection_file}"]
 SPECS = {

@@ -54,8 +54,11 @@ async def test_life(bench: Bench) -> None:
         # Line by line: a kernel's own output before its streams are redirected goes to the log.
         await client.execute("os.write(2, b'to the log\\n')")
         state = {**(await gateway.service.get(bench.alice, record.id)).proxy_state}
-        logs = await gateway.proxies.get(record.proxy).logs(state)
-        assert "to the log" in logs
+
+        async def logged() -> bool:
+            return "to the log" in await gateway.proxies.get(record.proxy).logs(state)
+
+        await eventually(logged, "the line in the kernel's log")
 
         restarted = await gateway.service.restart(bench.alice, record.id)
         assert restarted.status is KernelStatus.RUNNING

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ENGINES", "KRB5_PATH", "Engine", "chromium", "kerberos", "missing", "postgresql"]
+__all__ = ["ENGINES", "KRB5_PATH", "SYSTEM_PATH", "Engine", "chromium", "dockerd", "kerberos", "missing", "postgresql"]
 
 KRB5_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin:/usr/bin"
 """Where Kerberos has its servers, which are not on everybody's PATH."""
+SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+"""Where Debian has a system's servers and tools."""
 
 
 def postgresql() -> str | None:
@@ -39,6 +41,13 @@ def kerberos() -> str | None:
     return found[0] if all(found) else None
 
 
+def dockerd() -> str | None:
+    """Docker's daemon, and what it takes to give it a network and images."""
+    needed = ("dockerd", "iptables", "debootstrap", "ip", "tar")
+    found = [shutil.which(program, path=SYSTEM_PATH) for program in needed]
+    return found[0] if all(found) else None
+
+
 @dataclass(frozen=True)
 class Engine:
     """One program that a suite drives for real."""
@@ -56,6 +65,11 @@ ENGINES = {
         lambda: shutil.which("krb5-config") and shutil.which("cc"),
         ("gcc", "libc6-dev", "libkrb5-dev", "python3-dev"),
         "the gateway's own part of Kerberos, which is built",
+    ),
+    "docker": Engine(
+        dockerd,
+        ("docker.io", "iptables", "iproute2", "debootstrap", "debian-archive-keyring"),
+        "kernels in containers, and in a swarm of one node",
     ),
     "sudo": Engine(lambda: shutil.which("sudo"), ("sudo",), "kernels as another unix user by a sudo rule"),
 }
