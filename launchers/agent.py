@@ -16,6 +16,7 @@ Outline: `Settings`, `KernelProcess` (the child), `Ring` (numbered messages that
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -80,6 +81,8 @@ class Settings:
 
     DEFAULTS: Dict[str, Any] = {
         "listen": "127.0.0.1",
+        "port_first": 0,
+        "port_last": 0,
         "transport": "ipc",
         "register_url": "",
         "ring_bytes": 256 * 2**20,
@@ -122,6 +125,7 @@ class Settings:
             if agent.get(name) is not None:
                 values[name] = type(default)(agent[name])
         self.listen: str = values["listen"]
+        self.ports = range(values["port_first"], values["port_last"] + 1) if values["port_first"] else range(0)
         self.transport: str = values["transport"]
         self.register_url: str = values["register_url"]
         self.ring_bytes: int = values["ring_bytes"]
@@ -1279,7 +1283,7 @@ class Agent:
         # HANDSHAKE_FAILED_NO_DETAIL, _PROTOCOL, _AUTH
         self.monitor = link.get_monitor_socket(0x0800 | 0x2000 | 0x4000)
         host = "[%s]" % self.settings.listen if ":" in self.settings.listen else self.settings.listen
-        port = link.bind_to_random_port("tcp://%s" % host)
+        port = self.bind("tcp://%s" % host)
         self.outlet = Outlet(self.settings, self.transmit, self.session)
         self.poller = zmq.Poller()
         self.handlers: Dict[Any, Callable[[], None]] = {}
@@ -1299,6 +1303,21 @@ class Agent:
         }
         registration["proof"] = make_proof(self.settings, registration)
         return registration
+
+    def bind(self, address: str) -> int:
+        """Bind the link to a free port: any, or one of those that are allowed, from a random one on."""
+        if not self.settings.ports:
+            return int(self.link.bind_to_random_port(address))
+        ports = list(self.settings.ports)
+        first = int.from_bytes(os.urandom(4), "big") % len(ports)
+        for port in ports[first:] + ports[:first]:
+            try:
+                self.link.bind("%s:%d" % (address, port))
+                return port
+            except self.zmq.ZMQError as error:
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                    raise
+        raise OSError(errno.EADDRINUSE, "no port of %d to %d is free" % (ports[0], ports[-1]))
 
     def transmit(self, frames: Frames) -> bool:
         """Send to a peer; False where it is not connected any more."""

@@ -25,8 +25,8 @@ from hub_gateway.kernels.leases import Leases
 from hub_gateway.kernels.links import Links
 from hub_gateway.kernels.reaper import Reaper
 from hub_gateway.kernels.reconcile import Exit, Reconciler, Timing, state_of, with_stderr
-from hub_gateway.kernels.store import Activity, KernelStore, number, storable
-from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus
+from hub_gateway.kernels.store import Activity, KernelStore, LinkFacts, number, storable
+from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, Registration
 from hub_gateway.kernels.workqueue import WorkQueue
 from hub_gateway.proxies.base import AgentSettings, Phase, PhaseReport
 from hub_gateway.proxies.registry import Proxies
@@ -138,7 +138,7 @@ class Controller(LoggingConfigurable):
         super().__init__(**kwargs)
         self.store = KernelStore(db, vault, instance=instance, lease_seconds=self.lease_seconds, admission=admission)
         self.leases = Leases(self.store, replica=replica)
-        self.links = Links(make_relay, self._event, self.store.link_facts, self._unlinked)
+        self.links = Links(make_relay, self._event, self.store.link_facts, self._unlinked, self._route)
         self.proxies = proxies
         self.service_url = service_url
         self.gateway_id = ""
@@ -301,6 +301,11 @@ class Controller(LoggingConfigurable):
         self._on_swallowed("controller")
         self.log.warning("Kernel %s is not linked yet: %s (%s)", kernel_id, error.message, error.hint or error.code)
         self._queue.add(kernel_id)
+
+    async def _route(self, facts: LinkFacts) -> Registration:
+        """The address by which this process reaches an agent."""
+        state = {**facts.proxy_state, "kernel_id": facts.kernel_id}
+        return await self.proxies.get(facts.proxy).route(state, facts.registration)
 
     def _event(self, kernel_id: str, event: Mapping[str, Any]) -> None:
         """An agent, or the link to it, reports."""

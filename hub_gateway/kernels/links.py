@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hub_gateway.errors import Conflict, GatewayError, Unavailable
 from hub_gateway.kernels.store import LinkFacts
+from hub_gateway.kernels.types import Registration
 
 if TYPE_CHECKING:
     from hub_gateway.link.relay import KernelRelay
@@ -25,7 +26,7 @@ class Links:
 
     `make` makes one that is not linked yet; `on_event(kernel_id, event)` hears what agents report;
     `facts_of(kernel_ids)` reads what it takes to link; `on_unlinked(kernel_id, error)` hears what became of
-    `link_later` where it failed.
+    `link_later` where it failed; `route(facts)` gives the address by which this process reaches an agent.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class Links:
         on_event: Callable[[str, Mapping[str, Any]], None],
         facts_of: Callable[[Sequence[str]], Awaitable[Mapping[str, LinkFacts]]],
         on_unlinked: Callable[[str, GatewayError], None],
+        route: Callable[[LinkFacts], Awaitable[Registration]],
     ) -> None:
         self._make = make
         self._on_event = on_event
         self._facts_of = facts_of
         self._on_unlinked = on_unlinked
+        self._route = route
         self._relays: dict[str, KernelRelay] = {}
         self._connecting: dict[str, asyncio.Task[Mapping[str, Any]]] = {}
         self._later: dict[str, asyncio.Task[None]] = {}
@@ -68,7 +71,7 @@ class Links:
             return relay
         task = self._connecting.get(facts.kernel_id)
         if task is None:
-            task = asyncio.ensure_future(_connect(relay, facts, timeout))
+            task = asyncio.ensure_future(self._connect(relay, facts, timeout))
             self._connecting[facts.kernel_id] = task
             task.add_done_callback(lambda _: self._connecting.pop(facts.kernel_id, None))
         # Not awaited itself: somebody else's cancellation, or a link that is closed, must not cancel us.
@@ -102,6 +105,16 @@ class Links:
                 raise
         self.disconnect(kernel_id)
         return await call(await self.link(kernel_id))
+
+    async def _connect(self, relay: KernelRelay, facts: LinkFacts, timeout: float) -> Mapping[str, Any]:
+        registration = await self._route(facts)
+        try:
+            return await relay.connect(
+                registration, facts.client_secret, facts.client_public, facts.epoch, timeout=timeout
+            )
+        except Conflict:
+            relay.disconnect()  # it would go on trying with an epoch that is refused for ever
+            raise
 
     def link_later(self, kernel_id: str) -> None:
         """Link in the background, for websockets that wait."""
@@ -141,13 +154,3 @@ class Links:
             task.cancel()
         for kernel_id in list(self._relays):
             self.drop(kernel_id)
-
-
-async def _connect(relay: KernelRelay, facts: LinkFacts, timeout: float) -> Mapping[str, Any]:
-    try:
-        return await relay.connect(
-            facts.registration, facts.client_secret, facts.client_public, facts.epoch, timeout=timeout
-        )
-    except Conflict:
-        relay.disconnect()  # it would go on trying with an epoch that is refused for ever
-        raise

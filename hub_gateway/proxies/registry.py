@@ -10,15 +10,16 @@ from traitlets.config import LoggingConfigurable
 
 from hub_gateway.errors import BadRequest
 from hub_gateway.proxies.base import ProcessProxy
+from hub_gateway.proxies.distributed import DistributedProxy
 from hub_gateway.proxies.local import LocalProxy
 
 __all__ = ["PROXIES", "Proxies"]
 
-PROXIES: dict[str, type[ProcessProxy]] = {"local": LocalProxy}
+PROXIES: dict[str, type[ProcessProxy]] = {"local": LocalProxy, "distributed": DistributedProxy}
 """The proxies of this package, by the name that `metadata.process_proxy.name` gives."""
 
 # The last part of Enterprise Gateway's class names: kernelspecs written for it keep working.
-ENTERPRISE_GATEWAY = {"LocalProcessProxy": "local"}
+ENTERPRISE_GATEWAY = {"LocalProcessProxy": "local", "DistributedProcessProxy": "distributed"}
 
 
 class Proxies(LoggingConfigurable):

@@ -15,6 +15,7 @@ import pytest
 from hub_gateway.auth.base import Caller
 from tests.contract.cases import CASES, SUDO, UNIX_USERS, ProxyCase, administer, case_params
 from tests.contract.mini import MiniGateway, Setup
+from tests.contract.ssh_case import SSH_OWN_USER, SSH_SUDO
 
 PYTHON = ["python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 DYING = ["/bin/sh", "-c", "echo 'libcudart.so.12: cannot open' >&2; exit 3", "{connection_file}"]
@@ -25,6 +26,10 @@ SPECS = {
     "silent": {"argv": ["/bin/sleep", "600", "{connection_file}"], "display_name": "Silent", "language": "none"},
     "nowhere": {"argv": ["/nonexistent/kernel", "{connection_file}"], "display_name": "Nowhere", "language": "none"},
 }
+
+CASES[SSH_SUDO.name] = SSH_SUDO
+PARTLY = {case.name: case for case in (SUDO, SSH_OWN_USER)}
+"""Differ from others in one thing, so they are put to a part of the suite only."""
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Bench:
 
 @pytest.fixture(params=case_params())
 def bench(request: pytest.FixtureRequest, db_url: Callable[[], str | None]) -> Iterator[Bench]:
-    case = SUDO if request.param == SUDO.name else CASES[request.param]
+    case = PARTLY[request.param] if request.param in PARTLY else CASES[request.param]
     state_dir = Path(tempfile.mkdtemp(prefix="hgt-"))  # unix sockets need short paths
     config = case.prepare(state_dir)
     kernels = state_dir / "kernels"

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ENGINES", "KRB5_PATH", "Engine", "chromium", "kerberos", "missing", "postgresql"]
+__all__ = ["ADMIN_PATH", "ENGINES", "KRB5_PATH", "Engine", "chromium", "kerberos", "missing", "postgresql"]
 
-KRB5_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin:/usr/bin"
-"""Where Kerberos has its servers, which are not on everybody's PATH."""
+ADMIN_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin:/usr/bin"
+"""Where servers are, which are not on everybody's PATH."""
+KRB5_PATH = ADMIN_PATH
 
 
 def postgresql() -> str | None:
@@ -56,6 +57,11 @@ ENGINES = {
         lambda: shutil.which("krb5-config") and shutil.which("cc"),
         ("gcc", "libc6-dev", "libkrb5-dev", "python3-dev"),
         "the gateway's own part of Kerberos, which is built",
+    ),
+    "ssh": Engine(
+        lambda: shutil.which("ssh-keygen", path=ADMIN_PATH) and shutil.which("sshd", path=ADMIN_PATH),
+        ("openssh-server", "openssh-client"),
+        "kernels on hosts that are reached by SSH",
     ),
     "sudo": Engine(lambda: shutil.which("sudo"), ("sudo",), "kernels as another unix user by a sudo rule"),
 }
