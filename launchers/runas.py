@@ -188,7 +188,7 @@ def serve(actions: Dict[str, Any], anybody: Tuple[str, ...] = ()) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.chdir("/")
     try:
-        request = json.loads(sys.stdin.buffer.read())
+        request = json.loads(sys.stdin.buffer.readline())  # SSH does not say that there is no more
         action, name = request["action"], request.get("user")
         user = None if name is None and action in anybody else become(name)
         answer = actions[action](request, user)

@@ -2,7 +2,7 @@
 
     python3 -I -c 'import sys;i=sys.stdin.buffer;exec(i.read(int(i.readline())))'
 
-reads this text, preceded by its length, and then one JSON document: `root`, the directory for all versions;
+reads this text, preceded by its length, and then one line, a JSON document: `root`, the directory for all versions;
 `digest`, the name of this one's; `files`, their texts by name, with `hashes` (SHA-256). What is there already and has
 the right hashes is kept. Everybody may read it, as kernels of any user start from it; only who logs in may write it.
 
@@ -95,7 +95,7 @@ def main() -> None:
     os.umask(0o022)
     answer: Dict[str, Any]
     try:
-        request = json.loads(sys.stdin.buffer.read())
+        request = json.loads(sys.stdin.buffer.readline())
         directory = put(request["root"], request["digest"], request["files"], request["hashes"])
         answer = {"ok": True, "directory": directory, "agent": compiled(directory)}
     except (Refused, OSError, KeyError, ValueError) as error:

@@ -313,9 +313,9 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             "drain_file": self.drain_file,
         }
         asked = self.pool.run(host, lambda: self.nodes.call(host, self.user, "find", request, within=READ_SECONDS))
+        asked.add_done_callback(_unheard)
         done, _ = await asyncio.wait({asked}, timeout=self.ask_seconds)
         if not done:
-            asked.add_done_callback(lambda future: future.cancelled() or future.exception())
             self.known.failed(host.name, "it does not answer")
             return None, "it does not answer"
         try:
@@ -399,6 +399,12 @@ def _phase(kernel_id: str, state: State, found: Mapping[str, Any] | None, why: s
     if state.get("boot") and found.get("boot") and state["boot"] != found["boot"]:
         return PhaseReport(Phase.GONE, f"its host {host} was started anew")
     return PhaseReport(Phase.GONE, f"its agent (pid {pid}) is not on {host} any more")
+
+
+def _unheard(future: asyncio.Future[Any]) -> None:
+    """Perhaps nobody waits any more for what a slow host says."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _nowhere(refused: Mapping[str, str]) -> str:

@@ -48,7 +48,7 @@ class Bundle:
         """What `launchers/shelve.py` reads, that program first."""
         program = (self.directory / "shelve.py").read_bytes()
         document = {"root": root, "digest": self.digest, "files": self.texts, "hashes": self.hashes}
-        return b"%d\n%s%s" % (len(program), program, json.dumps(document).encode())
+        return b"%d\n%s%s" % (len(program), program, _line(document))
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Nodes:
             shelf = self.shelf(host, login, anew=anew)
             prefix = [] if user in (None, login) or login == "root" else self._sudo(user)
             words = [*prefix, self.options.python, "-I", f"{shelf.directory}/node.py"]
-            done = self.pool.command(host, login, words, json.dumps(document).encode(), within)
+            done = self.pool.command(host, login, words, _line(document), within)
             answer = _answer(done)
             if answer is not None:
                 break
@@ -133,15 +133,13 @@ class Nodes:
     def _sudo(self, user: str | None) -> list[str]:
         return [word.replace("{user}", str(user)) for word in self.options.sudo]
 
-    def _mute(self, host: Host, login: str, user: str | None, done: Done) -> GatewayError:
+    def _mute(self, host: Host, login: str, user: str | None, done: Done) -> LaunchFailed:
         """Why there is no answer."""
         if user in (None, login):
             return LaunchFailed(
                 f"The host {host.name} cannot run kernels ({_said(done)}). Ask the administrator.",
                 hint=f"{self.options.python} ended with {done.code} as {login}",
             )
-        if done.code == -1:
-            return Unavailable(f"The host {host.name} broke off what it was asked to do as {user}; try again.")
         return LaunchFailed(
             f"The gateway may not act as the unix user {user} on {host.name} ({_said(done)}). Ask the administrator.",
             hint=f"{login} needs a sudo rule for {self.options.python} -I and node.py on {host.name}; see the how-to",
@@ -155,6 +153,10 @@ def as_error(host: Host, error: SshError) -> GatewayError:
         "administrator.",
         hint=error.problem.value,
     )
+
+
+def _line(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document).encode() + b"\n"
 
 
 def _answer(done: Done) -> dict[str, Any] | None:

@@ -29,6 +29,8 @@ LOG = logging.getLogger("hub_gateway.proxies.ssh")
 THREADS = 8
 """For each host; sshd allows ten sessions on a connection (MaxSessions), and as many logins at once (MaxStartups)."""
 CHUNK = 65536
+CHANNEL_SECONDS = 10.0
+FULL_SECONDS = 0.05
 KEEPALIVE_SECONDS = 15
 SILENT_SECONDS = 20
 AGAIN_SECONDS = 3.0
@@ -68,7 +70,7 @@ class SshOptions:
 
 @dataclass(frozen=True)
 class Done:
-    """What a command wrote, and its exit code; -1 where it has none."""
+    """What a command wrote, and its exit code."""
 
     out: bytes
     err: str
@@ -104,19 +106,22 @@ class SshPool:
         return asyncio.get_running_loop().run_in_executor(threads, call)
 
     def command(self, host: Host, login: str, words: Sequence[str], stdin: bytes, seconds: float) -> Done:
-        """Run a command, whose words reach the node as they are. Blocks. Raises `SshError`.
+        """Run a command, whose words reach the node as they are, and which reads no more than `stdin`. Blocks.
+
+        Raises `SshError`.
 
         SSH has one string for a command, which the login's shell reads: each word is quoted for it.
         """
         deadline = time.monotonic() + seconds
-        channel = self._channel(host, login, lambda transport: transport.open_session(timeout=min(10.0, seconds)))
+        channel = self._channel(host, login, lambda one: one.open_session(timeout=CHANNEL_SECONDS), sessions=True)
         try:
             with contextlib.closing(channel):
                 channel.settimeout(max(0.1, deadline - time.monotonic()))
                 channel.exec_command(" ".join(map(shlex.quote, words)))
+                # Nothing says that this was all: where the command has just ended by itself, paramiko may send that
+                # after it has closed the channel, for which sshd ends the whole connection.
                 with contextlib.suppress(OSError):  # it has ended without reading all; what it said tells why
                     channel.sendall(stdin)
-                    channel.shutdown_write()
                 return _result(channel, deadline)
         except (OSError, EOFError, _paramiko().SSHException) as error:
             slow = isinstance(error, TimeoutError)
@@ -130,7 +135,7 @@ class SshPool:
         return self._channel(
             host,
             login,
-            lambda transport: transport.open_channel("direct-tcpip", target, ("127.0.0.1", 0), timeout=10.0),
+            lambda transport: transport.open_channel("direct-tcpip", target, ("127.0.0.1", 0), timeout=CHANNEL_SECONDS),
         )
 
     def address(self, host: Host, login: str) -> str:
@@ -154,23 +159,28 @@ class SshPool:
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _channel(self, host: Host, login: str, make: Callable[[Any], T]) -> T:
+    def _channel(self, host: Host, login: str, make: Callable[[Any], T], *, sessions: bool = False) -> T:
         paramiko = _paramiko()
-        for attempt in (1, 2):
+        broken, deadline = 0, time.monotonic() + CHANNEL_SECONDS
+        while True:
             client = self._client(host, login)
             try:
                 transport = client.get_transport()
                 if transport is None:
                     raise EOFError
                 return make(transport)
-            except paramiko.ChannelException as error:
-                raise SshError(Problem.UNREACHABLE, f"it opens no further channel ({error})") from error
             except (OSError, EOFError, paramiko.SSHException) as error:
+                if _full(error) and _alive(client):
+                    # A session that has ended counts until sshd has noticed: there may be ten (MaxSessions).
+                    if sessions and time.monotonic() < deadline:
+                        time.sleep(FULL_SECONDS)
+                        continue
+                    raise SshError(Problem.UNREACHABLE, f"it opens no further channel ({error})") from error
                 # The connection was dead and nobody had noticed: nothing was sent by it, so it may be made anew.
                 self._drop(host, login, client)
-                if attempt == 2:
+                broken += 1
+                if broken == 2:
                     raise SshError(Problem.UNREACHABLE, f"the connection broke off ({error})") from error
-        raise AssertionError("unreachable")
 
     def _client(self, host: Host, login: str) -> Any:
         with self._guard:
@@ -239,6 +249,11 @@ def _alive(client: Any) -> bool:
     return transport is not None and transport.is_active()
 
 
+def _full(error: Exception) -> bool:
+    """Whether a channel was refused. Of two that are refused at once, paramiko has the reason for one alone."""
+    return isinstance(error, _paramiko().ChannelException) or str(error) == "Unable to open channel."
+
+
 def _socket(host: Host, seconds: float) -> socket.socket:
     sock = socket.create_connection((host.address, host.port), timeout=seconds)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # without it a command takes 48 ms in place of 5
@@ -264,6 +279,8 @@ def _result(channel: Any, deadline: float) -> Done:
         err += part
     if not channel.status_event.wait(max(0.05, deadline - time.monotonic())):
         raise TimeoutError
+    if channel.exit_status < 0:
+        raise EOFError("without an exit code")
     return Done(bytes(out), err.decode("utf-8", "replace"), channel.exit_status)
 
 

@@ -47,6 +47,7 @@ def distributed(nodes: SshNodes, state_dir: Path, **traits: Any) -> Mapping[str,
     nodes.sudo_rule(python, f"{state_dir}/shelves/{LOGIN}/[0-9a-f]{{64}}/node\\.py", *UNIX_USERS)
     return {
         "UnixUsers": {"impersonate": True},
+        "Controller": {"poll_seconds": 3.0},  # nothing else notices that an agent has ended
         "Proxies": {"default_proxy": "distributed"},
         "DistributedProxy": {
             "hosts": nodes.hosts,

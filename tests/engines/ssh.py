@@ -86,8 +86,8 @@ class SshNode:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.send_signal(signal.SIGCONT)
                 one.kill()
-        psutil.wait_procs(family, 10)
         self.process.wait(10)
+        until(lambda: not any(map(lives, family)), "the connections of sshd are gone")
         self.process = None
 
     def freeze(self, *, frozen: bool = True) -> None:
@@ -167,6 +167,14 @@ class SshNodes:
         for node in self.nodes:
             node.stop()
         self.drop_sudo_rule()
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it still runs; one that only waits to be waited for, perhaps by a slow init, does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def program(name: str) -> str:
