@@ -162,6 +162,8 @@ def launch(request: Document, user: pwd.struct_passwd) -> Document:
             with open(aside, "w") as file:
                 json.dump({name: request[name] for name in ("gateway_id", "kernel_id", "epoch", "host")}, file)
             os.replace(aside, os.path.join(directory, MARK))
+            for name, value in session().items():
+                request["config"]["env"].setdefault(name, value)
             answer = runas.launch(request, user)
         except Exception:
             # Whoever is refused has nothing to clean up.
@@ -172,6 +174,12 @@ def launch(request: Document, user: pwd.struct_passwd) -> Document:
             answer["log"] = runas.logs(request, user)["text"]
     answer["boot"] = boot()
     return answer
+
+
+def session() -> Dict[str, str]:
+    """Where this user's own systemd is found, if there is one: a login by SSH and PAM would set it."""
+    path = "/run/user/%d" % os.getuid()
+    return {"XDG_RUNTIME_DIR": path} if os.path.isdir(path) and os.stat(path).st_uid == os.getuid() else {}
 
 
 def adopt(request: Document, user: pwd.struct_passwd) -> Document:
@@ -358,7 +366,12 @@ def tried(command: List[str]) -> tuple:  # type: ignore[type-arg,unused-ignore]
     """The exit code of a command, and the end of what it said."""
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=20
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=20,
+            env=dict(os.environ, **session()),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return -1, str(error)

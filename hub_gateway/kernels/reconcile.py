@@ -241,9 +241,12 @@ class Reconciler:
         except Unavailable:
             if asyncio.get_running_loop().time() < memory.deadline:
                 raise
-            return await self._fail(record, lease, await self._too_slow(record))
+            current = await self.store.get(record.id) or record
+            return await self._fail(current, lease, await self._too_slow(current))
         except GatewayError as error:
-            return await self._fail(record, lease, Exit(storable(error.message)))
+            # As it is now: what the launch has recorded is what has to be ended.
+            current = await self.store.get(record.id) or record
+            return await self._fail(current, lease, Exit(storable(error.message)))
         memory.launched = True
         return 0.0
 

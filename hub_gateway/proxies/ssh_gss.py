@@ -7,6 +7,7 @@ used: paramiko takes a while, and gssapi is optional.
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ class _Source(AuthSource):  # type: ignore[misc]
             )
             return transport.auth_handler.log_in(context, self.username)
         except gssapi.exceptions.GSSError as error:
-            why = " ".join(str(error).split())
+            # What the library itself says is always the same; the reason is Kerberos's own ("Minor").
+            why = re.sub(r"^Major \(\d+\): .*, Minor \(\d+\): ", "", " ".join(str(error).split()))
             raise paramiko.AuthenticationException(f"no Kerberos ticket for host/{self.name}: {why}") from error
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hub_gateway.errors import GatewayError
 from hub_gateway.proxies.ssh_hosts import Host
 
 __all__ = ["Authenticate", "Done", "Problem", "SshError", "SshOptions", "SshPool"]
@@ -289,6 +290,8 @@ def _explained(error: Exception, host: Host, login: str, known_hosts: tuple[Path
     paramiko = _paramiko()
     if isinstance(error, SshError):
         return error
+    if isinstance(error, GatewayError):
+        return SshError(Problem.REFUSED, f"the gateway has nothing to log in with: {error.hint or error.message}")
     files = " or ".join(map(str, known_hosts))
     if isinstance(error, paramiko.BadHostKeyException):
         return SshError(
@@ -310,4 +313,4 @@ def _explained(error: Exception, host: Host, login: str, known_hosts: tuple[Path
 
 def _short(error: Exception) -> str:
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return text[-200:] or type(error).__name__
+    return text[-300:] or type(error).__name__

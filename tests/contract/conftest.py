@@ -63,14 +63,18 @@ class Bench:
 
 @pytest.fixture(params=case_params())
 def bench(request: pytest.FixtureRequest, db_url: Callable[[], str | None]) -> Iterator[Bench]:
-    case = PARTLY[request.param] if request.param in PARTLY else CASES[request.param]
+    yield from bench_of(PARTLY[request.param] if request.param in PARTLY else CASES[request.param], db_url())
+
+
+def bench_of(case: ProxyCase, db_url: str | None) -> Iterator[Bench]:
+    """The place for one test of a case; cleaned up when it is taken up again."""
     state_dir = Path(tempfile.mkdtemp(prefix="hgt-"))  # unix sockets need short paths
     config = case.prepare(state_dir)
     kernels = state_dir / "kernels"
     for name, spec in {**SPECS, **case.specs}.items():
         (kernels / name).mkdir(parents=True)
         (kernels / name / "kernel.json").write_text(json.dumps(spec))
-    url = db_url() or f"sqlite:///{state_dir}/gateway.sqlite"
+    url = db_url or f"sqlite:///{state_dir}/gateway.sqlite"
     made = Bench(case, Setup(str(state_dir), url, (str(kernels),), config), state_dir)
     yield made
     case.clean(made.gateway_ids, state_dir)

@@ -24,7 +24,9 @@ NODES: dict[Path, SshNodes] = {}
 """The servers of a test that runs, by its state directory."""
 
 
-def prepare_nodes(state_dir: Path, *addresses: str, more: str = "") -> SshNodes:
+def prepare_nodes(
+    state_dir: Path, *addresses: str, more: str = "", environment: Mapping[str, str] | None = None
+) -> SshNodes:
     """Servers for one test, whose users can read what the gateway brings there."""
     if os.geteuid() != 0:
         pytest.skip("an sshd that lets several users in takes root")
@@ -32,7 +34,7 @@ def prepare_nodes(state_dir: Path, *addresses: str, more: str = "") -> SshNodes:
     atexit.register(remove_unix_user, LOGIN)
     for user in UNIX_USERS:
         make_unix_user(user)
-    nodes = NODES[state_dir] = SshNodes(state_dir / "ssh", *addresses, more=more)
+    nodes = NODES[state_dir] = SshNodes(state_dir / "ssh", *addresses, more=more, environment=environment)
     for name in ("users", "shelves"):
         (state_dir / name).mkdir()
         (state_dir / name).chmod(0o1777)
