@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Mapping
@@ -15,11 +16,12 @@ import psutil
 import pytest
 
 from hub_gateway.kernels.types import KernelRecord
-from tests.contract.cases import UNIX_USERS, ProxyCase, processes, python_for_everybody
+from tests.contract.cases import ProxyCase, processes, python_for_everybody
 from tests.engines.ssh import LOGIN, SshNodes, make_unix_user, remove_unix_user
 
-__all__ = ["SSH_OWN_USER", "SSH_SUDO", "SshCase", "distributed", "prepare_nodes"]
+__all__ = ["NODES", "SSH_OWN_USER", "SSH_SUDO", "USERS", "SshCase", "distributed", "prepare_nodes"]
 
+USERS = ("hgt-ada", "hgt-bea")
 NODES: dict[Path, SshNodes] = {}
 """The servers of a test that runs, by its state directory."""
 
@@ -31,9 +33,7 @@ def prepare_nodes(
     if os.geteuid() != 0:
         pytest.skip("an sshd that lets several users in takes root")
     state_dir.chmod(0o755)
-    atexit.register(remove_unix_user, LOGIN)
-    for user in UNIX_USERS:
-        make_unix_user(user)
+    make_users()
     nodes = NODES[state_dir] = SshNodes(state_dir / "ssh", *addresses, more=more, environment=environment)
     for name in ("users", "shelves"):
         (state_dir / name).mkdir()
@@ -41,12 +41,20 @@ def prepare_nodes(
     return nodes
 
 
+@functools.cache
+def make_users() -> None:
+    """The unix users of these tests, for as long as these run."""
+    for user in (LOGIN, *USERS):
+        atexit.register(remove_unix_user, user)
+        make_unix_user(user)
+
+
 def distributed(nodes: SshNodes, state_dir: Path, **traits: Any) -> Mapping[str, Any]:
     """A gateway's configuration for these hosts."""
     python = python_for_everybody()
     if python is None:
         pytest.skip("no Python that other unix users can execute")
-    nodes.sudo_rule(python, f"{state_dir}/shelves/{LOGIN}/[0-9a-f]{{64}}/node\\.py", *UNIX_USERS)
+    nodes.sudo_rule(python, f"{state_dir}/shelves/{LOGIN}/[0-9a-f]{{64}}/node\\.py", *USERS)
     return {
         "UnixUsers": {"impersonate": True},
         "Controller": {"poll_seconds": 3.0},  # nothing else notices that an agent has ended
@@ -109,5 +117,5 @@ class SshCase(ProxyCase):
             nodes.stop()
 
 
-SSH_SUDO = SshCase("ssh-sudo", 2, by_sudo, UNIX_USERS, impersonates=True)
+SSH_SUDO = SshCase("ssh-sudo", 2, by_sudo, USERS, impersonates=True)
 SSH_OWN_USER = SshCase("ssh-own-user", 2, as_login)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -23,10 +24,9 @@ from hub_gateway.kernels.service import CreateKernel
 from hub_gateway.kernels.types import KernelStatus
 from hub_gateway.proxies.base import Finding, Phase
 from hub_gateway.proxies.distributed import DistributedProxy
-from tests.contract.cases import UNIX_USERS
 from tests.contract.conftest import PYTHON, Bench
 from tests.contract.mini import MiniGateway
-from tests.contract.ssh_case import NODES, SSH_SUDO
+from tests.contract.ssh_case import NODES, SSH_SUDO, USERS
 from tests.contract.test_conformance import reserved
 from tests.engines.ssh import LOGIN, SshNodes
 from tests.harness.waiting import eventually
@@ -171,9 +171,9 @@ async def test_drained_hosts(bench: Bench) -> None:
 
 async def test_no_sudo_rule(bench: Bench) -> None:
     nodes_of(bench).drop_sudo_rule()
-    async with gateway_with(bench, check_user=UNIX_USERS[0]) as gateway:
+    async with gateway_with(bench, check_user=USERS[0]) as gateway:
         message = await refused(bench, gateway)
-        assert f"may not act as the unix user {UNIX_USERS[0]}" in message
+        assert f"may not act as the unix user {USERS[0]}" in message
         assert all("sudo rule" in finding.hint for finding in await trouble(gateway))
 
 
@@ -192,8 +192,8 @@ async def test_node_without_python_or_pyzmq(bench: Bench) -> None:
         assert all("DistributedProxy.python" in finding.hint for finding in await trouble(gateway))
     bare = bench.state_dir / "bare"
     subprocess.run([python, "-m", "venv", "--without-pip", str(bare)], check=True)
-    nodes.sudo_rule(f"{bare}/bin/python", f"{bench.state_dir}/shelves/{LOGIN}/[0-9a-f]{{64}}/node\\.py", *UNIX_USERS)
-    async with gateway_with(bench, python=f"{bare}/bin/python", check_user=UNIX_USERS[0]) as gateway:
+    nodes.sudo_rule(f"{bare}/bin/python", f"{bench.state_dir}/shelves/{LOGIN}/[0-9a-f]{{64}}/node\\.py", *USERS)
+    async with gateway_with(bench, python=f"{bare}/bin/python", check_user=USERS[0]) as gateway:
         assert "its Python has no pyzmq" in await refused(bench, gateway)
         assert all("pip install pyzmq" in finding.hint for finding in await trouble(gateway))
 
@@ -219,10 +219,10 @@ async def test_disk_full(bench: Bench, small_disk: Path) -> None:
 
 
 async def test_all_is_well(bench: Bench) -> None:
-    async with gateway_with(bench, check_user=UNIX_USERS[0], limit_command=["prlimit", "--as={memory}"]) as gateway:
+    async with gateway_with(bench, check_user=USERS[0], limit_command=["prlimit", "--as={memory}"]) as gateway:
         assert await trouble(gateway) == []
         assert proxy_of(gateway).enforces == {"memory"}
-    async with gateway_with(bench, check_user=UNIX_USERS[0], limit_command=["nolimit", "{memory}"]) as gateway:
+    async with gateway_with(bench, check_user=USERS[0], limit_command=["nolimit", "{memory}"]) as gateway:
         assert all("limits cannot be enforced" in finding.message for finding in await trouble(gateway))
 
 
@@ -378,6 +378,23 @@ async def test_a_lost_host(bench: Bench) -> None:
         ended = await gateway.controller.wait(record.id, lambda row: row is not None and not row.live, 60)
         assert ended is not None and "is lost" in ended.message
         assert await reserved(gateway) == set()
+
+
+async def test_launchers_are_brought_again(bench: Bench) -> None:
+    """Where somebody has cleaned up, or has changed what lies there."""
+    shelves = bench.state_dir / "shelves" / LOGIN
+    for change in ("removed", "changed"):
+        async with gateway_with(bench, hosts=nodes_of(bench).hosts[:1]) as gateway:
+            record = await gateway.start(bench.alice)
+            assert record.status is KernelStatus.RUNNING, record.message
+            await gateway.service.shutdown(bench.alice, record.id)
+            if change == "removed":
+                shutil.rmtree(shelves)
+                record = await gateway.start(bench.alice)
+                assert record.status is KernelStatus.RUNNING, record.message
+                await gateway.service.shutdown(bench.alice, record.id)
+                (agent,) = shelves.glob("*/agent.py")
+                agent.write_text("raise SystemExit('not ours')\n")
 
 
 async def test_many_at_once(bench: Bench) -> None:

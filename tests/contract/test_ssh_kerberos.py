@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from hub_gateway.kernels.types import KernelStatus
-from tests.contract.cases import UNIX_USERS
 from tests.contract.conftest import Bench, bench_of
-from tests.contract.ssh_case import SshCase, distributed, prepare_nodes
+from tests.contract.ssh_case import USERS, SshCase, distributed, prepare_nodes
 from tests.contract.test_conformance import reserved
 from tests.contract.test_conformance_ssh import gateway_with, refused, trouble
 from tests.engines.kdc import Kdc
@@ -48,7 +47,7 @@ def bench(kdc: Kdc, db_url: Callable[[], str | None], monkeypatch: pytest.Monkey
         monkeypatch.setenv("KRB5_CONFIG", str(kdc.krb5_conf))
         allowed = state_dir / "k5login"
         allowed.mkdir()
-        for user in (LOGIN, UNIX_USERS[0]):
+        for user in (LOGIN, USERS[0]):
             (allowed / user).write_text(f"{PRINCIPAL}@{kdc.realm}\n")
         # Files in one variable: the hosts' own settings before those of the realm.
         hosts_conf = state_dir / "hosts.conf"
@@ -70,7 +69,7 @@ def bench(kdc: Kdc, db_url: Callable[[], str | None], monkeypatch: pytest.Monkey
         }
         return config
 
-    yield from bench_of(SshCase("ssh-k5login", 2, prepare, UNIX_USERS, impersonates=True), db_url())
+    yield from bench_of(SshCase("ssh-k5login", 2, prepare, USERS, impersonates=True), db_url())
 
 
 async def test_life(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pwd
 import shutil
@@ -67,7 +68,9 @@ class SshNode:
         """Serve."""
         # Paths are absolute: it runs itself anew for each connection.
         command = [program("sshd"), "-D", "-f", str(self.directory / "sshd_config"), "-E", str(self.log)]
-        process = self.process = subprocess.Popen(command, env={"PATH": os.defpath, **self.environment})
+        process = self.process = subprocess.Popen(
+            command, env={"PATH": os.defpath, **self.environment}, preexec_fn=die_with_parent
+        )
 
         def settled() -> bool:
             with contextlib.suppress(OSError), socket.create_connection((self.address, self.port), 1):
@@ -99,8 +102,12 @@ class SshNode:
     def _family(self) -> list[psutil.Process]:
         assert self.process is not None
         server = psutil.Process(self.process.pid)
-        # What users run is left alone: only sshd's own processes.
-        return [server, *(one for one in server.children(recursive=True) if one.name() == "sshd")]
+        found = [server]
+        for one in server.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if one.name() == "sshd":  # what users run is left alone
+                    found.append(one)
+        return found
 
 
 class SshNodes:
@@ -153,7 +160,8 @@ class SshNodes:
 
     def sudo_rule(self, python: str, launcher: str, *users: str) -> None:
         """The one rule that the gateway needs: `launcher` is a regular expression of sudoers."""
-        path = self._sudoers = Path("/etc/sudoers.d") / f"hgt-{self.directory.name.replace('.', '-')}"
+        name = str(self.directory).strip("/").replace("/", "-").replace(".", "-")
+        path = self._sudoers = Path("/etc/sudoers.d") / name
         path.write_text(f"{LOGIN} ALL=({', '.join(users)}) NOPASSWD: {python} ^-I {launcher}$\n")
         path.chmod(0o440)
 
@@ -164,9 +172,15 @@ class SshNodes:
 
     def stop(self) -> None:
         """End everything."""
-        for node in self.nodes:
-            node.stop()
         self.drop_sudo_rule()
+        with contextlib.ExitStack() as each:  # all of them, whatever becomes of one
+            for node in self.nodes:
+                each.callback(node.stop)
+
+
+def die_with_parent() -> None:
+    """Have Linux end a server with the tests that started it, however these end (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
 def lives(process: psutil.Process) -> bool:
