@@ -26,7 +26,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict
+    from typing import Any, Dict, Tuple
 
     Document = Dict[str, Any]
 
@@ -184,13 +184,15 @@ def probe(request: Document, user: pwd.struct_passwd) -> Document:
 ACTIONS = {"launch": launch, "read": read, "logs": logs, "signal": send, "remove": remove, "probe": probe}
 
 
-def main() -> None:
+def serve(actions: Dict[str, Any], anybody: Tuple[str, ...] = ()) -> None:
+    """Carry out the request on standard input, as its user; an action of `anybody` needs none."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.chdir("/")
     try:
-        request = json.loads(sys.stdin.buffer.read())
-        user = become(request["user"])
-        answer = ACTIONS[request["action"]](request, user)
+        request = json.loads(sys.stdin.buffer.readline())  # SSH does not say that there is no more
+        action, name = request["action"], request.get("user")
+        user = None if name is None and action in anybody else become(name)
+        answer = actions[action](request, user)
         answer["ok"] = True
     except (Refused, OSError, KeyError, TypeError, ValueError, subprocess.SubprocessError) as error:
         text = str(error) if isinstance(error, (Refused, OSError)) else "%s: %s" % (type(error).__name__, error)
@@ -200,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(ACTIONS)

@@ -65,7 +65,7 @@ def options() -> str:
         "",
     ]
     for cls in sorted(configurables(), key=lambda cls: (cls.__name__ != "HubGateway", cls.__name__)):
-        lines += [f"## {cls.__name__}", "", paragraphs(inspect.getdoc(cls) or ""), ""]
+        lines += [f"## {section_of(cls)}", "", paragraphs(inspect.getdoc(cls) or ""), ""]
         lines += described(cls)
     return "\n".join(lines) + "\n"
 
@@ -89,13 +89,18 @@ def configurables() -> Iterator[type[Configurable]]:
                 yield cls
 
 
+def section_of(cls: type[Configurable]) -> str:
+    """The section of the configuration in which a class's own options are written."""
+    return str(vars(cls).get("options_of", cls.__name__))
+
+
 def described(cls: type[Configurable]) -> list[str]:
     """The options of one class, as a definition list."""
     lines = []
     for name, trait in sorted(cls.class_own_traits(config=True).items()):
         kind = type(trait).__name__
         default = computed_default(trait)
-        lines += [f"`c.{cls.__name__}.{name}` ({kind}, {default})", indented(paragraphs(str(trait.help or ""))), ""]
+        lines += [f"`c.{section_of(cls)}.{name}` ({kind}, {default})", indented(paragraphs(str(trait.help or ""))), ""]
     return lines
 
 

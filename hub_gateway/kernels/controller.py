@@ -27,8 +27,8 @@ from hub_gateway.kernels.leases import Leases
 from hub_gateway.kernels.links import Links
 from hub_gateway.kernels.reaper import Reaper
 from hub_gateway.kernels.reconcile import Exit, Reconciler, Timing, state_of, with_stderr
-from hub_gateway.kernels.store import Activity, KernelStore, number, storable
-from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, KernelTarget
+from hub_gateway.kernels.store import Activity, KernelStore, LinkFacts, number, storable
+from hub_gateway.kernels.types import ExecutionState, KernelRecord, KernelStatus, KernelTarget, Registration
 from hub_gateway.kernels.waiting import WaitingRequests
 from hub_gateway.kernels.workqueue import WorkQueue
 from hub_gateway.proxies.base import AgentSettings, Phase, PhaseReport
@@ -168,7 +168,7 @@ class Controller(LoggingConfigurable):
         self.store = KernelStore(db, vault, instance=instance, lease_seconds=self.lease_seconds, admission=admission)
         self.leases = Leases(self.store, replica=replica)
         self.waiting = WaitingRequests(db, vault, on_swallowed)
-        self.links = Links(make_relay, self._event, self.store.link_facts, self._unlinked, self.waiting)
+        self.links = Links(make_relay, self._event, self.store.link_facts, self._unlinked, self._route, self.waiting)
         self.proxies = proxies
         self.service_url = service_url
         self.gateway_id = ""
@@ -358,6 +358,11 @@ class Controller(LoggingConfigurable):
         said = (kernel_id, error.message, error.hint or error.code)
         self.log.warning("Kernel %s is not linked yet: %s (%s)", *said, extra=self._about(kernel_id))
         self._queue.add(kernel_id)
+
+    async def _route(self, facts: LinkFacts) -> Registration:
+        """The address by which this process reaches an agent."""
+        state = {**facts.proxy_state, "kernel_id": facts.kernel_id}
+        return await self.proxies.get(facts.proxy).route(state, facts.registration)
 
     def _event(self, kernel_id: str, event: Mapping[str, Any]) -> None:
         """An agent, or the link to it, reports."""

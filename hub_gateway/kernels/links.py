@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hub_gateway.errors import Conflict, GatewayError, Unavailable
 from hub_gateway.kernels.store import LinkFacts
+from hub_gateway.kernels.types import Registration
 from hub_gateway.kernels.waiting import WaitingRequests
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class Links:
 
     `make` makes one that is not linked yet; `on_event(kernel_id, event)` hears what agents report;
     `facts_of(kernel_ids)` reads what it takes to link; `on_unlinked(kernel_id, error)` hears what became of
-    `link_later` where it failed; `waiting` keeps what waits for a link.
+    `link_later` where it failed; `route(facts)` gives the address by which this process reaches an agent; `waiting`
+    keeps what waits for a link.
     """
 
     def __init__(
@@ -35,12 +37,14 @@ class Links:
         on_event: Callable[[str, Mapping[str, Any]], None],
         facts_of: Callable[[Sequence[str]], Awaitable[Mapping[str, LinkFacts]]],
         on_unlinked: Callable[[str, GatewayError], None],
+        route: Callable[[LinkFacts], Awaitable[Registration]],
         waiting: WaitingRequests | None = None,
     ) -> None:
         self._make = make
         self._on_event = on_event
         self._facts_of = facts_of
         self._on_unlinked = on_unlinked
+        self._route = route
         self._waiting = waiting
         self._relays: dict[str, KernelRelay] = {}
         self._connecting: dict[str, asyncio.Task[Mapping[str, Any]]] = {}
@@ -144,9 +148,10 @@ class Links:
 
     async def _connect(self, relay: KernelRelay, facts: LinkFacts, timeout: float) -> Mapping[str, Any]:
         await self.restore(facts.kernel_id)
+        registration = await self._route(facts)
         try:
             return await relay.connect(
-                facts.registration, facts.client_secret, facts.client_public, facts.epoch, timeout=timeout
+                registration, facts.client_secret, facts.client_public, facts.epoch, timeout=timeout
             )
         except Conflict:
             relay.disconnect()  # it would go on trying with an epoch that is refused for ever

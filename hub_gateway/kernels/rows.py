@@ -60,6 +60,8 @@ LINK = select(
     Kernel.agent_pid,
     Kernel.link_public,
     Kernel.link_secret,
+    Kernel.proxy,
+    Kernel.proxy_state,
 ).where(Kernel.agent_port.is_not(None), Kernel.id.in_(bindparam("kernels", expanding=True)))
 
 

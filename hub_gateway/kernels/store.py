@@ -11,8 +11,8 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from ipaddress import ip_address
 from typing import Any, TypeVar
@@ -44,6 +44,7 @@ from hub_gateway.kernels.rows import (
     record_of,
 )
 from hub_gateway.kernels.types import (
+    JSON,
     ExecutionState,
     KernelRecord,
     KernelStatus,
@@ -74,6 +75,8 @@ class LinkFacts:
     registration: Registration
     client_public: str
     client_secret: str
+    proxy: str = ""
+    proxy_state: Mapping[str, JSON] = field(default_factory=dict)
 
 
 def storable(value: Any) -> Any:
@@ -237,9 +240,10 @@ class KernelStore:
             found = {}
             for start in range(0, len(wanted), 500):
                 for row in tx.execute(LINK, {"kernels": wanted[start : start + 500]}):
-                    key, epoch, host, port, public_key, pid, client_public, client_secret = row
+                    key, epoch, host, port, public_key, pid, client_public, client_secret, proxy, state = row
                     registration = Registration(host or "", port or 0, public_key or "", pid or 0)
-                    found[key] = LinkFacts(key, epoch, registration, client_public, self.vault.decrypt(client_secret))
+                    secret = self.vault.decrypt(client_secret)
+                    found[key] = LinkFacts(key, epoch, registration, client_public, secret, proxy, state or {})
             return found
 
         return await self.db.read(read)

@@ -54,6 +54,9 @@ class AgentSettings:
     register_url: str = ""
     """Where to post the registration; empty where the proxy reads it itself."""
     listen: str = "127.0.0.1"
+    port_first: int = 0
+    """The ports on which it may listen, up to `port_last`; 0 is any."""
+    port_last: int = 0
     transport: Literal["auto", "ipc", "tcp"] = "auto"
     """Between the agent and its kernel; `auto` is ipc where the node's file system has sockets."""
     kernel_encryption: Literal["none", "curve"] = "none"
@@ -197,6 +200,14 @@ class ProcessProxy(LoggingConfigurable, metaclass=_Meta):
 
     async def close(self) -> None:
         """Release clients and pools."""
+
+    async def route(self, state: State, registration: Registration) -> Registration:
+        """Where this process reaches an agent that registered so: elsewhere, if the way leads through a tunnel.
+
+        Called before each link is made; what it opens stays open for the link's own reconnections.
+        Raises `Unavailable`.
+        """
+        return registration
 
     def same(self, recorded: State, found: State) -> bool:
         """Whether the recorded object of a kernel is the found one."""

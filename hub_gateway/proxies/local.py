@@ -47,9 +47,10 @@ from hub_gateway.proxies.base import (
     ProcessProxy,
     State,
 )
+from hub_gateway.proxies.threads import to_its_end
 from hub_gateway.statedir import StateDir
 
-__all__ = ["LocalProxy"]
+__all__ = ["AGENT_ENVIRONMENT", "LocalProxy", "unlimited"]
 
 T = TypeVar("T")
 LINE_SECONDS = 30.0
@@ -154,18 +155,7 @@ class LocalProxy(ProcessProxy):
     @staticmethod
     async def _in_thread(pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         """Run `call` in a thread, to its end: one that is cancelled has still done what it was doing."""
-        future = asyncio.get_running_loop().run_in_executor(pool, call)
-        cancelled = False
-        while not future.done():
-            try:
-                await asyncio.wait({future})  # which cancels nothing, however often it is cancelled itself
-            except asyncio.CancelledError:
-                cancelled = True
-        if cancelled:
-            with contextlib.suppress(Exception):
-                future.result()  # nobody asks for it any more
-            raise asyncio.CancelledError
-        return future.result()
+        return await to_its_end(asyncio.get_running_loop().run_in_executor(pool, call))
 
     async def _look(self, call: Callable[[], T]) -> T:
         """Run `call`, which changes nothing, in a thread; one that is cancelled goes on there by itself."""

@@ -10,18 +10,25 @@ from traitlets.config import LoggingConfigurable
 
 from hub_gateway.errors import BadRequest
 from hub_gateway.proxies.base import ProcessProxy
+from hub_gateway.proxies.distributed import DistributedProxy
 from hub_gateway.proxies.docker import DockerProxy
 from hub_gateway.proxies.local import LocalProxy
 from hub_gateway.proxies.swarm import SwarmProxy
 
 __all__ = ["PROXIES", "Proxies"]
 
-PROXIES: dict[str, type[ProcessProxy]] = {"local": LocalProxy, "docker": DockerProxy, "docker-swarm": SwarmProxy}
+PROXIES: dict[str, type[ProcessProxy]] = {
+    "local": LocalProxy,
+    "distributed": DistributedProxy,
+    "docker": DockerProxy,
+    "docker-swarm": SwarmProxy,
+}
 """The proxies of this package, by the name that `metadata.process_proxy.name` gives."""
 
 # The last part of Enterprise Gateway's class names: kernelspecs written for it keep working.
 ENTERPRISE_GATEWAY = {
     "LocalProcessProxy": "local",
+    "DistributedProcessProxy": "distributed",
     "DockerProcessProxy": "docker",
     "DockerSwarmProcessProxy": "docker-swarm",
 }

@@ -164,7 +164,8 @@ def _tagged() -> Iterator[tuple[psutil.Process, dict[str, str]]]:
         except _GONE:
             continue
         tags = _tags(argv)
-        if "--kernel-id" in tags and alive(process):
+        # One with a host was started by way of SSH, though on this machine: another proxy looks after it.
+        if "--kernel-id" in tags and "--host" not in tags and alive(process):
             yield process, tags
 
 

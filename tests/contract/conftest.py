@@ -16,6 +16,7 @@ from hub_gateway.auth.base import Caller
 from tests.contract.cases import CASES, SUDO, UNIX_USERS, ProxyCase, administer, case_params
 from tests.contract.docker_case import DOCKER, SWARM
 from tests.contract.mini import MiniGateway, Setup
+from tests.contract.ssh_case import SSH_OWN_USER, SSH_SUDO
 
 CASES |= {case.name: case for case in (DOCKER, SWARM)}
 PYTHON = ["python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -33,6 +34,10 @@ SPECS = {
     "silent": {"argv": ["/bin/sleep", "600", "{connection_file}"], "display_name": "Silent", "language": "none"},
     "nowhere": {"argv": ["/nonexistent/kernel", "{connection_file}"], "display_name": "Nowhere", "language": "none"},
 }
+
+CASES[SSH_SUDO.name] = SSH_SUDO
+PARTLY = {case.name: case for case in (SUDO, SSH_OWN_USER)}
+"""Differ from others in one thing, so they are put to a part of the suite only."""
 
 
 @dataclass
@@ -66,14 +71,18 @@ class Bench:
 
 @pytest.fixture(params=case_params())
 def bench(request: pytest.FixtureRequest, db_url: Callable[[], str | None]) -> Iterator[Bench]:
-    case = SUDO if request.param == SUDO.name else CASES[request.param]
+    yield from bench_of(PARTLY[request.param] if request.param in PARTLY else CASES[request.param], db_url())
+
+
+def bench_of(case: ProxyCase, db_url: str | None) -> Iterator[Bench]:
+    """The place for one test of a case; cleaned up when it is taken up again."""
     state_dir = Path(tempfile.mkdtemp(prefix="hgt-"))  # unix sockets need short paths
     config = case.prepare(state_dir)
     kernels = state_dir / "kernels"
     for name, spec in {**SPECS, **case.specs}.items():
         (kernels / name).mkdir(parents=True)
         (kernels / name / "kernel.json").write_text(json.dumps(spec))
-    url = db_url() or f"sqlite:///{state_dir}/gateway.sqlite"
+    url = db_url or f"sqlite:///{state_dir}/gateway.sqlite"
     made = Bench(case, Setup(str(state_dir), url, (str(kernels),), config), state_dir)
     yield made
     case.clean(made.gateway_ids, state_dir)

@@ -19,6 +19,7 @@ from hub_gateway.kernels.types import KernelRecord, KernelStatus
 from tests.contract.cases import CASES, SUDO, case_params
 from tests.contract.conftest import Bench
 from tests.contract.mini import MiniGateway, Setup, arguments
+from tests.contract.ssh_case import SSH_OWN_USER
 from tests.harness.gateway import ROOT
 from tests.harness.waiting import eventually
 
@@ -29,7 +30,7 @@ async def reserved(gateway: MiniGateway) -> set[str]:
     return set(await gateway.db.read(lambda tx: tx.execute(statement).scalars().all()))
 
 
-@pytest.mark.parametrize("bench", case_params(SUDO), indirect=True)
+@pytest.mark.parametrize("bench", case_params(SUDO, SSH_OWN_USER), indirect=True)
 async def test_life(bench: Bench) -> None:
     """Launch, execute, interrupt, restart, logs, shut down; then nothing is left."""
     async with bench.gateway() as gateway:
@@ -139,7 +140,7 @@ async def test_a_killed_kernel_comes_back(bench: Bench) -> None:
         await gateway.service.shutdown(bench.alice, record.id)
 
 
-@pytest.mark.parametrize("bench", case_params(SUDO), indirect=True)
+@pytest.mark.parametrize("bench", case_params(SUDO, SSH_OWN_USER), indirect=True)
 async def test_a_killed_agent_is_noticed(bench: Bench) -> None:
     """kill -9 of agent and kernel: the kernel is dead, says so, and holds nothing; a restart starts it anew."""
     async with bench.gateway() as gateway:

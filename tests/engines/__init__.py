@@ -11,10 +11,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ENGINES", "KRB5_PATH", "SYSTEM_PATH", "Engine", "chromium", "dockerd", "kerberos", "missing", "postgresql"]
+__all__ = [
+    "ADMIN_PATH",
+    "ENGINES",
+    "KRB5_PATH",
+    "SYSTEM_PATH",
+    "Engine",
+    "chromium",
+    "dockerd",
+    "kerberos",
+    "missing",
+    "postgresql",
+]
 
-KRB5_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin:/usr/bin"
-"""Where Kerberos has its servers, which are not on everybody's PATH."""
+ADMIN_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin:/usr/bin"
+"""Where servers are, which are not on everybody's PATH."""
+KRB5_PATH = ADMIN_PATH
 SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 """Where Debian has a system's servers and tools."""
 
@@ -70,6 +82,11 @@ ENGINES = {
         dockerd,
         ("docker.io", "iptables", "iproute2", "debootstrap", "debian-archive-keyring"),
         "kernels in containers, and in a swarm of one node",
+    ),
+    "ssh": Engine(
+        lambda: shutil.which("ssh-keygen", path=ADMIN_PATH) and shutil.which("sshd", path=ADMIN_PATH),
+        ("openssh-server", "openssh-client"),
+        "kernels on hosts that are reached by SSH",
     ),
     "sudo": Engine(lambda: shutil.which("sudo"), ("sudo",), "kernels as another unix user by a sudo rule"),
 }

@@ -1,0 +1,416 @@
+"""The distributed process proxy: kernels on a list of hosts, by SSH.
+
+A kernel runs as the user who logs in, or as another unix user by one rule of sudo, or as its owner by a login as the
+owner. Everything on a host is done by `launchers/node.py`, one call each. An agent is known again, by any
+later gateway, by the tags in its command line: kernel id, gateway id, epoch, and the host's name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hub_gateway._paths import launchers_dir
+from hub_gateway.errors import GatewayError, LaunchFailed, LaunchRefused, Unavailable
+from hub_gateway.kernels.types import JSON, Registration
+from hub_gateway.proxies import tagged
+from hub_gateway.proxies.base import (
+    ClusterObject,
+    Finding,
+    IdentityNeed,
+    LaunchRequest,
+    Phase,
+    PhaseReport,
+    ProcessProxy,
+    State,
+)
+from hub_gateway.proxies.distributed_config import DistributedOptions
+from hub_gateway.proxies.local import AGENT_ENVIRONMENT, unlimited
+from hub_gateway.proxies.ssh_check import Checker
+from hub_gateway.proxies.ssh_hosts import Host, Hosts, listed
+from hub_gateway.proxies.ssh_node import Bundle, Nodes, as_error
+from hub_gateway.proxies.ssh_pool import Problem, SshError, SshPool
+from hub_gateway.proxies.ssh_tunnel import Tunnels
+from hub_gateway.proxies.threads import to_its_end
+
+__all__ = ["DistributedProxy"]
+
+LAUNCH_SECONDS = 45.0
+READ_SECONDS = 10.0
+FRESH_SECONDS = 10.0
+
+
+class DistributedProxy(DistributedOptions, ProcessProxy):
+    """Kernels on hosts that are reached by SSH."""
+
+    identity = IdentityNeed.UNIX_USER
+    identifies = ("host", "pid")
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.enforces = self.enforced()
+        self.pool = SshPool(self.ssh_options())
+        self.nodes = Nodes(self.pool, Bundle(Path(launchers_dir())), self.node_options())
+        self.tunnels = Tunnels()
+
+    @cached_property
+    def known(self) -> Hosts:
+        """The hosts of the configuration, and what is known of them."""
+        return Hosts(self.configured_hosts(), self.placement_rule(), frozenset(self.drained_hosts), self.retry_seconds)
+
+    async def close(self) -> None:
+        self.tunnels.close()
+        self.pool.close()
+
+    # Launch
+
+    async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
+        user = self._user(request.unix_user)
+        refused: dict[str, str] = {}
+        for name in await self._candidates(request, refused):
+            host = self._host(name, request.previous)
+            state: State = {
+                "host": host.name,
+                "address": host.address,
+                "port": host.port,
+                "user": user,
+                "runtime_dir": self._directory(request, host, user),
+            }
+            # The intent is recorded before anything is done: whatever follows can be found by it.
+            yield {**state, "progress": f"starting on {host.name}"}
+            try:
+                made = await self._launch_on(host, request, state)
+            except SshError as error:
+                self.known.failed(name, error.text)
+                if error.problem is Problem.BROKEN or request.previous is not None:
+                    raise as_error(host, error) from error  # it may run there: nowhere else before that is known
+                refused[name] = error.text
+                continue
+            except LaunchFailed:
+                if request.previous is None:
+                    yield {"nowhere": True}  # the launcher leaves nothing behind where it refuses
+                raise
+            if made.get("drained"):
+                self.known.of(name).drained = refused[name] = str(made["drained"])
+                continue
+            yield {**state, **self._registered(host, request, made)}
+            return
+        yield {"nowhere": True}  # there is nothing to end, on hosts that could not even be asked
+        raise LaunchFailed(_nowhere(refused))
+
+    async def _candidates(self, request: LaunchRequest, refused: dict[str, str]) -> list[str]:
+        """The hosts to try, in this order. An interrupted launch is looked for where it was, and goes on there."""
+        before = (request.previous or {}).get("host")
+        if isinstance(before, str):
+            return [before]
+        wanted = self._wanted(request)
+        await self._refresh(self.known.stale(wanted, FRESH_SECONDS))
+        found = self.known.order(wanted)
+        refused.update({name: self.known.why_not(name) for name in wanted if name not in found})
+        return found
+
+    def _wanted(self, request: LaunchRequest) -> list[str]:
+        """The hosts on which the kernelspec's kernels may run. Raises `LaunchRefused`."""
+        names = listed(request.config.get("hosts") or request.config.get("remote_hosts")) or list(self.known.hosts)
+        if unknown := [name for name in names if name not in self.known.hosts]:
+            raise LaunchRefused(
+                f"The kernelspec {request.kernelspec} names hosts that this gateway does not have "
+                f"({', '.join(unknown)}). Ask the administrator.",
+                hint="add them to DistributedProxy.hosts",
+            )
+        if not names:
+            raise LaunchRefused(
+                "This gateway has no hosts for such kernels. Ask the administrator.", hint="set DistributedProxy.hosts"
+            )
+        chosen = request.env.get("KERNEL_REMOTE_HOST")  # Enterprise Gateway's way to ask for one
+        if not chosen:
+            return names
+        if chosen not in names:
+            raise LaunchRefused(
+                f"Kernels of {request.kernelspec} cannot run on {chosen[:100]!r}; choose one of {', '.join(names)}."
+            )
+        return [chosen]
+
+    async def _launch_on(self, host: Host, request: LaunchRequest, state: State) -> dict[str, Any]:
+        self.known.of(host.name).launched += 1
+        user, login = str(state["user"]), self._login(str(state["user"]))
+
+        def go() -> dict[str, Any]:
+            shelf = self.nodes.shelf(host, login)
+            listen = "127.0.0.1" if self.network == "tunnel" else host.listen or shelf.address
+            first, last = self.port_limits(request.config)
+            agent = replace(
+                request.agent, register_url="", listen=listen, port_first=first, port_last=last
+            )  # its first line comes back by the connection, so it need not call
+            config = {
+                "version": 1,
+                "kernel_id": request.kernel_id,
+                "gateway_id": request.gateway_id,
+                "epoch": request.epoch,
+                "argv": self._argv(request, shelf.directory),
+                "runtime_dir": state["runtime_dir"],
+                "kernel_name": request.kernelspec,
+                "interrupt_mode": request.interrupt_mode,
+                "agent": asdict(agent),
+                "env": dict(request.env),
+                "cwd": request.cwd,
+            }
+            tags = tagged.arguments(request.kernel_id, request.gateway_id, request.epoch)
+            asked = {
+                **self._names(state, request.gateway_id, request.kernel_id),
+                "epoch": request.epoch,
+                "command": [self.python, "-I", shelf.agent, *tags, "--host", host.name],
+                "agent_env": {"PATH": self.path, "LANG": "C.UTF-8", **AGENT_ENVIRONMENT},
+                "config": config,
+            }
+            return self.nodes.call(host, login, "launch", asked, user=user, within=LAUNCH_SECONDS)
+
+        return await to_its_end(self.pool.run(host, go))
+
+    def _registered(self, host: Host, request: LaunchRequest, made: Mapping[str, Any]) -> State:
+        """What the last state says beside the first. Raises `LaunchFailed`."""
+        found = tagged.registration(str(made.get("line") or "").encode(), request.kernel_id)
+        if found is None:
+            said = str(made.get("log") or "").strip().splitlines()[-5:]
+            if "No module named 'zmq'" in str(made.get("log")):
+                raise LaunchFailed(
+                    f"The host {host.name} cannot run kernels: its Python has no pyzmq. Ask the administrator.",
+                    hint=f"on {host.name}: {self.python} -m pip install pyzmq",
+                )
+            raise LaunchFailed(
+                f"The kernel's agent on {host.name} ended before it was up. It said: {' / '.join(said) or 'nothing'}"
+            )
+        if host.reach and self.network != "tunnel":
+            found["host"] = host.reach
+        state: State = {"pid": found["pid"], "boot": str(made.get("boot") or ""), "registration": found}
+        if self.network == "tunnel":
+            state["tunnel"] = True
+        if isinstance(made.get("epoch"), int):
+            state["epoch"] = made["epoch"]
+        return state
+
+    def _argv(self, request: LaunchRequest, shelf: str) -> list[str]:
+        ours = str(launchers_dir())
+        argv = [word.replace(ours, shelf, 1) if word.startswith(ours) else word for word in request.argv]
+        argv = unlimited(argv, Path(shelf))
+        if argv[0] in ("python", "python3"):
+            argv[0] = self.python
+        return [*self.limits(request.resources), *argv]
+
+    async def route(self, state: State, registration: Registration) -> Registration:
+        kernel_id, name = state.get("kernel_id"), state.get("host")
+        if not state.get("tunnel") or not isinstance(kernel_id, str) or not isinstance(name, str):
+            return registration
+        host, login = self._host(name, state), self._login(str(state.get("user")))
+        target = (registration.host, registration.port)
+        port = self.tunnels.port(kernel_id, lambda: self.pool.tunnel(host, login, target))
+        return replace(registration, host="127.0.0.1", port=port)
+
+    # Afterwards
+
+    async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
+        by_host: dict[str, dict[str, State]] = {}
+        for kernel_id, state in states.items():
+            by_host.setdefault(str(state.get("host") or ""), {})[kernel_id] = state
+        reports: dict[str, PhaseReport] = {}
+
+        async def ask(name: str, some: Mapping[str, State]) -> None:
+            gateway_id = str(next(iter(some.values())).get("gateway_id") or "")
+            found, why = await self._find(self._host(name, next(iter(some.values()))), gateway_id)
+            for kernel_id, state in some.items():
+                reports[kernel_id] = _phase(kernel_id, state, found, why)
+
+        if "" in by_host:
+            reports.update({kernel_id: PhaseReport(Phase.PENDING) for kernel_id in by_host.pop("")})
+        await asyncio.gather(*(ask(name, some) for name, some in by_host.items()))
+        return reports
+
+    async def terminate(self, state: State) -> None:
+        kernel_id, gateway_id, name = state.get("kernel_id"), state.get("gateway_id"), state.get("host")
+        assert isinstance(kernel_id, str) and isinstance(gateway_id, str)
+        self.tunnels.close_port(kernel_id)
+        if not isinstance(name, str) or name in self.lost_hosts:
+            return  # nothing was begun, or nothing of it is left
+        host, user = self._host(name, state), self._user(state.get("user") or state.get("unix_user"))
+        directory = state.get("runtime_dir") or self._path(gateway_id, kernel_id, host, user)
+        request = self._names({**state, "runtime_dir": directory}, gateway_id, kernel_id)
+        if "only_pid" in state:
+            request["pid"] = state["pid"]
+        await self._effect(host, "end", user, request)
+
+    async def signal(self, state: State, signum: int) -> None:
+        kernel_id, gateway_id, name = state.get("kernel_id"), state.get("gateway_id"), state.get("host")
+        if isinstance(name, str) and isinstance(state.get("pid"), int):
+            names = self._names(state, str(gateway_id), str(kernel_id))
+            user = self._user(state.get("user"))
+            request = {**names, "pid": state["pid"], "signum": signum}
+            await self._effect(self._host(name, state), "signal", user, request)
+
+    async def owned(self, gateway_id: str) -> Sequence[ClusterObject]:
+        found: list[ClusterObject] = []
+
+        async def ask(host: Host) -> None:
+            answer, why = await self._find(host, gateway_id)
+            if answer is None:
+                self.log.warning("The host %s cannot be searched for leftovers: %s", host.name, why)
+            else:
+                found.extend(self._objects(host, gateway_id, answer))
+
+        await asyncio.gather(*(ask(host) for host in self.known.hosts.values()))
+        return found
+
+    def _objects(self, host: Host, gateway_id: str, answer: Mapping[str, Any]) -> Iterable[ClusterObject]:
+        living = set()
+        where: State = {"host": host.name, "address": host.address, "port": host.port, "gateway_id": gateway_id}
+        for agent in answer["agents"]:
+            kernel_id, epoch = str(agent["kernel_id"]), int(agent["epoch"])
+            living.add(kernel_id)
+            mine: State = {"kernel_id": kernel_id, "pid": agent["pid"], "user": agent["user"], "only_pid": True}
+            what = f"agent process {agent['pid']} on {host.name}"
+            yield ClusterObject(kernel_id, gateway_id, epoch, {**where, **mine}, what)
+        for left in answer["directories"]:
+            if left["kernel_id"] not in living:
+                mine = {"kernel_id": left["kernel_id"], "runtime_dir": left["path"], "user": self.user}
+                what = f"directory {left['path']} on {host.name}"
+                yield ClusterObject(left["kernel_id"], gateway_id, left["epoch"], {**where, **mine}, what)
+
+    def same(self, recorded: State, found: State) -> bool:
+        if "only_pid" in found:
+            return super().same(recorded, found)
+        return all(recorded.get(key) == found.get(key) for key in ("host", "runtime_dir"))
+
+    async def logs(self, state: State, lines: int = 50) -> str:
+        name, directory = state.get("host"), state.get("runtime_dir")
+        if not isinstance(name, str) or not isinstance(directory, str) or name in self.lost_hosts:
+            return ""
+        host, user = self._host(name, state), self._user(state.get("user"))
+        call = self._calling(host, "logs", user, READ_SECONDS, {"runtime_dir": directory})
+        try:
+            answer = await self.pool.run(host, call)
+        except SshError as error:
+            raise as_error(host, error) from error
+        return "\n".join(str(answer["text"]).splitlines()[-lines:])
+
+    async def check(self) -> Sequence[Finding]:
+        checker = Checker(self.nodes, self, self.configured_hosts)
+        return await checker.run()
+
+    # Helpers
+
+    async def _find(self, host: Host, gateway_id: str) -> tuple[dict[str, Any] | None, str]:
+        """What there is on a host, or None and why it cannot be asked. One that is slow is not waited for."""
+        if host.name in self.lost_hosts:
+            return {"agents": [], "directories": [], "lost": True}, ""
+        request = {
+            "gateway_id": gateway_id,
+            "host": host.name,
+            "runtime_root": self.runtime_root,
+            "drain_file": self.drain_file,
+        }
+        asked = self.pool.run(host, lambda: self.nodes.call(host, self.user, "find", request, within=READ_SECONDS))
+        asked.add_done_callback(_unheard)
+        done, _ = await asyncio.wait({asked}, timeout=self.ask_seconds)
+        if not done:
+            self.known.failed(host.name, "it does not answer")
+            return None, "it does not answer"
+        try:
+            found = asked.result()
+        except SshError as error:
+            self.known.failed(host.name, error.text)
+            return None, error.text
+        except GatewayError as error:
+            return None, error.message
+        self.known.answered(host.name, found)
+        return found, ""
+
+    async def _refresh(self, names: Iterable[str]) -> None:
+        await asyncio.gather(*(self._find(self.known.hosts[name], "") for name in names))
+
+    async def _effect(self, host: Host, action: str, user: str, request: Mapping[str, Any]) -> None:
+        """Have something done, to its end. Raises `Unavailable`."""
+        try:
+            await to_its_end(self.pool.run(host, self._calling(host, action, user, LAUNCH_SECONDS, request)))
+        except SshError as error:
+            self.known.failed(host.name, error.text)
+            raise as_error(host, error) from error
+        except LaunchFailed as error:  # of something that is to end: it is not known whether it has
+            raise Unavailable(error.message, hint=error.hint) from error
+
+    def _calling(
+        self, host: Host, action: str, user: str, within: float, request: Mapping[str, Any]
+    ) -> Callable[[], dict[str, Any]]:
+        return lambda: self.nodes.call(host, self._login(user), action, request, user=user, within=within)
+
+    def _names(self, state: Mapping[str, JSON], gateway_id: str, kernel_id: str) -> dict[str, Any]:
+        """What every request about one kernel says."""
+        return {
+            "gateway_id": gateway_id,
+            "kernel_id": kernel_id,
+            "host": state["host"],
+            "runtime_dir": state["runtime_dir"],
+            "drain_file": self.drain_file,
+            "seconds": self.shutdown_seconds,
+        }
+
+    def _host(self, name: str, recorded: Mapping[str, JSON] | None) -> Host:
+        """A host by its name; one that is no longer configured as a kernel's state has it."""
+        found = self.known.hosts.get(name)
+        if found is not None:
+            return found
+        address, port = (recorded or {}).get("address"), (recorded or {}).get("port")
+        return Host(name, address if isinstance(address, str) else name, port if isinstance(port, int) else 22)
+
+    def _user(self, unix_user: object) -> str:
+        """The unix user of a kernel."""
+        return unix_user if isinstance(unix_user, str) and unix_user else self.user
+
+    def _login(self, user: str) -> str:
+        """As whom to log in for a kernel of that user."""
+        return user if self.login_as_owner else self.user
+
+    def _directory(self, request: LaunchRequest, host: Host, user: str) -> str:
+        return self._path(request.gateway_id, request.kernel_id, host, user)
+
+    def _path(self, gateway_id: str, kernel_id: str, host: Host, user: str) -> str:
+        # Hashed: kernel ids may come from clients, and the path must be short and the kernel's alone.
+        name = hashlib.sha256(f"{gateway_id}/{kernel_id}/{host.name}".encode()).hexdigest()[:16]
+        return f"{self.runtime_root}/hub-gateway-{user}/{name}"
+
+
+def _phase(kernel_id: str, state: State, found: Mapping[str, Any] | None, why: str) -> PhaseReport:
+    host, pid = state.get("host"), state.get("pid")
+    if found is None:
+        return PhaseReport(Phase.UNKNOWN, f"its host {host} cannot be asked: {why}")
+    if found.get("lost"):
+        return PhaseReport(Phase.GONE, f"its host {host} is lost")
+    if not isinstance(pid, int):
+        return PhaseReport(Phase.PENDING)
+    if any(
+        (one["pid"], one["kernel_id"], one["user"]) == (pid, kernel_id, state.get("user")) for one in found["agents"]
+    ):
+        return PhaseReport(Phase.RUNNING)
+    if found.get("blind"):
+        return PhaseReport(Phase.UNKNOWN, f"{host} does not show the processes of other users (hidepid)")
+    if state.get("boot") and found.get("boot") and state["boot"] != found["boot"]:
+        return PhaseReport(Phase.GONE, f"its host {host} was started anew")
+    return PhaseReport(Phase.GONE, f"its agent (pid {pid}) is not on {host} any more")
+
+
+def _unheard(future: asyncio.Future[Any]) -> None:
+    """Perhaps nobody waits any more for what a slow host says."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _nowhere(refused: Mapping[str, str]) -> str:
+    """Why no host took a kernel."""
+    if len(refused) == 1:
+        ((name, why),) = refused.items()
+        return f"The kernel cannot run: its host {name} is not to be had: {why}. Tell the administrator."
+    reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+    return f"The kernel cannot run: none of its hosts is to be had ({reasons}). Tell the administrator."

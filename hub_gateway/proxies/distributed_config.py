@@ -1,0 +1,291 @@
+"""The options of the distributed proxy, and what they come to."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from traitlets import Bool, Dict, Enum, Float, List, TraitError, Unicode, Union, default, validate
+from traitlets.config import LoggingConfigurable
+
+from hub_gateway.kernels.types import Resources
+from hub_gateway.proxies.ssh_hosts import Host, Placement, host_of
+from hub_gateway.proxies.ssh_node import NodeOptions
+from hub_gateway.proxies.ssh_pool import SshOptions
+
+__all__ = ["DistributedOptions"]
+
+PLACEMENTS = tuple(one.value for one in Placement)
+
+
+class DistributedOptions(LoggingConfigurable):
+    """Options of `DistributedProxy`: kernels on hosts that are reached by SSH."""
+
+    options_of = "DistributedProxy"
+
+    hosts = List(
+        Union([Unicode(), Dict()]),
+        help="""The hosts: `name`, `name:port`, `[IPv6 address]:port`, or a dict with `host` and any of these:
+
+        `name` (how kernelspecs call it), `port`, `listen` (the address of the host on which agents listen, where it
+        is not the one that SSH connects to) and `reach` (where gateways reach that address, behind a NAT).
+
+        A kernelspec can choose some of them by `metadata.process_proxy.config.hosts`, or Enterprise Gateway's
+        `remote_hosts`; its users one of these by KERNEL_REMOTE_HOST.
+        Example: `c.DistributedProxy.hosts = ["node1", "node2", {"host": "10.0.0.3", "listen": "192.168.7.3"}]`
+        """,
+    ).tag(config=True)
+    placement = Enum(
+        PLACEMENTS,
+        default_value=Placement.ROUND_ROBIN.value,
+        help="""Which host takes the next kernel: the next one (`round-robin`), the one with the fewest kernels of this
+        gateway (`least-connection`), or with the lowest load average for each CPU (`least-load`).
+
+        Hosts that could not be reached of late come last in any case.
+        """,
+    ).tag(config=True)
+    drained_hosts = List(
+        Unicode(),
+        help="""Hosts that take no new kernels; those that run go on.
+
+        To drain a host without a word to the gateway, make `drain_file` on it.
+        """,
+    ).tag(config=True)
+    drain_file = Unicode(
+        "/etc/hub-gateway/drain",
+        help="""A file on the hosts: where it exists, the host takes no new kernels. What is in it tells users why.""",
+    ).tag(config=True)
+    lost_hosts = List(
+        Unicode(),
+        help="""Hosts that will never be back: the kernels that ran on them count as ended, and hold nothing any more.
+
+        Of a host that only does not answer nothing is known: its kernels are kept until it does.
+        """,
+    ).tag(config=True)
+    user = Unicode(
+        help="""The unix user as whom the gateway logs in. By default the name of its own.
+
+        Kernels run as this user unless `UnixUsers.impersonate` is set; it must not be root then.
+        """
+    ).tag(config=True)
+    key_file = Unicode(
+        help="""The private key to log in with, without a passphrase; a certificate `KEY-cert.pub` beside it is used.
+
+        By default `~/.ssh/id_ed25519`. Not used where `gss_keytab` is set.
+        """
+    ).tag(config=True)
+    known_hosts = List(
+        Unicode(),
+        help="""Files with the hosts' keys, in OpenSSH's format. A host whose key is not in them is not connected to.
+
+        By default `~/.ssh/known_hosts` and `/etc/ssh/ssh_known_hosts`.
+        """,
+    ).tag(config=True)
+    gss_keytab = Unicode(
+        help="""Log in by Kerberos (gssapi-with-mic) with the tickets of `gss_principal`, whose keytab this is.
+
+        It takes the optional dependencies `kerberos`.
+        """
+    ).tag(config=True)
+    gss_principal = Unicode(
+        help="The principal as whom to log in. Hosts let it in as a user whose k5login (or their own) names it."
+    ).tag(config=True)
+    gss_names = Dict(
+        value_trait=Unicode(),
+        key_trait=Unicode(),
+        help="The names of hosts in their Kerberos principals (`host/NAME`), where it is not the address in `hosts`.",
+    ).tag(config=True)
+    login_as_owner = Bool(
+        False,
+        help="""Log in as each kernel's unix user, rather than as `user` who becomes that user by sudo.
+
+        For hosts that let the gateway's own principal, or key, in as its users. `user` still looks after the hosts.
+        """,
+    ).tag(config=True)
+    python = Unicode(
+        "python3",
+        help="""Python (3.8 or newer, with pyzmq) on the hosts. It runs the launcher and the agent, and kernels whose
+        command begins with `python` or `python3`.""",
+    ).tag(config=True)
+    path = Unicode(help="PATH of kernels. By default the directory of `python`, then the system's.").tag(config=True)
+    launchers_root = Unicode(
+        "/var/tmp/hub-gateway-{user}",  # noqa: S108 (what others made there is refused)
+        help="""Directory on the hosts for the launchers, which the gateway brings there. `{user}` is the login.
+
+        Everybody can read it, and only the login may be able to write it. Name another one, such as
+        /var/lib/hub-gateway (made by an administrator), where /var/tmp is cleaned.
+        """,
+    ).tag(config=True)
+    runtime_root = Unicode(
+        "/tmp",  # noqa: S108 (what is made there is 0700, and refused where somebody else made it)
+        help="Directory on the hosts, writable for all, in which kernels have theirs: `hub-gateway-USER/...`.",
+    ).tag(config=True)
+    sudo_command = List(
+        Unicode(),
+        default_value=["sudo", "-n", "-H", "-u", "{user}", "--"],
+        help="How who logs in gets to run the launcher as another user. The how-to has the rule for sudo.",
+    ).tag(config=True)
+    network = Enum(
+        ("direct", "tunnel"),
+        default_value="direct",
+        help="""How gateways reach agents: at a port of the host, or through the SSH connection (`tunnel`).
+
+        A tunnel needs no port but that of SSH, and costs the gateway five descriptors a kernel and some speed.
+        What goes through either is encrypted from the gateway to the agent.
+        """,
+    ).tag(config=True)
+    port_range = Unicode(
+        help="""The ports of hosts on which agents may listen, as `first..last`; by default any. A kernel takes one.
+
+        A kernelspec may have its own in `metadata.process_proxy.config.port_range`.
+        """
+    ).tag(config=True)
+    limit_command = List(
+        Unicode(),
+        help="""Words before each kernel's command that have limits enforced: `{memory}` (bytes), `{cpu}` (cores) and
+        `{cpu_percent}` are filled in. Words with a resource that a kernel does not ask for are left out.
+
+        Without it nothing is enforced: the gateway counts what kernels ask for, and hosts let them take more.
+        Where users have a systemd of their own (`loginctl enable-linger`), cgroups limit a kernel and all it starts:
+        `["systemd-run", "--user", "--scope", "--quiet", "--property=MemoryMax={memory}",
+        "--property=CPUQuota={cpu_percent}%", "--"]`. Everywhere, `["prlimit", "--as={memory}", "--"]` limits the
+        address space of each single process.
+        """,
+    ).tag(config=True)
+    check_user = Unicode(
+        help="A unix user whose kernels may run: `jupyter hubgateway check` tries whether the gateway may act as this."
+    ).tag(config=True)
+    connect_seconds = Float(10.0, help="How long (seconds) logging in to a host may take.").tag(config=True)
+    ask_seconds = Float(5.0, help="How long (seconds) a host may take to say which kernels it has.").tag(config=True)
+    retry_seconds = Float(
+        30.0, help="How long (seconds) a host that could not be reached takes no new kernels if there are others."
+    ).tag(config=True)
+    shutdown_seconds = Float(
+        12.0, help="How long (seconds) an agent may take to end its kernel and itself before it is killed."
+    ).tag(config=True)
+
+    @default("user")
+    def _default_user(self) -> str:
+        return pwd.getpwuid(os.getuid()).pw_name
+
+    @default("key_file")
+    def _default_key_file(self) -> str:
+        return str(Path("~/.ssh/id_ed25519").expanduser())
+
+    @default("known_hosts")
+    def _default_known_hosts(self) -> list[str]:
+        return [str(Path("~/.ssh/known_hosts").expanduser()), "/etc/ssh/ssh_known_hosts"]
+
+    @default("path")
+    def _default_path(self) -> str:
+        own = str(Path(self.python).parent) + ":" if "/" in self.python else ""
+        return f"{own}/usr/local/bin:/usr/bin:/bin"
+
+    @validate("hosts")
+    def _check_hosts(self, proposal: Any) -> Any:
+        names = [_read_host(written).name for written in proposal["value"]]
+        if doubled := {name for name in names if names.count(name) > 1}:
+            raise TraitError(f"DistributedProxy.hosts has {', '.join(doubled)} more than once")
+        return proposal["value"]
+
+    @validate("port_range")
+    def _check_port_range(self, proposal: Any) -> Any:
+        _ports(proposal["value"])
+        return proposal["value"]
+
+    @validate("limit_command")
+    def _check_limit_command(self, proposal: Any) -> Any:
+        if proposal["value"] and not _named(proposal["value"]):
+            raise TraitError("DistributedProxy.limit_command names no resource: {memory}, {cpu} or {cpu_percent}")
+        return proposal["value"]
+
+    # What they come to
+
+    def configured_hosts(self) -> dict[str, Host]:
+        """The hosts, by name."""
+        found = [_read_host(written) for written in self.hosts]
+        return {host.name: host for host in found}
+
+    def placement_rule(self) -> Placement:
+        """Which host takes the next kernel."""
+        return Placement(self.placement)
+
+    def ssh_options(self) -> SshOptions:
+        """How to connect."""
+        files = tuple(Path(name).expanduser() for name in self.known_hosts)
+        return SshOptions(files, self._authenticate, self.connect_seconds)
+
+    def node_options(self) -> NodeOptions:
+        """How the launcher is called."""
+        return NodeOptions(self.python, self.launchers_root, tuple(self.sudo_command))
+
+    def enforced(self) -> frozenset[str]:
+        """The resources that `limit_command` has enforced."""
+        return frozenset(_named(self.limit_command))
+
+    def limits(self, resources: Resources) -> list[str]:
+        """The words before a kernel's command."""
+        values = {
+            "{memory}": str(resources.memory) if resources.memory else "",
+            "{cpu}": f"{resources.cpu:g}" if resources.cpu else "",
+            "{cpu_percent}": f"{resources.cpu * 100:.0f}" if resources.cpu else "",
+        }
+        words, limited = [], False
+        for word in self.limit_command:
+            used = [name for name in values if name in word]
+            if not all(values[name] for name in used):
+                continue
+            limited = limited or bool(used)
+            for name in used:
+                word = word.replace(name, values[name])
+            words.append(word)
+        return words if limited else []
+
+    def port_limits(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """The first and the last port for an agent; 0 and 0 for any."""
+        own = config.get("port_range")
+        try:
+            return _ports(own) if isinstance(own, str) else _ports(self.port_range)
+        except TraitError as error:
+            self.log.warning("A kernelspec's port_range is not heeded: %s", error)
+            return _ports(self.port_range)
+
+    def _authenticate(self, login: str, host: Host) -> dict[str, Any]:
+        if self.gss_keytab:
+            name = self.gss_names.get(host.name, host.address)
+            # Here, as it imports paramiko, which is for gateways with SSH hosts alone.
+            from hub_gateway.proxies.ssh_gss import keytab_arguments
+
+            return keytab_arguments(Path(self.gss_keytab), self.gss_principal, name, login)
+        return {"key_filename": str(Path(self.key_file).expanduser())}
+
+
+def _read_host(written: Any) -> Host:
+    try:
+        return host_of(written)
+    except (ValueError, TypeError) as error:
+        raise TraitError(f"DistributedProxy.hosts: {error}") from error
+
+
+def _named(words: list[str]) -> set[str]:
+    """The resources that a limit_command names."""
+    text = " ".join(words)
+    return {
+        name
+        for name, marks in (("memory", ("{memory}",)), ("cpu", ("{cpu}", "{cpu_percent}")))
+        for m in marks
+        if m in text
+    }
+
+
+def _ports(text: str) -> tuple[int, int]:
+    """The ends of a range of ports; Enterprise Gateway writes 0..0 for any."""
+    first, dots, last = text.partition("..")
+    if not text or text == "0..0":
+        return 0, 0
+    if not (dots and first.isdigit() and last.isdigit() and 0 < int(first) <= int(last) < 65536):
+        raise TraitError(f"{text!r} is no range of ports: write first..last, as 40000..40999")
+    return int(first), int(last)

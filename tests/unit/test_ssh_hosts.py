@@ -1,0 +1,86 @@
+"""How hosts are written down, and which one takes the next kernel."""
+
+from __future__ import annotations
+
+import pytest
+from traitlets import TraitError
+from traitlets.config import Config
+
+from hub_gateway.kernels.types import Resources
+from hub_gateway.proxies.distributed import DistributedProxy
+from hub_gateway.proxies.registry import Proxies
+from hub_gateway.proxies.ssh_hosts import Host, Hosts, Placement, host_of, listed
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("node1", Host("node1", "node1")),
+        ("node1:2222", Host("node1:2222", "node1", 2222)),
+        ("2001:db8::7", Host("2001:db8::7", "2001:db8::7")),
+        ("[2001:db8::7]:2222", Host("[2001:db8::7]:2222", "2001:db8::7", 2222)),
+        ({"host": "node1", "port": 2222, "name": "big"}, Host("big", "node1", 2222)),
+        ({"host": "node1", "listen": "10.1.0.7", "reach": "data1"}, Host("node1", "node1", 22, "10.1.0.7", "data1")),
+    ],
+)
+def test_hosts_are_read(written: object, expected: Host) -> None:
+    assert host_of(written) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("written", ["", "a b", "-oProxyCommand=x", "node:0", "node:99999", "node;id", {"port": 22}])
+def test_what_is_no_host(written: object) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        found = host_of(written)  # type: ignore[arg-type]
+        assert not found.address.startswith("-")
+        raise AssertionError(found)
+
+
+def test_lists_of_kernelspecs() -> None:
+    assert listed("a, b,,c ") == ["a", "b", "c"] == listed(["a", "b", "c"])
+    assert listed(None) == []
+
+
+def test_a_configuration_that_is_wrong_is_refused() -> None:
+    for traits in ({"hosts": ["a", "a"]}, {"hosts": ["a b"]}, {"port_range": "5..1"}, {"limit_command": ["nice"]}):
+        with pytest.raises(TraitError):
+            DistributedProxy(config=Config(DistributedProxy=traits))
+
+
+def test_placement() -> None:
+    names = ["a", "b", "c"]
+    hosts = Hosts({name: Host(name, name) for name in names})
+    assert {hosts.order(names)[0] for _ in names} == set(names)
+    hosts.failed("b", "down")
+    assert all(hosts.order(names)[-1] == "b" for _ in names)  # the last resort
+    hosts.answered("b", {})
+    assert {hosts.order(names)[0] for _ in names} == set(names)
+    hosts.answered("a", {"drained": "new disks"})
+    assert set(hosts.order(names)) == {"b", "c"} and hosts.why_not("a") == "new disks"
+
+    hosts = Hosts(hosts.hosts, Placement.LEAST_CONNECTION)
+    assert set(hosts.stale(names, 10)) == set(names)
+    for name, kernels in (("a", 3), ("b", 1), ("c", 2)):
+        hosts.answered(name, {"agents": [{}] * kernels})
+    assert hosts.order(names) == ["b", "c", "a"]
+    hosts.of("b").launched += 3  # since it told
+    assert hosts.order(names)[0] == "c"
+
+    hosts = Hosts(hosts.hosts, Placement.LEAST_LOAD)
+    for name, load, cpus in (("a", 2.0, 2), ("b", 4.0, 16), ("c", 1.0, 1)):
+        hosts.answered(name, {"load": load, "cpus": cpus})
+    assert hosts.order(names)[0] == "b"
+
+
+def test_limits_are_what_a_kernel_asks_for() -> None:
+    words = ["systemd-run", "--scope", "-p", "MemoryMax={memory}", "-pCPUQuota={cpu_percent}%", "--"]
+    proxy = DistributedProxy(config=Config(DistributedProxy={"limit_command": words}))
+    assert proxy.enforces == {"memory", "cpu"}
+    both = ["systemd-run", "--scope", "-p", "MemoryMax=1024", "-pCPUQuota=150%", "--"]
+    assert proxy.limits(Resources(cpu=1.5, memory=1024)) == both
+    assert proxy.limits(Resources()) == []
+    assert DistributedProxy().enforces == frozenset()
+
+
+def test_enterprise_gateways_name() -> None:
+    name = "enterprise_gateway.services.processproxies.distributed.DistributedProcessProxy"
+    assert Proxies().resolve(name) == "distributed"
