@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import pwd
 import subprocess
@@ -59,16 +60,17 @@ REFUSALS = {
 }
 
 
+@functools.cache
 def unix_users() -> None:
-    """Accounts for kernels, where there are none."""
+    """Accounts for kernels, until the tests end; also those that a killed run left."""
     if os.geteuid() != 0:
         pytest.skip("dockerd takes root")
     for user in USERS:
+        atexit.register(subprocess.run, [administer("userdel"), user], capture_output=True, check=False)
         try:
             pwd.getpwnam(user)
         except KeyError:
             subprocess.run([administer("useradd"), "--no-create-home", "--shell", "/bin/sh", user], check=True)
-            atexit.register(subprocess.run, [administer("userdel"), user], capture_output=True, check=False)
 
 
 def in_containers(state_dir: Path) -> Mapping[str, Any]:

@@ -65,6 +65,8 @@ class Dockerd:
 
     def start(self) -> Dockerd:
         """Serve; where it cannot, the test is skipped with dockerd's own reason."""
+        if not self.directory.exists():
+            pytest.skip("dockerd did not come up before")
         if not Path(f"/sys/class/net/{self.bridge}").exists():
             # With an address of its own, or it would change with each container, and stall connections.
             mac = ":".join(("02", *(f"{byte:02x}" for byte in secrets.token_bytes(5))))
