@@ -148,15 +148,16 @@ def alone(directory: str) -> Iterator[None]:
 
 def launch(request: Document, user: pwd.struct_passwd) -> Document:
     """Start the agent, or find the one that an earlier launch of the same kernel has started."""
-    drained = drain(request)
-    if drained:
-        return {"drained": drained}
     directory = runas.inside(request["runtime_dir"])
     with alone(directory):
         runas.private_directory(directory)
         found = adopt(request, user)
         if found:
             return found
+        drained = drain(request)
+        if drained:
+            runas.remove(request, user)
+            return {"drained": drained}
         try:
             aside = os.path.join(directory, ".%s" % MARK)
             with open(aside, "w") as file:

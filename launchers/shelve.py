@@ -11,6 +11,7 @@ Needs Python 3.8, nothing else.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -58,6 +59,17 @@ def put(root: str, digest: str, files: Dict[str, str], hashes: Dict[str, str]) -
     except FileExistsError:
         pass
     safe(root)
+    # Several gateways, or one that asks twice at once, take turns.
+    fd = os.open(os.path.join(root, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return put_alone(root, digest, files, hashes)
+    finally:
+        os.close(fd)
+
+
+def put_alone(root: str, digest: str, files: Dict[str, str], hashes: Dict[str, str]) -> str:
+    """The same, while nobody else does it."""
     target, aside = os.path.join(root, digest), os.path.join(root, ".%s.%d" % (digest, os.getpid()))
     if os.path.isdir(target):
         safe(target)
@@ -72,11 +84,7 @@ def put(root: str, digest: str, files: Dict[str, str], hashes: Dict[str, str]) -
                 file.write(text)
         if not whole(aside, hashes):
             raise Refused("what was written to %s is not what was sent" % aside)
-        try:
-            os.rename(aside, target)
-        except OSError:
-            if not whole(target, hashes):  # else another gateway was faster
-                raise
+        os.rename(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target

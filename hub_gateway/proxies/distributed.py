@@ -72,6 +72,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
         user = self._user(request.unix_user)
         refused: dict[str, str] = {}
+        pinned = "host" in (request.previous or {})  # to where an interrupted launch may have left something
         for name in await self._candidates(request, refused):
             host = self._host(name, request.previous)
             state: State = {
@@ -87,12 +88,12 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
                 made = await self._launch_on(host, request, state)
             except SshError as error:
                 self.known.failed(name, error.text)
-                if error.problem is Problem.BROKEN or request.previous is not None:
+                if error.problem is Problem.BROKEN or pinned:
                     raise as_error(host, error) from error  # it may run there: nowhere else before that is known
                 refused[name] = error.text
                 continue
             except LaunchFailed:
-                if request.previous is None:
+                if not pinned:
                     yield {"nowhere": True}  # the launcher leaves nothing behind where it refuses
                 raise
             if made.get("drained"):
