@@ -26,7 +26,7 @@ from hub_gateway.kernels.types import KernelRecord
 from hub_gateway.proxies import tagged
 from hub_gateway.proxies.local import LocalProxy
 
-__all__ = ["CASES", "SUDO", "NodeCase", "ProxyCase", "case_params"]
+__all__ = ["LOCAL", "OTHER_USER", "SUDO", "NodeCase", "ProxyCase"]
 
 UNIX_USERS = ("hgt-alice", "hgt-bob")
 
@@ -216,16 +216,5 @@ def by_sudo(state_dir: Path) -> Mapping[str, Any]:
 SUDO = NodeCase("local-by-sudo", 2, by_sudo, UNIX_USERS, {"nowhere": "nonexistent"}, needs=("sudo",), impersonates=True)
 """Differs from the case before in how the launcher is called, so it is put to a part of the suite only."""
 
-CASES = {
-    "local": NodeCase("local", 3, own_user, refusals={"nowhere": "nonexistent"}),
-    "local-as-other-user": NodeCase(
-        "local-as-other-user", 2, other_user, UNIX_USERS, {"nowhere": "nonexistent"}, impersonates=True
-    ),
-}
-
-
-def case_params(*more: ProxyCase) -> list[object]:
-    """Every case, as parameters that are skipped where their engines are missing."""
-    return [
-        pytest.param(case.name, marks=pytest.mark.needs(*case.needs), id=case.name) for case in (*CASES.values(), *more)
-    ]
+LOCAL = NodeCase("local", 3, own_user, refusals={"nowhere": "nonexistent"})
+OTHER_USER = NodeCase("local-as-other-user", 2, other_user, UNIX_USERS, {"nowhere": "nonexistent"}, impersonates=True)

@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 
 from hub_gateway.auth.base import Caller
-from tests.contract.cases import CASES, SUDO, UNIX_USERS, ProxyCase, administer, case_params
-from tests.contract.docker_case import DOCKER, SWARM
+from tests.contract.cases import UNIX_USERS, ProxyCase, administer
 from tests.contract.mini import MiniGateway, Setup
-from tests.contract.ssh_case import SSH_OWN_USER, SSH_SUDO
+from tests.contract.suite import case_named, params
 
-CASES |= {case.name: case for case in (DOCKER, SWARM)}
 PYTHON = ["python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 DYING = ["/bin/sh", "-c", "echo 'libcudart.so.12: cannot open' >&2; exit 3", "{connection_file}"]
 SPECS = {
@@ -34,10 +32,6 @@ SPECS = {
     "silent": {"argv": ["/bin/sleep", "600", "{connection_file}"], "display_name": "Silent", "language": "none"},
     "nowhere": {"argv": ["/nonexistent/kernel", "{connection_file}"], "display_name": "Nowhere", "language": "none"},
 }
-
-CASES[SSH_SUDO.name] = SSH_SUDO
-PARTLY = {case.name: case for case in (SUDO, SSH_OWN_USER)}
-"""Differ from others in one thing, so they are put to a part of the suite only."""
 
 
 @dataclass
@@ -69,9 +63,9 @@ class Bench:
         return self.case.leftovers(gateway.gateway_id, self.state_dir)
 
 
-@pytest.fixture(params=case_params())
+@pytest.fixture(params=params())
 def bench(request: pytest.FixtureRequest, db_url: Callable[[], str | None]) -> Iterator[Bench]:
-    yield from bench_of(PARTLY[request.param] if request.param in PARTLY else CASES[request.param], db_url())
+    yield from bench_of(case_named(request.param), db_url())
 
 
 def bench_of(case: ProxyCase, db_url: str | None) -> Iterator[Bench]:

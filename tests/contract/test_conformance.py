@@ -16,10 +16,9 @@ from hub_gateway.errors import NotFound
 from hub_gateway.kernels import failpoints
 from hub_gateway.kernels.service import CreateKernel
 from hub_gateway.kernels.types import KernelRecord, KernelStatus
-from tests.contract.cases import CASES, SUDO, case_params
 from tests.contract.conftest import Bench
 from tests.contract.mini import MiniGateway, Setup, arguments
-from tests.contract.ssh_case import SSH_OWN_USER
+from tests.contract.suite import CASES, marks_of, params
 from tests.harness.gateway import ROOT
 from tests.harness.waiting import eventually
 
@@ -30,7 +29,7 @@ async def reserved(gateway: MiniGateway) -> set[str]:
     return set(await gateway.db.read(lambda tx: tx.execute(statement).scalars().all()))
 
 
-@pytest.mark.parametrize("bench", case_params(SUDO, SSH_OWN_USER), indirect=True)
+@pytest.mark.parametrize("bench", params(partly=True), indirect=True)
 async def test_life(bench: Bench) -> None:
     """Launch, execute, interrupt, restart, logs, shut down; then nothing is left."""
     async with bench.gateway() as gateway:
@@ -140,7 +139,7 @@ async def test_a_killed_kernel_comes_back(bench: Bench) -> None:
         await gateway.service.shutdown(bench.alice, record.id)
 
 
-@pytest.mark.parametrize("bench", case_params(SUDO, SSH_OWN_USER), indirect=True)
+@pytest.mark.parametrize("bench", params(partly=True), indirect=True)
 async def test_a_killed_agent_is_noticed(bench: Bench) -> None:
     """kill -9 of agent and kernel: the kernel is dead, says so, and holds nothing; a restart starts it anew."""
     async with bench.gateway() as gateway:
@@ -229,11 +228,11 @@ async def test_kernels_outlive_the_gateway(bench: Bench) -> None:
 def crash_points() -> list[object]:
     """Every place at which a launch can be interrupted, for every proxy."""
     points: list[object] = []
-    for name, case in CASES.items():
+    for case in CASES:
         steps = [f"launch.{n}.{what}" for n in range(1, case.yields + 1) for what in ("yielded", "recorded")]
         every = ("admit.before_commit", "admit.after_commit", *steps, "ready.before", "ready.after")
-        marks = pytest.mark.needs(*case.needs)
-        points += [pytest.param(name, point, id=f"{name}-{point}", marks=marks) for point in every]
+        marks = marks_of(*case.needs)
+        points += [pytest.param(case.name, point, id=f"{case.name}-{point}", marks=marks) for point in every]
     return points
 
 

@@ -17,11 +17,12 @@ from tests.contract.client import KernelClient
 from tests.contract.conftest import Bench
 from tests.contract.docker_case import DOCKER, SWARM
 from tests.contract.mini import MiniGateway
+from tests.contract.suite import marks_of
 from tests.contract.test_conformance import reserved
 from tests.engines.docker import NO_PYTHON, docker_engine
 from tests.harness.waiting import eventually
 
-pytestmark = pytest.mark.needs("docker")
+pytestmark = marks_of("docker")
 
 single = pytest.mark.parametrize("bench", [DOCKER.name], indirect=True)
 both = pytest.mark.parametrize("bench", [DOCKER.name, SWARM.name], indirect=True)

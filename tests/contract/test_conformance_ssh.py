@@ -27,12 +27,13 @@ from hub_gateway.proxies.distributed import DistributedProxy
 from tests.contract.conftest import PYTHON, Bench
 from tests.contract.mini import MiniGateway
 from tests.contract.ssh_case import NODES, SSH_SUDO, USERS
+from tests.contract.suite import marks_of
 from tests.contract.test_conformance import reserved
 from tests.engines.ssh import LOGIN, SshNodes
 from tests.harness.waiting import eventually
 
 pytestmark = [
-    pytest.mark.needs(*SSH_SUDO.needs),
+    *marks_of(*SSH_SUDO.needs),
     pytest.mark.parametrize("bench", [SSH_SUDO.name], indirect=True),
 ]
 

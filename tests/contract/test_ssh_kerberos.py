@@ -10,13 +10,14 @@ import pytest
 from hub_gateway.kernels.types import KernelStatus
 from tests.contract.conftest import Bench, bench_of
 from tests.contract.ssh_case import USERS, SshCase, distributed, prepare_nodes
+from tests.contract.suite import marks_of
 from tests.contract.test_conformance import reserved
 from tests.contract.test_conformance_ssh import gateway_with, refused, trouble
 from tests.engines.kdc import Kdc
 from tests.engines.ssh import LOGIN
 from tests.harness.waiting import eventually
 
-pytestmark = pytest.mark.needs("ssh", "kerberos", "kerberos-headers")
+pytestmark = marks_of("ssh", "kerberos", "kerberos-headers")
 
 PRINCIPAL = "hub-gateway/localhost"
 SSHD = """\
