@@ -28,7 +28,7 @@ UNUSED = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/loca
 def root_archive() -> Path:
     """A tar of Debian with Python, pyzmq and ipykernel; made at first, for a minute, and kept in the user's cache."""
     wheels = closure("ipykernel")
-    recipe = "\n".join((Path(__file__).read_text(), mirror(), *wheels))
+    recipe = "\n".join((Path(__file__).read_text(), *mirror(), *wheels))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hub-gateway" / "images"
     cache.mkdir(parents=True, exist_ok=True)
     made = cache / f"{hashlib.sha256(recipe.encode()).hexdigest()[:20]}.tar"
@@ -45,7 +45,7 @@ def _make(made: Path, wheels: list[str]) -> None:
     directory = Path(tempfile.mkdtemp(prefix="hgt-image-"))
     try:
         root = directory / "root"
-        _run("debootstrap", "--variant=minbase", f"--include={','.join(DEBIAN)}", SUITE, str(root), mirror())
+        _run("debootstrap", "--variant=minbase", f"--include={','.join(DEBIAN)}", SUITE, str(root), *mirror())
         packages = root / "usr" / "local" / "lib" / f"python{PYTHON}" / "dist-packages"
         _run(
             *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"),
@@ -84,12 +84,12 @@ def closure(name: str) -> list[str]:
     return sorted(found.values())
 
 
-def mirror() -> str:
-    """The Debian mirror that this machine uses."""
+def mirror() -> list[str]:
+    """The Debian mirror that this machine uses; none where that is not known: debootstrap has one of its own."""
     lists = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
     for path in lists:
         if path.suffix in (".list", ".sources") and path.is_file():
             for address in re.findall(r"https?://\S+", path.read_text()):
                 if re.search(r"/debian/?$", address):
-                    return str(address)
-    return ""
+                    return [str(address)]
+    return []
