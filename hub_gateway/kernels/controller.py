@@ -44,6 +44,7 @@ OPEN_SECONDS = 10.0
 """How often other replicas are told which of their kernels are open here; less than any sensible limit of a culler."""
 SAME_MOMENT = timedelta(seconds=1)
 """Agents tell the age of the last activity, so the moment that comes out of it varies by the way it took."""
+_BEGUN = (KernelStatus.QUEUED, KernelStatus.STARTING, KernelStatus.RUNNING)
 
 
 @runtime_checkable
@@ -262,6 +263,9 @@ class Controller(LoggingConfigurable):
     def renewed(self, kernel_id: str) -> None:
         """A failed kernel was admitted again: forget its earlier life, and start it."""
         self._reconciler.forget(kernel_id)
+        relay = self.links.existing(kernel_id)
+        if relay is not None:
+            relay.renew()
         self._queue.add(kernel_id)
 
     async def wait(
@@ -416,6 +420,9 @@ class Controller(LoggingConfigurable):
         rows = await self.store.some(waiting)
         for kernel_id, relay in waiting.items():
             record = rows.get(kernel_id)
+            begun = record is not None and record.status in _BEGUN and record.lease_holder != self.store.instance
+            if begun and relay.failed:
+                relay.renew()  # another replica has started it again
             if record is None or record.status is KernelStatus.FAILED:
                 if relay.linked or relay.execution_state is not ExecutionState.DEAD:
                     self._queue.add(kernel_id)  # its step settles it

@@ -23,7 +23,8 @@ from hub_gateway.errors import GatewayError
 from hub_gateway.kernels.types import KernelStatus
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Session as Transaction
+    from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session as Transaction
 
 __all__ = ["WaitingRequests"]
 
@@ -118,7 +119,7 @@ class WaitingRequests:
             some = {key: self._todo.pop(key) for key in list(self._todo)[:AT_ONCE]}
             try:
                 await self._write(some)
-            except GatewayError:
+            except (GatewayError, IntegrityError):  # the latter where another replica has just written the same
                 self._on_swallowed("waiting")
                 if self._closing:
                     return

@@ -204,6 +204,7 @@ class KernelRelay:
             if not await client.sink.answers() and self._clients.get(client.key) is client:
                 heir = self._standby.youngest(client.key)
                 if heir is not None:
+                    heir.heard = True  # it came in the place of one that is gone: not to be closed for its silence
                     self._serve(heir)
 
         task = asyncio.ensure_future(ask())
@@ -219,8 +220,9 @@ class KernelRelay:
         sink.on_flushed = None
         self._acknowledge()
         del self._clients[client.key]
-        heir = self._standby.youngest(client.key)
-        if heir is not None and client.state is not Delivery.MOVED:
+        # A session that has moved is not fetched back by what nobody speaks at.
+        heir = None if client.state is Delivery.MOVED else self._standby.youngest(client.key)
+        if heir is not None:
             self._serve(heir)
             return
         if not sink.keep:
@@ -234,6 +236,10 @@ class KernelRelay:
         sink.heard = True
         if self._standby.remove(sink):
             self._serve(sink)
+        served = self._clients.get(sink.session.encode("utf-8", "replace"))
+        if served is not None and served.sink is sink and served.state is Delivery.MOVED:
+            served.state = Delivery.WAITING  # somebody speaks here: it is no remnant
+            self._attach(served)
         if b'"execute_request"' in parts[0]:
             client = self._clients.get(sink.session.encode("utf-8", "replace"))
             if client is not None:
@@ -284,7 +290,8 @@ class KernelRelay:
             self._queued += sum(one.size for one in found)
         for one in found:
             session, channel = one.frames[1].decode("utf-8", "replace"), codec.CHANNELS[one.frames[2][0]].decode()
-            self._progress.add(session, channel, one.frames[4], shown=True)
+            # What a kernel that is there has printed under a cell is not to be cleared like progress.
+            self._progress.add(session, channel, one.frames[4], shown=not self.ready)
         if self.linked:
             self._send_queued()
 
@@ -428,6 +435,17 @@ class KernelRelay:
         waiting, client.notices = client.notices, []
         for notice in waiting:
             self._show(client, notice, header)
+
+    @property
+    def failed(self) -> bool:
+        """Whether clients are told that there is no kernel."""
+        return self._progress.failed
+
+    def renew(self) -> None:
+        """The kernel that failed is started again: what comes from now on waits for it."""
+        self._progress.done()
+        self._lost_until = 0.0
+        self.execution_state = ExecutionState.STARTING
 
     def fail(self, text: str, stderr_lines: list[str], *, ran: bool = False) -> None:
         """There is no kernel: what has no reply yet, and what comes, gets the reason. A later `ready` lifts it.
@@ -610,7 +628,7 @@ class KernelRelay:
     def _send_queued(self) -> None:
         assert self._link is not None
         queue, self._queue, self._queued = self._queue, [], 0
-        for session in {bytes(one.frames[1]) for one in queue} - self._clients.keys():
+        for session in {bytes(one.frames[1]) for one in queue if one.key} - self._clients.keys():
             # Or else what comes of it would be for nobody.
             self._link.tell("expect", session=session.decode("utf-8", "replace"))
         for one in queue:
@@ -650,6 +668,7 @@ class KernelRelay:
             client = self._clients.get(event.to)
             if client is not None:
                 client.state = Delivery.MOVED
+                asyncio.get_running_loop().call_later(STANDBY_SECONDS, self._dismiss, client.sink)
                 self._progress.left(client.sink.session)
         elif name == "ready":
             self._on_state(data)
@@ -691,6 +710,7 @@ class KernelRelay:
 
     def _on_ready(self) -> None:
         self.ready = self._ran = True
+        self._lost_until = 0.0
         self._progress.done()
 
     def _on_state(self, data: Mapping[str, Any]) -> None:

@@ -110,7 +110,9 @@ class Admission:
             return Verdict("refused", policy=MAINTENANCE, sentence=sentences.maintenance(closed))
         if looking:  # who launches has been there before
             try:
-                demand, _ = self.clamped(tx, demand, Resources(), now)
+                # What waits is not cut down any more.
+                least = Resources() if kernel_id is None else demand.resources
+                demand, _ = self.clamped(tx, demand, least, now)
             except LaunchRefused as error:
                 return Verdict("refused", policy=error.policy, sentence=error.message)
         index = self.policies.index(tx)

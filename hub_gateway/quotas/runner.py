@@ -17,6 +17,7 @@ from traitlets.config import LoggingConfigurable
 
 from hub_gateway import audit
 from hub_gateway.db.models import Kernel, utcnow
+from hub_gateway.deadlines import end, within
 from hub_gateway.errors import GatewayError
 from hub_gateway.kernels import notices as board
 from hub_gateway.kernels.service import KernelService
@@ -103,9 +104,7 @@ class QuotaRunner(LoggingConfigurable):
 
     async def close(self) -> None:
         """Stop; notices that are under way go out."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
         await self.notifier.close()
 
     def wake(self) -> None:
@@ -115,7 +114,7 @@ class QuotaRunner(LoggingConfigurable):
     async def _every(self, seconds: float, name: str, call: Callable[[], Awaitable[Any]], wake: asyncio.Event) -> None:
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(wake.wait(), seconds)
+                await within(wake.wait(), seconds)
             wake.clear()
             try:
                 await call()

@@ -754,17 +754,22 @@ async def test_a_websocket_that_is_heard_is_served(start: Start) -> None:
     assert numbers(ours) == list(range(10))
 
 
-async def test_a_websocket_that_does_not_answer_gives_way_to_the_next(start: Start) -> None:
-    """Its client lost the network, and is back."""
+async def test_a_websocket_that_does_not_answer_gives_way_to_the_next(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client lost the network, and is back; it need not say anything."""
     gateway = await start().connect()
     gone = gateway.attach(Collector("s", arrived=1))
     await gateway.execute(gone, "pass")
     gone.there = False
+    monkeypatch.setattr(relay, "STANDBY_SECONDS", 0.2)
     back = gateway.attach(Collector("s", arrived=2))
     other = gateway.attach(Collector())
     await eventually(lambda: gateway.counts.get("replaced") == 1, "the change")
     await gateway.execute(other, "flood 10 20")
     await eventually(lambda: numbers(back) == list(range(10)), "the output")
+    await eventually(lambda: gone.dismissed, "what is left of the first to be closed")
+    assert not back.dismissed
 
 
 async def test_a_session_goes_on_at_the_youngest_websocket_that_is_open(start: Start) -> None:
@@ -818,6 +823,32 @@ async def test_a_session_may_move_from_one_gateway_to_another(start: Start) -> N
     first.relay.attach(Collector("s", arrived=-1))
     first.relay.detach(sink)
     await second.execute(moved, "pass")  # what is left there does not take it back
+
+
+async def test_a_session_is_at_the_gateway_where_somebody_speaks(start: Start) -> None:
+    """Whichever of two gateways a client that was left behind has come to last."""
+    first = await start().connect()
+    second = await start(to=first.agent).connect()
+    ours = first.attach(Collector("s"))
+    await first.execute(ours, "pass")
+    second.attach(Collector("s"))
+    await eventually(lambda: first.relay._clients[b"s"].state is Delivery.MOVED, "the session to have moved")
+    await first.execute(ours, "flood 10 20")
+    assert numbers(ours) == list(range(10))
+
+
+async def test_a_kernel_that_was_lost_and_is_started_again_is_not_called_dead(start: Start) -> None:
+    gateway = start()
+    gateway.relay.fail("The kernel was lost.", [], ran=True)
+    gateway.relay.renew()
+    early = gateway.attach(Collector())
+    asked = gateway.send(early, "pass")
+    assert "dead" not in early.states() and not early.of(asked, "error"), "it waits"
+    await gateway.connect()
+    await eventually(lambda: early.finished(asked), "the reply")
+    late = gateway.attach(Collector())
+    await gateway.execute(late, "pass")
+    assert "dead" not in early.states() + late.states()
 
 
 @pytest.mark.parametrize("command", ["flood 60000 200", "data 120 200000"])
