@@ -298,7 +298,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         return "\n".join(str(answer["text"]).splitlines()[-lines:])
 
     async def check(self) -> Sequence[Finding]:
-        checker = Checker(self.nodes, self, self.configured_hosts)
+        checker = Checker(self.nodes.bundle, self, self.configured_hosts)
         return await checker.run()
 
     # Helpers

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+
 import pytest
 from traitlets import TraitError
 from traitlets.config import Config
@@ -10,6 +13,7 @@ from hub_gateway.kernels.types import Resources
 from hub_gateway.proxies.distributed import DistributedProxy
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, Placement, host_of, listed
+from hub_gateway.proxies.ssh_pool import _Place
 
 
 @pytest.mark.parametrize(
@@ -84,3 +88,18 @@ def test_limits_are_what_a_kernel_asks_for() -> None:
 def test_enterprise_gateways_name() -> None:
     name = "enterprise_gateway.services.processproxies.distributed.DistributedProcessProxy"
     assert Proxies().resolve(name) == "distributed"
+
+
+async def test_a_check_leaves_the_connections_of_kernels_alone() -> None:
+    """It neither waits for one that is just being made, nor cuts one that kernels use."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    proxy = DistributedProxy(config=Config(DistributedProxy={"hosts": [f"127.0.0.1:{port}"], "user": "hub"}))
+    used = object()
+    place = proxy.pool._places["127.0.0.1", port, "hub"] = _Place(client=used)
+    with place.lock:
+        (finding,) = [one for one in await asyncio.wait_for(proxy.check(), 10) if one.what != "limits"]
+    assert finding.level == "error" and "cannot be reached" in finding.message
+    assert place.client is used
+    place.client = None
+    await proxy.close()
