@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from hub_gateway.errors import GatewayError
+from hub_gateway.kernels.types import Resources
 from hub_gateway.proxies.base import Finding
 from hub_gateway.proxies.distributed_config import DistributedOptions
 from hub_gateway.proxies.ssh_hosts import Host
@@ -70,8 +71,7 @@ class Checker:
         user = options.check_user
         if user and user != options.user:
             login = user if options.login_as_owner else options.user
-            limits = [word.format(memory=2**40, cpu=1, cpu_percent=100) for word in options.limit_command]
-            request["limit_command"] = limits
+            request["limit_command"] = options.limits(Resources(cpu=1, memory=2**40))
             answer = nodes.call(host, login, "look", request, user=user, within=LOOK_SECONDS)
             yield Finding("ok", host.name, f"the gateway may act as {user}")
         yield from _facts(host, answer, options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
+from typing import Any
 
 import pytest
 from traitlets import TraitError
@@ -13,6 +15,7 @@ from hub_gateway.kernels.types import Resources
 from hub_gateway.proxies.distributed import DistributedProxy
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, Placement, host_of, listed
+from hub_gateway.proxies.ssh_node import Nodes
 from hub_gateway.proxies.ssh_pool import _Place
 
 
@@ -102,4 +105,21 @@ async def test_a_check_leaves_the_connections_of_kernels_alone() -> None:
     assert finding.level == "error" and "cannot be reached" in finding.message
     assert place.client is used
     place.client = None
+    await proxy.close()
+
+
+async def test_a_check_tries_the_limits_that_kernels_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else is in the command: a brace that is none of ours stays as it is."""
+    words = ["prlimit", "--as={memory}", "--", "env", "NOTE=${UID}{"]
+    traits = {"hosts": ["a"], "user": "hub", "check_user": "ada", "limit_command": words}
+    asked: list[Any] = []
+
+    def call(self: Nodes, host: Host, login: str, action: str, request: dict[str, Any], **more: Any) -> dict[str, Any]:
+        asked.append(request.get("limit_command"))
+        return {"python": "3.11.2", "time": time.time(), "zmq": "26.0 curve", "writable": True, "free": 2**40}
+
+    monkeypatch.setattr(Nodes, "call", call)
+    proxy = DistributedProxy(config=Config(DistributedProxy=traits))
+    assert {finding.level for finding in await proxy.check()} == {"ok"}
+    assert asked[-1] == ["prlimit", f"--as={2**40}", "--", "env", "NOTE=${UID}{"]
     await proxy.close()
