@@ -12,7 +12,8 @@ from traitlets import TraitError
 from traitlets.config import Config
 
 from hub_gateway.kernels.types import Resources
-from hub_gateway.proxies.distributed import DistributedProxy
+from hub_gateway.proxies.base import Phase, State
+from hub_gateway.proxies.distributed import DistributedProxy, _phase
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, Placement, host_of, listed
 from hub_gateway.proxies.ssh_node import Nodes
@@ -123,3 +124,13 @@ async def test_a_check_tries_the_limits_that_kernels_get(monkeypatch: pytest.Mon
     assert {finding.level for finding in await proxy.check()} == {"ok"}
     assert asked[-1] == ["prlimit", f"--as={2**40}", "--", "env", "NOTE=${UID}{"]
     await proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("user", "phase"), [("ada", Phase.RUNNING), ("1001", Phase.UNKNOWN), ("bea", Phase.GONE), (None, Phase.GONE)]
+)
+def test_an_agent_whose_user_has_no_name_for_now_is_not_gone(user: str | None, phase: Phase) -> None:
+    """A host that cannot reach its directory service tells uids; somebody else's process may have the pid."""
+    agents = [{"pid": 7, "kernel_id": "k1", "user": user}] if user else []
+    state: State = {"host": "a", "pid": 7, "user": "ada"}
+    assert _phase("k1", state, {"agents": agents}, "").phase is phase
