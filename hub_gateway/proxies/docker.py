@@ -354,8 +354,7 @@ def packed(files: Mapping[str, bytes]) -> bytes:
 
 
 def _epoch(found: Mapping[str, Any]) -> int:
-    text = str(found["Labels"].get(EPOCH, ""))
-    return int(text) if text.isdigit() else 0
+    return tagged.epoch_of(str(found["Labels"].get(EPOCH, "")))
 
 
 def _ended(facts: Mapping[str, Any]) -> PhaseReport:

@@ -326,8 +326,7 @@ def _wanted(gateway_id: str, kernel_id: str | None = None) -> list[str]:
 
 
 def _epoch(found: Mapping[str, Any]) -> int:
-    text = str(found["Spec"]["Labels"].get(EPOCH, ""))
-    return int(text) if text.isdigit() else 0
+    return tagged.epoch_of(str(found["Spec"]["Labels"].get(EPOCH, "")))
 
 
 def _tasks(gateway_id: str, kernel_id: str | None = None) -> Callable[[Any], list[dict[str, Any]]]:
