@@ -83,6 +83,7 @@ class DockerProxy(ContainerProxy):
     # Launch
 
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
+        self.wanted = True
         plan = await asyncio.to_thread(self.plan, request)
         if self.reach == "published":
             plan = replace(plan, publish=self.publish_address)
@@ -113,7 +114,6 @@ class DockerProxy(ContainerProxy):
         """The daemon's own id: what another one does not have proves nothing about a container of this one."""
         if anew or not self._id:
             self._id = str((await self.daemon.ask(lambda api: api.info()))["ID"])
-            self._answered = True
         return self._id
 
     async def _fetch(self, image: str) -> AsyncGenerator[str, None]:
@@ -216,11 +216,10 @@ class DockerProxy(ContainerProxy):
     async def _list(self, gateway_id: str, kernel_id: str | None = None) -> list[dict[str, Any]]:
         """The containers of a gateway, or of one of its kernels: one call."""
         wanted = [f"{GATEWAY}={gateway_id}", *([f"{KERNEL}={kernel_id}"] if kernel_id else [])]
-        found = await self.daemon.ask(lambda api: api.containers(all=True, filters={"label": wanted}))
-        self._answered = True
-        return list(found)
+        return list(await self.daemon.ask(lambda api: api.containers(all=True, filters={"label": wanted})))
 
     async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
+        self.wanted = self.wanted or bool(states)
         gateways = {str(state["gateway_id"]) for state in states.values() if state.get("gateway_id")}
         try:
             listed = [one for gateway_id in gateways for one in await self._list(gateway_id)]
@@ -306,9 +305,7 @@ class DockerProxy(ContainerProxy):
         except APIError as error:
             self.log.info("A signal did not reach the container %s: %s", container, said(error))
 
-    async def owned(self, gateway_id: str) -> Sequence[ClusterObject]:
-        if self.unused:
-            return []
+    async def search(self, gateway_id: str) -> Sequence[ClusterObject]:
         return [
             ClusterObject(
                 kernel_id=found["Labels"].get(KERNEL, ""),
@@ -339,7 +336,8 @@ class DockerProxy(ContainerProxy):
     async def check(self) -> Sequence[Finding]:
         if self.unused:
             return self.not_used("docker kernels")
-        return await check_daemon(self.daemon, "docker kernels", [self.image], [self.network, *self.extra_networks])
+        networks = [self.network, *self.extra_networks]
+        return await check_daemon(self.daemon, "docker kernels", [self.image], networks, wanted=self.wanted)
 
 
 def packed(files: Mapping[str, bytes]) -> bytes:

@@ -62,9 +62,14 @@ class SwarmProxy(ContainerProxy):
         """,
     ).tag(config=True)
 
+    def configured(self) -> bool:
+        # What is said for both proxies may be meant for Docker alone, and that daemon be in no swarm.
+        return self._speaks_of(ContainerProxy)
+
     # Launch
 
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
+        self.wanted = True
         plan = await asyncio.to_thread(self.plan, request)
         constraints = (*self.constraints, *map(str, listed(request, "constraints")))
         placement = Placement(constraints, self.reach == "published", self.shutdown_seconds)
@@ -96,7 +101,6 @@ class SwarmProxy(ContainerProxy):
 
     async def _swarm_id(self) -> str:
         info = (await self.daemon.ask(lambda api: api.info())).get("Swarm", {})
-        self._answered = True
         cluster = info.get("Cluster") or {}
         if not info.get("ControlAvailable") or not cluster.get("ID"):
             raise Unavailable(
@@ -230,6 +234,7 @@ class SwarmProxy(ContainerProxy):
             raise Unavailable("The swarm does not answer; try again in a minute.", hint=said(error)) from error
 
     async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
+        self.wanted = self.wanted or bool(states)
         gateways = {str(state["gateway_id"]) for state in states.values() if state.get("gateway_id")}
         try:
             here = await self._swarm_id()
@@ -286,8 +291,8 @@ class SwarmProxy(ContainerProxy):
         """Not in a swarm: its managers pass no signals on. The agent, where it is reached, does it."""
         self.log.info("No signal can be sent to the service %s of a swarm", state.get("service"))
 
-    async def owned(self, gateway_id: str) -> Sequence[ClusterObject]:
-        if self.unused or not (await self.daemon.ask(lambda api: api.info())).get("Swarm", {}).get("ControlAvailable"):
+    async def search(self, gateway_id: str) -> Sequence[ClusterObject]:
+        if not (await self.daemon.ask(lambda api: api.info())).get("Swarm", {}).get("ControlAvailable"):
             return []
         found = [(one, "service") for one in await self._services(gateway_id)]
         names = {one["Spec"]["Name"] for one, _ in found}
@@ -318,7 +323,8 @@ class SwarmProxy(ContainerProxy):
     async def check(self) -> Sequence[Finding]:
         if self.unused:
             return self.not_used("swarm kernels")
-        return await check_daemon(self.daemon, "swarm kernels", [], [self.network, *self.extra_networks], swarm=True)
+        networks = [self.network, *self.extra_networks]
+        return await check_daemon(self.daemon, "swarm kernels", [], networks, swarm=True, wanted=self.wanted)
 
 
 def _wanted(gateway_id: str, kernel_id: str | None = None) -> list[str]:
