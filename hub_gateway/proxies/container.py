@@ -16,7 +16,7 @@ from traitlets.config import Configurable
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import LaunchFailed, LaunchRefused, Unavailable
 from hub_gateway.proxies.base import ClusterObject, Finding, IdentityNeed, LaunchRequest, ProcessProxy
-from hub_gateway.proxies.docker_client import APIError, DockerDaemon
+from hub_gateway.proxies.docker_client import DockerDaemon, errors
 from hub_gateway.proxies.docker_spec import (
     FILES,
     ContainerPlan,
@@ -190,7 +190,7 @@ class ContainerProxy(ProcessProxy):
             return []
         try:
             return await self.search(gateway_id)
-        except (Unavailable, APIError):
+        except (Unavailable, errors().APIError):
             if self.wanted:
                 raise
             return []  # somebody else's Docker, which is not for this gateway

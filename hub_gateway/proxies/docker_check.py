@@ -6,11 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from docker.errors import InvalidVersion
-
 from hub_gateway.errors import Unavailable
 from hub_gateway.proxies.base import Finding
-from hub_gateway.proxies.docker_client import APIError, DockerDaemon, NotFound, said
+from hub_gateway.proxies.docker_client import DockerDaemon, errors, said
 
 __all__ = ["check_daemon"]
 
@@ -30,8 +28,8 @@ async def check_daemon(
     except Unavailable as error:
         fault = f"Docker cannot be reached: {error.hint}"
         hint = "check that dockerd runs, that `url` names it, and that the gateway's account may use its socket"
-        mismatch = isinstance(error.__cause__, InvalidVersion)
-    except APIError as error:
+        mismatch = isinstance(error.__cause__, errors().InvalidVersion)
+    except errors().APIError as error:
         fault = f"Docker refuses to answer: {said(error)}"
         hint, mismatch = "check the gateway's rights", False
     if mismatch or re.search(r"client version \S+ is too (old|new)", fault):
@@ -60,13 +58,13 @@ def _look(
     for image in filter(None, images):
         try:
             api.inspect_image(image)
-        except NotFound:
+        except errors().NotFound:
             hint = f"docker pull {image}; or the first user waits for it"
             found.append(Finding("warning", what, f"the image {image} is not there yet", hint))
     for network in filter(None, networks):
         try:
             api.inspect_network(network)
-        except NotFound:
+        except errors().NotFound:
             hint = f"docker network create {network}"
             found.append(Finding("error", what, f"there is no network {network}", hint))
     return found

@@ -22,7 +22,7 @@ from hub_gateway.proxies import tagged
 from hub_gateway.proxies.base import ClusterObject, Finding, LaunchRequest, Phase, PhaseReport, State
 from hub_gateway.proxies.container import ContainerProxy, listed
 from hub_gateway.proxies.docker_check import check_daemon
-from hub_gateway.proxies.docker_client import APIError, NotFound, last_words, refusal, said
+from hub_gateway.proxies.docker_client import errors, last_words, refusal, said
 from hub_gateway.proxies.docker_spec import EPOCH, GATEWAY, KERNEL, ContainerPlan, agent_document
 from hub_gateway.proxies.swarm_spec import Placement, phase_of, service_spec
 
@@ -88,7 +88,7 @@ class SwarmProxy(ContainerProxy):
             yield dict(state)
             spec = service_spec(plan, placement, secret, configs)
             service = await self.daemon.change(lambda api: str(api.create_service(**spec)["ID"]))
-        except APIError as error:
+        except errors().APIError as error:
             raise refusal(error, image=plan.image, python=plan.python) from error
         state["service"] = service
         yield dict(state)
@@ -121,7 +121,7 @@ class SwarmProxy(ContainerProxy):
                     continue
                 try:
                     there[name] = api.create_config(name, files[file])["ID"]
-                except APIError as error:
+                except errors().APIError as error:
                     if error.status_code != HTTPStatus.CONFLICT:
                         raise
                     (found,) = api.configs(filters={"name": name})  # another replica made it at this moment
@@ -174,11 +174,11 @@ class SwarmProxy(ContainerProxy):
         """The one task of a service, as soon as there is one."""
         try:
             found = await self.daemon.ask(lambda api: api.tasks(filters={"service": service}))
-        except NotFound as error:
+        except errors().NotFound as error:
             raise LaunchFailed(
                 "The kernel's service was removed while it was starting; start the kernel again."
             ) from error
-        except APIError as error:
+        except errors().APIError as error:
             raise Unavailable("The swarm does not answer; try again in a minute.", hint=said(error)) from error
         return max(found, key=lambda one: str(one["CreatedAt"]), default=None)
 
@@ -192,7 +192,7 @@ class SwarmProxy(ContainerProxy):
 
         try:
             return await self.daemon.ask(read)
-        except APIError:
+        except errors().APIError:
             return b""  # a node that has just taken the task may not have its log yet
 
     async def _address(self, task: Mapping[str, Any], plan: ContainerPlan) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class SwarmProxy(ContainerProxy):
         wanted = _wanted(gateway_id, kernel_id)
         try:
             return list(await self.daemon.ask(lambda api: api.services(filters={"label": wanted})))
-        except APIError as error:
+        except errors().APIError as error:
             raise Unavailable("The swarm does not answer; try again in a minute.", hint=said(error)) from error
 
     async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
@@ -240,7 +240,7 @@ class SwarmProxy(ContainerProxy):
             here = await self._swarm_id()
             services = {str(one["ID"]) for gateway_id in gateways for one in await self._services(gateway_id)}
             found = [one for gateway_id in gateways for one in await self.daemon.ask(_tasks(gateway_id))]
-        except (Unavailable, APIError) as error:
+        except (Unavailable, errors().APIError) as error:
             reason = "the swarm does not answer" if isinstance(error, Unavailable) else said(error)
             return dict.fromkeys(states, PhaseReport(Phase.UNKNOWN, reason))
         tasks = {str(one["ServiceID"]): one for one in sorted(found, key=lambda one: str(one["CreatedAt"]))}
@@ -284,7 +284,7 @@ class SwarmProxy(ContainerProxy):
             for secret in await self.daemon.ask(lambda api: api.secrets(filters={"label": wanted})):
                 if only in (None, secret["ID"]) or secret["Spec"]["Name"] in names:
                     await self.daemon.change(partial(_gone, "remove_secret", secret["ID"]))
-        except APIError as error:
+        except errors().APIError as error:
             raise Unavailable("The swarm did not remove the kernel; it is tried again.", hint=said(error)) from error
 
     async def signal(self, state: State, signum: int) -> None:
@@ -343,5 +343,5 @@ def _tasks(gateway_id: str, kernel_id: str | None = None) -> Callable[[Any], lis
 
 def _gone(remove: str, what: str, api: Any) -> None:
     """Remove it, unless it is gone."""
-    with contextlib.suppress(NotFound):
+    with contextlib.suppress(errors().NotFound):
         getattr(api, remove)(what)

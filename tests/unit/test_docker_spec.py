@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -273,3 +276,24 @@ async def test_what_to_do_where_docker_does_not_answer(
     (finding,) = await proxy.check()
     assert finding.level == "error" and hint in finding.hint
     await proxy.close()
+
+
+def test_what_a_gateway_without_docker_and_ssh_does_not_load(tmp_path: Path) -> None:
+    """Their clients take time and memory; neither a start nor a sweep for leftovers needs them."""
+    program = f"""
+import asyncio, sys
+import hub_gateway.app, hub_gateway.runtime
+from hub_gateway.proxies import container, registry
+container.SOCKET = "unix://{tmp_path}/none.sock"
+
+async def sweep():
+    proxies = registry.Proxies()
+    print([await proxy.owned("g1") for name, proxy in proxies.all() if name != "local"])
+    await proxies.close()
+
+asyncio.run(sweep())
+print(sorted({{"docker", "paramiko"}} & set(sys.modules)))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "DOCKER_HOST"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines() == ["[[], [], []]", "[]"]
