@@ -19,6 +19,7 @@ import os
 import pwd
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ else:
 
 MARK = "owner.json"
 AGENT = re.compile(r"agent\.([\w-]+\.)?pyc?")
+MARK_BYTES = 65536
 AGAIN_SECONDS = 1.0
 
 
@@ -104,16 +106,20 @@ def agents(request: Document, uid: Optional[int] = None) -> List[Document]:
         now = process(pid)
         if now is None or uid not in (None, now.uid):
             continue
-        epoch = said.get("--epoch", "")
         found.append(
             {
                 "pid": pid,
                 "kernel_id": said.get("--kernel-id", ""),
-                "epoch": int(epoch) if epoch.isdigit() else 0,
+                "epoch": epoch_of(said.get("--epoch", "")),
                 "user": name_of(now.uid),
             }
         )
     return found
+
+
+def epoch_of(word: str) -> int:
+    """The number in a tag; 0 where it is none, as anybody may start a process that looks like an agent."""
+    return int(word) if re.fullmatch("[0-9]{1,18}", word) else 0
 
 
 def name_of(uid: int) -> str:
@@ -305,10 +311,9 @@ def find(request: Document, user: Optional[pwd.struct_passwd]) -> Document:
     """Which agents of this gateway run here, which directories are left, and how the node is."""
     left = []
     folder = os.path.join(request["runtime_root"], "hub-gateway-%s" % name_of(os.getuid()))
-    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+    for name in os.listdir(folder) if own_directory(folder) else []:
         try:
-            with open(os.path.join(folder, name, MARK)) as file:
-                mark = json.load(file)
+            mark = json.loads(own_text(os.path.join(folder, name, MARK)))
             if (mark["gateway_id"], mark["host"]) == (request["gateway_id"], request["host"]):
                 epoch, kernel_id = int(mark["epoch"]), str(mark["kernel_id"])
                 left.append({"path": os.path.join(folder, name), "kernel_id": kernel_id, "epoch": epoch})
@@ -323,6 +328,27 @@ def find(request: Document, user: Optional[pwd.struct_passwd]) -> Document:
         "cpus": len(os.sched_getaffinity(0)),
         "drained": drain(request),
     }
+
+
+def own_directory(path: str) -> bool:
+    """Whether it is a directory of this user, not one that somebody else has put there under its name."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+
+
+def own_text(path: str) -> str:
+    """What a regular file of this user says; nothing else is waited for, or read. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+            raise OSError("%s is no file of this user" % path)
+        return os.read(fd, MARK_BYTES).decode("utf-8", "replace")
+    finally:
+        os.close(fd)
 
 
 def drain(request: Document) -> str:

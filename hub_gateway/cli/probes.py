@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -314,7 +315,12 @@ async def proxies(gateway: HubGateway) -> AsyncIterator[Finding]:
     """What the process proxies find of their clusters: those of this package, and those that are configured."""
     registry = Proxies(parent=gateway, state_dir=gateway.state_dir)
     try:
+        named = set()
+        with contextlib.suppress(GatewayError):
+            specs = await spec_facts(KernelSpecs(parent=gateway, base_url=gateway.base_url), registry)
+            named = {spec.proxy for spec in specs.values()}
         for name, proxy in registry.all():
+            proxy.wanted = proxy.wanted or name in named
             for finding in await proxy.check():
                 yield Finding(finding.level, f"{name}: {finding.what}", finding.message, finding.hint)
     finally:

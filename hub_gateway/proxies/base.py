@@ -154,6 +154,8 @@ class ProcessProxy(LoggingConfigurable, metaclass=_Meta):
     """Which of cpu, memory, gpu, queue the resource manager enforces."""
     identifies: tuple[str, ...] = ()
     """The keys of a state that tell one cluster object of a kernel from another (a pid, an application id)."""
+    wanted: bool = False
+    """Whether anything speaks for it: an option, a kernelspec, a kernel. A cluster that nobody wants may be missing."""
 
     @abc.abstractmethod
     def launch(self, request: LaunchRequest) -> AsyncIterator[State]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import abc
 import os
 import pwd
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from traitlets import Bool, Dict, Float, Integer, List, TraitError, Unicode, default, validate
+from traitlets.config import Configurable
 
 from hub_gateway._paths import launchers_dir
-from hub_gateway.errors import LaunchFailed, LaunchRefused
-from hub_gateway.proxies.base import Finding, IdentityNeed, LaunchRequest, ProcessProxy
-from hub_gateway.proxies.docker_client import DockerDaemon
+from hub_gateway.errors import LaunchFailed, LaunchRefused, Unavailable
+from hub_gateway.proxies.base import ClusterObject, Finding, IdentityNeed, LaunchRequest, ProcessProxy
+from hub_gateway.proxies.docker_client import DockerDaemon, errors
 from hub_gateway.proxies.docker_spec import (
     FILES,
     ContainerPlan,
@@ -164,15 +167,37 @@ class ContainerProxy(ProcessProxy):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.daemon = DockerDaemon(self.url, timeout=self.timeout, threads=self.threads, tls=self.tls)
-        self._answered = False
+        self.wanted = self.configured()
 
     async def close(self) -> None:
         self.daemon.close()
 
+    def configured(self) -> bool:
+        """Whether the configuration speaks of such kernels."""
+        return self.url != SOCKET or self._speaks_of(ProcessProxy)
+
+    def _speaks_of(self, above: type[Configurable]) -> bool:
+        """Whether the configuration sets options of this class, or of one between it and `above`."""
+        return any(self.config.get(name) for name in {*self.section_names()} - {*above.section_names()})
+
     @property
     def unused(self) -> bool:
         """Whether this machine simply has no Docker, and nobody said that it should."""
-        return self.url == SOCKET and not self._answered and not Path(SOCKET.removeprefix("unix://")).exists()
+        return self.url == SOCKET and not self.wanted and not Path(SOCKET.removeprefix("unix://")).exists()
+
+    async def owned(self, gateway_id: str) -> Sequence[ClusterObject]:
+        if self.unused:
+            return []
+        try:
+            return await self.search(gateway_id)
+        except (Unavailable, errors().APIError):
+            if self.wanted:
+                raise
+            return []  # somebody else's Docker, which is not for this gateway
+
+    @abc.abstractmethod
+    async def search(self, gateway_id: str) -> Sequence[ClusterObject]:
+        """What `owned` is to find. Raises `Unavailable`, `APIError`."""
 
     # The plan
 

@@ -298,7 +298,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         return "\n".join(str(answer["text"]).splitlines()[-lines:])
 
     async def check(self) -> Sequence[Finding]:
-        checker = Checker(self.nodes, self, self.configured_hosts)
+        checker = Checker(self.nodes.bundle, self, self.configured_hosts)
         return await checker.run()
 
     # Helpers
@@ -391,10 +391,11 @@ def _phase(kernel_id: str, state: State, found: Mapping[str, Any] | None, why: s
         return PhaseReport(Phase.GONE, f"its host {host} is lost")
     if not isinstance(pid, int):
         return PhaseReport(Phase.PENDING)
-    if any(
-        (one["pid"], one["kernel_id"], one["user"]) == (pid, kernel_id, state.get("user")) for one in found["agents"]
-    ):
+    users = {str(one["user"]) for one in found["agents"] if (one["pid"], one["kernel_id"]) == (pid, kernel_id)}
+    if state.get("user") in users:
         return PhaseReport(Phase.RUNNING)
+    if any(user.isdecimal() for user in users):  # its directory service is down, perhaps
+        return PhaseReport(Phase.UNKNOWN, f"{host} cannot tell whose its agent is: uid {' '.join(users)} has no name")
     if found.get("blind"):
         return PhaseReport(Phase.UNKNOWN, f"{host} does not show the processes of other users (hidepid)")
     if state.get("boot") and found.get("boot") and state["boot"] != found["boot"]:

@@ -24,7 +24,7 @@ from hub_gateway.proxies import tagged
 from hub_gateway.proxies.base import ClusterObject, Finding, LaunchRequest, Phase, PhaseReport, State
 from hub_gateway.proxies.container import ContainerProxy
 from hub_gateway.proxies.docker_check import check_daemon
-from hub_gateway.proxies.docker_client import APIError, NotFound, last_words, refusal, said
+from hub_gateway.proxies.docker_client import errors, last_words, refusal, said
 from hub_gateway.proxies.docker_events import DockerEvents
 from hub_gateway.proxies.docker_spec import (
     AGENT_DIR,
@@ -83,6 +83,7 @@ class DockerProxy(ContainerProxy):
     # Launch
 
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
+        self.wanted = True
         plan = await asyncio.to_thread(self.plan, request)
         if self.reach == "published":
             plan = replace(plan, publish=self.publish_address)
@@ -103,7 +104,7 @@ class DockerProxy(ContainerProxy):
         yield dict(state)
         try:
             await self.daemon.start(container, agent_document(request, plan))
-        except APIError as error:
+        except errors().APIError as error:
             raise refusal(error, image=plan.image, python=plan.python) from error
         yield dict(state)
         state["registration"] = await self._registration(request.kernel_id, container, plan)
@@ -113,7 +114,6 @@ class DockerProxy(ContainerProxy):
         """The daemon's own id: what another one does not have proves nothing about a container of this one."""
         if anew or not self._id:
             self._id = str((await self.daemon.ask(lambda api: api.info()))["ID"])
-            self._answered = True
         return self._id
 
     async def _fetch(self, image: str) -> AsyncGenerator[str, None]:
@@ -121,10 +121,10 @@ class DockerProxy(ContainerProxy):
         try:
             await self.daemon.ask(lambda api: api.inspect_image(image))
             return
-        except NotFound as error:
+        except errors().NotFound as error:
             if not self.pull:
                 raise refusal(error, image=image, python=self.python) from error
-        except APIError as error:
+        except errors().APIError as error:
             raise refusal(error, image=image, python=self.python) from error
         yield f"Fetching the image {image}, which is not on the Docker host yet."
         async with aclosing(self.daemon.pull(image, self.pull_seconds)) as sentences:
@@ -144,7 +144,7 @@ class DockerProxy(ContainerProxy):
 
         try:
             return await self.daemon.change(create)
-        except APIError as error:
+        except errors().APIError as error:
             raise refusal(error, image=plan.image, python=plan.python) from error
 
     async def _registration(self, kernel_id: str, container: str, plan: ContainerPlan) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class DockerProxy(ContainerProxy):
 
         try:
             output, facts = await self.daemon.ask(look)
-        except NotFound as error:
+        except errors().NotFound as error:
             raise LaunchFailed(
                 "The kernel's container was removed while it was starting; start the kernel again."
             ) from error
@@ -216,18 +216,17 @@ class DockerProxy(ContainerProxy):
     async def _list(self, gateway_id: str, kernel_id: str | None = None) -> list[dict[str, Any]]:
         """The containers of a gateway, or of one of its kernels: one call."""
         wanted = [f"{GATEWAY}={gateway_id}", *([f"{KERNEL}={kernel_id}"] if kernel_id else [])]
-        found = await self.daemon.ask(lambda api: api.containers(all=True, filters={"label": wanted}))
-        self._answered = True
-        return list(found)
+        return list(await self.daemon.ask(lambda api: api.containers(all=True, filters={"label": wanted})))
 
     async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
+        self.wanted = self.wanted or bool(states)
         gateways = {str(state["gateway_id"]) for state in states.values() if state.get("gateway_id")}
         try:
             listed = [one for gateway_id in gateways for one in await self._list(gateway_id)]
             containers = {one["Id"]: one for one in listed}
             missing = any(state.get("container") not in (None, *containers) for state in states.values())
             here = await self._daemon_id(anew=missing)
-        except (Unavailable, APIError) as error:
+        except (Unavailable, errors().APIError) as error:
             reason = "Docker does not answer" if isinstance(error, Unavailable) else said(error)
             return dict.fromkeys(states, PhaseReport(Phase.UNKNOWN, reason))
         for gateway_id in gateways:
@@ -250,7 +249,7 @@ class DockerProxy(ContainerProxy):
         try:
             # Ended ones are few, and removed soon.
             return _ended(await self.daemon.ask(lambda api: api.inspect_container(container)))
-        except (Unavailable, APIError):
+        except (Unavailable, errors().APIError):
             code = _EXIT.match(str(found.get("Status")))
             return PhaseReport(Phase.GONE, "its container has ended", int(code[1]) if code else None)
 
@@ -277,16 +276,16 @@ class DockerProxy(ContainerProxy):
             try:
                 api.stop(container, timeout=seconds)
                 api.remove_container(container, force=True, v=True)
-            except NotFound:
+            except errors().NotFound:
                 return
-            except APIError as error:
+            except errors().APIError as error:
                 if error.status_code != HTTPStatus.CONFLICT:
                     raise
                 _await_gone(api, container)  # somebody else is removing it
 
         try:
             await self.daemon.change(remove)
-        except APIError as error:
+        except errors().APIError as error:
             raise Unavailable(
                 "Docker did not remove the kernel's container; it is tried again.", hint=said(error)
             ) from error
@@ -303,12 +302,10 @@ class DockerProxy(ContainerProxy):
 
         try:
             await self.daemon.change(send)
-        except APIError as error:
+        except errors().APIError as error:
             self.log.info("A signal did not reach the container %s: %s", container, said(error))
 
-    async def owned(self, gateway_id: str) -> Sequence[ClusterObject]:
-        if self.unused:
-            return []
+    async def search(self, gateway_id: str) -> Sequence[ClusterObject]:
         return [
             ClusterObject(
                 kernel_id=found["Labels"].get(KERNEL, ""),
@@ -332,14 +329,15 @@ class DockerProxy(ContainerProxy):
         try:
             # Its standard output holds the registration, and nothing else.
             text = await self.daemon.ask(lambda api: api.logs(container, stdout=False, stderr=True, tail=lines))
-        except APIError:
+        except errors().APIError:
             return ""
         return bytes(text).decode("utf-8", "replace")
 
     async def check(self) -> Sequence[Finding]:
         if self.unused:
             return self.not_used("docker kernels")
-        return await check_daemon(self.daemon, "docker kernels", [self.image], [self.network, *self.extra_networks])
+        networks = [self.network, *self.extra_networks]
+        return await check_daemon(self.daemon, "docker kernels", [self.image], networks, wanted=self.wanted)
 
 
 def packed(files: Mapping[str, bytes]) -> bytes:
@@ -354,8 +352,7 @@ def packed(files: Mapping[str, bytes]) -> bytes:
 
 
 def _epoch(found: Mapping[str, Any]) -> int:
-    text = str(found["Labels"].get(EPOCH, ""))
-    return int(text) if text.isdigit() else 0
+    return tagged.epoch_of(str(found["Labels"].get(EPOCH, "")))
 
 
 def _ended(facts: Mapping[str, Any]) -> PhaseReport:
@@ -377,6 +374,6 @@ def _await_gone(api: Any, container: str) -> None:
     """Wait until a container that is being removed is gone."""
     try:
         api.wait(container, condition="removed")
-    except APIError as error:
-        if not isinstance(error, NotFound):
+    except errors().APIError as error:
+        if not isinstance(error, errors().NotFound):
             raise

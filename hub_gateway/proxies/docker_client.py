@@ -11,19 +11,25 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
-
-import docker
-import requests
-from docker.errors import APIError, DockerException, NotFound
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hub_gateway.errors import LaunchFailed, Unavailable
 from hub_gateway.proxies.threads import to_its_end
 
-__all__ = ["APIError", "DockerDaemon", "NotFound", "last_words", "refusal", "said"]
+if TYPE_CHECKING:
+    from docker.errors import APIError
+
+__all__ = ["DockerDaemon", "errors", "last_words", "refusal", "said"]
 
 T = TypeVar("T")
 PROGRESS_SECONDS = 2.0
+
+
+def errors() -> Any:
+    """docker's exceptions. To import it takes time and 15 MB, which a gateway without Docker saves."""
+    import docker.errors
+
+    return docker.errors
 
 
 class DockerDaemon:
@@ -51,6 +57,8 @@ class DockerDaemon:
 
     def connect(self) -> Any:
         """docker's low-level client, its version agreed with the daemon. Blocks. Raises `Unavailable`."""
+        import docker
+
         with self._lock, self._heard():
             if self._api is None:
                 tls = (
@@ -82,11 +90,11 @@ class DockerDaemon:
     def _heard(self) -> Iterator[None]:
         try:
             yield
-        except APIError:
+        except errors().APIError:
             raise
-        except (requests.RequestException, OSError) as error:
+        except OSError as error:  # also all that requests raises
             raise self._unavailable(error) from error
-        except DockerException as error:  # among others, it wraps what went wrong at the first call
+        except errors().DockerException as error:  # among others, it wraps what went wrong at the first call
             raise self._unavailable(error) from error
 
     def _unavailable(self, error: Exception) -> Unavailable:
@@ -149,7 +157,7 @@ class DockerDaemon:
             try:
                 with self._heard():
                     fetch()
-            except APIError as error:
+            except errors().APIError as error:
                 raise pull_refusal(image, said(error)) from error
 
         task = loop.run_in_executor(self._pulls, guarded)
@@ -162,6 +170,8 @@ class DockerDaemon:
 
 
 def _split(image: str) -> tuple[str, str]:
+    import docker
+
     name, tag = docker.utils.utils.parse_repository_tag(image)
     return str(name), str(tag or "latest")
 

@@ -8,12 +8,8 @@ import logging
 import threading
 from collections.abc import Callable
 
-import requests
-import urllib3
-from docker.errors import DockerException
-
 from hub_gateway.errors import Unavailable
-from hub_gateway.proxies.docker_client import DockerDaemon
+from hub_gateway.proxies.docker_client import DockerDaemon, errors
 from hub_gateway.proxies.docker_spec import GATEWAY, KERNEL
 
 __all__ = ["DockerEvents"]
@@ -47,6 +43,8 @@ class DockerEvents:
         self._closed.set()
 
     def _listen(self, gateway_id: str, loop: asyncio.AbstractEventLoop) -> None:
+        import urllib3  # as late as docker itself
+
         filters = {"type": "container", "event": ["die", "destroy"], "label": [f"{GATEWAY}={gateway_id}"]}
         delay = FIRST_DELAY
         while not self._closed.is_set():
@@ -60,8 +58,8 @@ class DockerEvents:
                         with contextlib.suppress(RuntimeError):  # the loop has ended
                             loop.call_soon_threadsafe(self._on_ended, kernel_id)
             except (
-                *(Unavailable, DockerException, OSError, ValueError, AttributeError),
-                *(requests.RequestException, urllib3.exceptions.HTTPError),
+                *(Unavailable, errors().DockerException, OSError, ValueError, AttributeError),
+                urllib3.exceptions.HTTPError,
             ) as error:
                 # Among them what a connection raises that is closed under it, as when this process ends.
                 if not self._closed.is_set():

@@ -76,7 +76,8 @@ class Proxies(LoggingConfigurable):
             found = self.extra_proxies.get(name) or PROXIES.get(name)
             if found is None:
                 raise BadRequest(f"This gateway no longer has the process proxy {name!r}.")
-            self._made[name] = found(parent=self)
+            made = self._made[name] = found(parent=self)
+            made.wanted = made.wanted or name == self.default_proxy or name in self.extra_proxies
         return self._made[name]
 
     def all(self) -> Iterator[tuple[str, ProcessProxy]]:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from hub_gateway.errors import GatewayError
+from hub_gateway.kernels.types import Resources
 from hub_gateway.proxies.base import Finding
 from hub_gateway.proxies.distributed_config import DistributedOptions
 from hub_gateway.proxies.ssh_hosts import Host
-from hub_gateway.proxies.ssh_node import Nodes
-from hub_gateway.proxies.ssh_pool import Problem, SshError
+from hub_gateway.proxies.ssh_node import Bundle, Nodes
+from hub_gateway.proxies.ssh_pool import Problem, SshError, SshPool
 
 __all__ = ["Checker"]
 
@@ -30,45 +31,48 @@ HINTS = {
 
 
 class Checker:
-    """Looks at every host at once."""
+    """Looks at every host at once, by connections of its own: those of kernels say nothing of a new one."""
 
-    def __init__(self, nodes: Nodes, options: DistributedOptions, hosts: Callable[[], Mapping[str, Host]]) -> None:
-        self.nodes = nodes
+    def __init__(self, bundle: Bundle, options: DistributedOptions, hosts: Callable[[], Mapping[str, Host]]) -> None:
+        self.bundle = bundle
         self.options = options
         self.hosts = hosts
 
     async def run(self) -> list[Finding]:
         """The findings, host by host; none where there are no hosts."""
         hosts = self.hosts()
-        found = await asyncio.gather(*(self._host(host) for host in hosts.values()))
+        pool = SshPool(self.options.ssh_options())
+        nodes = Nodes(pool, self.bundle, self.options.node_options())
+        try:
+            found = await asyncio.gather(*(self._host(nodes, host) for host in hosts.values()))
+        finally:
+            await asyncio.to_thread(pool.close)
         findings = [finding for some in found for finding in some]
         if hosts and not self.options.limit_command:
             message = "kernels can take more than they ask for: nothing on the hosts enforces limits"
             findings.append(Finding("warning", "limits", message, "set DistributedProxy.limit_command"))
         return findings
 
-    async def _host(self, host: Host) -> list[Finding]:
-        self.nodes.pool.forget(host)
+    async def _host(self, nodes: Nodes, host: Host) -> list[Finding]:
         try:
-            return await self.nodes.pool.run(host, lambda: list(self._look(host)))
+            return await nodes.pool.run(host, lambda: list(self._look(nodes, host)))
         except SshError as error:
             return [Finding("error", host.name, error.text, HINTS[error.problem])]
         except GatewayError as error:
             return [Finding("error", host.name, error.message, error.hint)]
 
-    def _look(self, host: Host) -> Iterator[Finding]:
+    def _look(self, nodes: Nodes, host: Host) -> Iterator[Finding]:
         options = self.options
         request: dict[str, Any] = {"runtime_root": options.runtime_root}
         asked_at = time.time()
-        answer = self.nodes.call(host, options.user, "look", request, within=LOOK_SECONDS)
+        answer = nodes.call(host, options.user, "look", request, within=LOOK_SECONDS)
         yield Finding("ok", host.name, f"{options.user} can log in; Python {answer['python']}")
         yield from _clock(host, float(answer["time"]), asked_at, time.time())
         user = options.check_user
         if user and user != options.user:
             login = user if options.login_as_owner else options.user
-            limits = [word.format(memory=2**40, cpu=1, cpu_percent=100) for word in options.limit_command]
-            request["limit_command"] = limits
-            answer = self.nodes.call(host, login, "look", request, user=user, within=LOOK_SECONDS)
+            request["limit_command"] = options.limits(Resources(cpu=1, memory=2**40))
+            answer = nodes.call(host, login, "look", request, user=user, within=LOOK_SECONDS)
             yield Finding("ok", host.name, f"the gateway may act as {user}")
         yield from _facts(host, answer, options)
 

@@ -144,13 +144,6 @@ class SshPool:
         peer = self._client(host, login).get_transport().sock.getpeername()
         return str(peer[0])
 
-    def forget(self, host: Host) -> None:
-        """Connect anew at the next call, even where that failed a moment ago."""
-        for (address, port, login), place in list(self._places.items()):
-            if (address, port) == (host.address, host.port):
-                place.failed = None
-                self._drop(host, login)
-
     def close(self) -> None:
         """Disconnect. What runs on the hosts goes on."""
         self._closed = True

@@ -22,7 +22,7 @@ from hub_gateway.proxies import tagged
 from hub_gateway.proxies.base import ClusterObject, Finding, LaunchRequest, Phase, PhaseReport, State
 from hub_gateway.proxies.container import ContainerProxy, listed
 from hub_gateway.proxies.docker_check import check_daemon
-from hub_gateway.proxies.docker_client import APIError, NotFound, last_words, refusal, said
+from hub_gateway.proxies.docker_client import errors, last_words, refusal, said
 from hub_gateway.proxies.docker_spec import EPOCH, GATEWAY, KERNEL, ContainerPlan, agent_document
 from hub_gateway.proxies.swarm_spec import Placement, phase_of, service_spec
 
@@ -62,9 +62,14 @@ class SwarmProxy(ContainerProxy):
         """,
     ).tag(config=True)
 
+    def configured(self) -> bool:
+        # What is said for both proxies may be meant for Docker alone, and that daemon be in no swarm.
+        return self._speaks_of(ContainerProxy)
+
     # Launch
 
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
+        self.wanted = True
         plan = await asyncio.to_thread(self.plan, request)
         constraints = (*self.constraints, *map(str, listed(request, "constraints")))
         placement = Placement(constraints, self.reach == "published", self.shutdown_seconds)
@@ -83,7 +88,7 @@ class SwarmProxy(ContainerProxy):
             yield dict(state)
             spec = service_spec(plan, placement, secret, configs)
             service = await self.daemon.change(lambda api: str(api.create_service(**spec)["ID"]))
-        except APIError as error:
+        except errors().APIError as error:
             raise refusal(error, image=plan.image, python=plan.python) from error
         state["service"] = service
         yield dict(state)
@@ -96,7 +101,6 @@ class SwarmProxy(ContainerProxy):
 
     async def _swarm_id(self) -> str:
         info = (await self.daemon.ask(lambda api: api.info())).get("Swarm", {})
-        self._answered = True
         cluster = info.get("Cluster") or {}
         if not info.get("ControlAvailable") or not cluster.get("ID"):
             raise Unavailable(
@@ -117,7 +121,7 @@ class SwarmProxy(ContainerProxy):
                     continue
                 try:
                     there[name] = api.create_config(name, files[file])["ID"]
-                except APIError as error:
+                except errors().APIError as error:
                     if error.status_code != HTTPStatus.CONFLICT:
                         raise
                     (found,) = api.configs(filters={"name": name})  # another replica made it at this moment
@@ -170,11 +174,11 @@ class SwarmProxy(ContainerProxy):
         """The one task of a service, as soon as there is one."""
         try:
             found = await self.daemon.ask(lambda api: api.tasks(filters={"service": service}))
-        except NotFound as error:
+        except errors().NotFound as error:
             raise LaunchFailed(
                 "The kernel's service was removed while it was starting; start the kernel again."
             ) from error
-        except APIError as error:
+        except errors().APIError as error:
             raise Unavailable("The swarm does not answer; try again in a minute.", hint=said(error)) from error
         return max(found, key=lambda one: str(one["CreatedAt"]), default=None)
 
@@ -188,7 +192,7 @@ class SwarmProxy(ContainerProxy):
 
         try:
             return await self.daemon.ask(read)
-        except APIError:
+        except errors().APIError:
             return b""  # a node that has just taken the task may not have its log yet
 
     async def _address(self, task: Mapping[str, Any], plan: ContainerPlan) -> dict[str, Any]:
@@ -226,16 +230,17 @@ class SwarmProxy(ContainerProxy):
         wanted = _wanted(gateway_id, kernel_id)
         try:
             return list(await self.daemon.ask(lambda api: api.services(filters={"label": wanted})))
-        except APIError as error:
+        except errors().APIError as error:
             raise Unavailable("The swarm does not answer; try again in a minute.", hint=said(error)) from error
 
     async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
+        self.wanted = self.wanted or bool(states)
         gateways = {str(state["gateway_id"]) for state in states.values() if state.get("gateway_id")}
         try:
             here = await self._swarm_id()
             services = {str(one["ID"]) for gateway_id in gateways for one in await self._services(gateway_id)}
             found = [one for gateway_id in gateways for one in await self.daemon.ask(_tasks(gateway_id))]
-        except (Unavailable, APIError) as error:
+        except (Unavailable, errors().APIError) as error:
             reason = "the swarm does not answer" if isinstance(error, Unavailable) else said(error)
             return dict.fromkeys(states, PhaseReport(Phase.UNKNOWN, reason))
         tasks = {str(one["ServiceID"]): one for one in sorted(found, key=lambda one: str(one["CreatedAt"]))}
@@ -279,15 +284,15 @@ class SwarmProxy(ContainerProxy):
             for secret in await self.daemon.ask(lambda api: api.secrets(filters={"label": wanted})):
                 if only in (None, secret["ID"]) or secret["Spec"]["Name"] in names:
                     await self.daemon.change(partial(_gone, "remove_secret", secret["ID"]))
-        except APIError as error:
+        except errors().APIError as error:
             raise Unavailable("The swarm did not remove the kernel; it is tried again.", hint=said(error)) from error
 
     async def signal(self, state: State, signum: int) -> None:
         """Not in a swarm: its managers pass no signals on. The agent, where it is reached, does it."""
         self.log.info("No signal can be sent to the service %s of a swarm", state.get("service"))
 
-    async def owned(self, gateway_id: str) -> Sequence[ClusterObject]:
-        if self.unused or not (await self.daemon.ask(lambda api: api.info())).get("Swarm", {}).get("ControlAvailable"):
+    async def search(self, gateway_id: str) -> Sequence[ClusterObject]:
+        if not (await self.daemon.ask(lambda api: api.info())).get("Swarm", {}).get("ControlAvailable"):
             return []
         found = [(one, "service") for one in await self._services(gateway_id)]
         names = {one["Spec"]["Name"] for one, _ in found}
@@ -318,7 +323,8 @@ class SwarmProxy(ContainerProxy):
     async def check(self) -> Sequence[Finding]:
         if self.unused:
             return self.not_used("swarm kernels")
-        return await check_daemon(self.daemon, "swarm kernels", [], [self.network, *self.extra_networks], swarm=True)
+        networks = [self.network, *self.extra_networks]
+        return await check_daemon(self.daemon, "swarm kernels", [], networks, swarm=True, wanted=self.wanted)
 
 
 def _wanted(gateway_id: str, kernel_id: str | None = None) -> list[str]:
@@ -326,8 +332,7 @@ def _wanted(gateway_id: str, kernel_id: str | None = None) -> list[str]:
 
 
 def _epoch(found: Mapping[str, Any]) -> int:
-    text = str(found["Spec"]["Labels"].get(EPOCH, ""))
-    return int(text) if text.isdigit() else 0
+    return tagged.epoch_of(str(found["Spec"]["Labels"].get(EPOCH, "")))
 
 
 def _tasks(gateway_id: str, kernel_id: str | None = None) -> Callable[[Any], list[dict[str, Any]]]:
@@ -338,5 +343,5 @@ def _tasks(gateway_id: str, kernel_id: str | None = None) -> Callable[[Any], lis
 
 def _gone(remove: str, what: str, api: Any) -> None:
     """Remove it, unless it is gone."""
-    with contextlib.suppress(NotFound):
+    with contextlib.suppress(errors().NotFound):
         getattr(api, remove)(what)

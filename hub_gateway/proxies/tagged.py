@@ -20,6 +20,7 @@ __all__ = [
     "alive",
     "arguments",
     "elsewhere",
+    "epoch_of",
     "is_agent",
     "kernels",
     "mark",
@@ -50,10 +51,15 @@ def arguments(kernel_id: str, gateway_id: str, epoch: int) -> list[str]:
     return ["--kernel-id", kernel_id, "--gateway-id", gateway_id, "--epoch", str(epoch)]
 
 
+def epoch_of(word: str) -> int:
+    """The number in a tag; 0 where it is none, as anybody may start a process that looks like an agent."""
+    return int(word) if re.fullmatch("[0-9]{1,18}", word) else 0
+
+
 def agents(gateway_id: str, kernel_id: str | None = None) -> list[Agent]:
     """The agents of a gateway, or of one of its kernels."""
     return [
-        Agent(process, tags["--kernel-id"], int(tags.get("--epoch", "0")), _user(process))
+        Agent(process, tags["--kernel-id"], epoch_of(tags.get("--epoch", "")), _user(process))
         for process, tags in _tagged()
         if tags.get("--gateway-id") == gateway_id and kernel_id in (None, tags["--kernel-id"])
     ]

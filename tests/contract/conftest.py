@@ -71,16 +71,18 @@ def bench(request: pytest.FixtureRequest, db_url: Callable[[], str | None]) -> I
 def bench_of(case: ProxyCase, db_url: str | None) -> Iterator[Bench]:
     """The place for one test of a case; cleaned up when it is taken up again."""
     state_dir = Path(tempfile.mkdtemp(prefix="hgt-"))  # unix sockets need short paths
-    config = case.prepare(state_dir)
-    kernels = state_dir / "kernels"
-    for name, spec in {**SPECS, **case.specs}.items():
-        (kernels / name).mkdir(parents=True)
-        (kernels / name / "kernel.json").write_text(json.dumps(spec))
-    url = db_url or f"sqlite:///{state_dir}/gateway.sqlite"
-    made = Bench(case, Setup(str(state_dir), url, (str(kernels),), config), state_dir)
-    yield made
-    case.clean(made.gateway_ids, state_dir)
-    shutil.rmtree(state_dir, ignore_errors=True)
+    gateway_ids: set[str] = set()
+    try:
+        config = case.prepare(state_dir)
+        kernels = state_dir / "kernels"
+        for name, spec in {**SPECS, **case.specs}.items():
+            (kernels / name).mkdir(parents=True)
+            (kernels / name / "kernel.json").write_text(json.dumps(spec))
+        url = db_url or f"sqlite:///{state_dir}/gateway.sqlite"
+        yield Bench(case, Setup(str(state_dir), url, (str(kernels),), config), state_dir, gateway_ids)
+    finally:
+        case.clean(gateway_ids, state_dir)  # also what was prepared before that failed, or skipped the test
+        shutil.rmtree(state_dir, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -167,8 +167,8 @@ class SwarmCase(DockerCase):
         api.kill(found["Id"])
 
     def clean(self, gateway_ids: set[str], state_dir: Path) -> None:
-        api = self.engine().client.api
         for gateway_id in gateway_ids:
+            api = self.engine().client.api
             for one in api.services(filters={"label": [f"{GATEWAY}={gateway_id}"]}):
                 with contextlib.suppress(NotFound, APIError):
                     api.remove_service(one["ID"])

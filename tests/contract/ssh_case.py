@@ -32,6 +32,7 @@ def prepare_nodes(
     """Servers for one test, whose users can read what the gateway brings there."""
     if os.geteuid() != 0:
         pytest.skip("an sshd that lets several users in takes root")
+    usable_python()
     state_dir.chmod(0o755)
     make_users()
     nodes = NODES[state_dir] = SshNodes(state_dir / "ssh", *addresses, more=more, environment=environment)
@@ -49,11 +50,17 @@ def make_users() -> None:
         make_unix_user(user)
 
 
-def distributed(nodes: SshNodes, state_dir: Path, **traits: Any) -> Mapping[str, Any]:
-    """A gateway's configuration for these hosts."""
+def usable_python() -> str:
+    """The hosts' Python; without one the test is skipped."""
     python = python_for_everybody()
     if python is None:
         pytest.skip("no Python that other unix users can execute")
+    return python
+
+
+def distributed(nodes: SshNodes, state_dir: Path, **traits: Any) -> Mapping[str, Any]:
+    """A gateway's configuration for these hosts."""
+    python = usable_python()
     nodes.sudo_rule(python, f"{state_dir}/shelves/{LOGIN}/[0-9a-f]{{64}}/node\\.py", *USERS)
     return {
         "UnixUsers": {"impersonate": True},

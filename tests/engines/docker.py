@@ -68,11 +68,11 @@ class Dockerd:
         if not self.directory.exists():
             pytest.skip("dockerd did not come up before")
         if not Path(f"/sys/class/net/{self.bridge}").exists():
-            # With an address of its own, or it would change with each container, and stall connections.
-            mac = ":".join(("02", *(f"{byte:02x}" for byte in secrets.token_bytes(5))))
-            run("ip", "link", "add", self.bridge, "address", mac, "type", "bridge")
-            run("ip", "addr", "add", free_network(), "dev", self.bridge)
-            run("ip", "link", "set", self.bridge, "up")
+            try:
+                self._make_bridge()
+            except RuntimeError as error:
+                self.remove()
+                pytest.skip(f"no bridge can be made here: {' '.join(str(error).split())[-300:]}")
         command = [
             *("dockerd", "--host", self.url, "--bridge", self.bridge, "--exec-opt", "native.cgroupdriver=cgroupfs"),
             *("--data-root", f"{self.directory}/data", "--exec-root", f"{self.directory}/exec"),
@@ -102,6 +102,13 @@ class Dockerd:
             self.remove()
             pytest.skip(f"dockerd does not run here: {' '.join(last)[-300:]}")
         return self
+
+    def _make_bridge(self) -> None:
+        # With an address of its own, or it would change with each container, and stall connections.
+        mac = ":".join(("02", *(f"{byte:02x}" for byte in secrets.token_bytes(5))))
+        run("ip", "link", "add", self.bridge, "address", mac, "type", "bridge")
+        run("ip", "addr", "add", free_network(), "dev", self.bridge)
+        run("ip", "link", "set", self.bridge, "up")
 
     def answers(self) -> bool:
         try:
@@ -166,35 +173,45 @@ GATEWAY_BRIDGE = {
 }
 
 
-@functools.cache
 def docker_engine() -> Dockerd:
     """The daemon of this session, with its images."""
-    return _serve(live_restore=True)
+    return _usable(_serve(swarm=False))
+
+
+def swarm_engine() -> Dockerd:
+    """The swarm of this session: a daemon of its own, as live-restore and swarms exclude each other."""
+    return _usable(_serve(swarm=True))
+
+
+def _usable(found: Dockerd | str) -> Dockerd:
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
 
 
 @functools.cache
-def swarm_engine() -> Dockerd:
-    """The swarm of this session: a daemon of its own, as live-restore and swarms exclude each other."""
-    daemon = _serve(live_restore=False)
-    daemon.swarm()
-    return daemon
-
-
-def _serve(*, live_restore: bool) -> Dockerd:
-    daemon = Dockerd(live_restore=live_restore)
-    atexit.register(daemon.remove)
-    daemon.start()
+def _serve(*, swarm: bool) -> Dockerd | str:
+    """A daemon, or why there is none: it is not tried again by each test."""
+    try:
+        daemon = Dockerd(live_restore=not swarm)
+        atexit.register(daemon.remove)
+        daemon.start()
+    except pytest.skip.Exception as error:
+        return str(error)
     daemon.images()
+    if swarm:
+        daemon.swarm()
     return daemon
 
 
 def run(*command: str) -> str:
-    """Run a program of the system; what it says."""
+    """Run a program of the system; what it says. Raises `RuntimeError`."""
     program = shutil.which(command[0], path=SYSTEM_PATH)
     done = subprocess.run(
         [program or command[0], *command[1:]], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
     return done.stdout
 
 
@@ -214,7 +231,7 @@ def free_network() -> str:
         network = ipaddress.ip_network(f"10.213.{number}.0/24")
         if not any(network.overlaps(one) for one in used):
             return f"{network[1]}/24"
-    raise AssertionError("no network is free for a bridge")
+    raise RuntimeError("no network is free for a bridge")
 
 
 # Tear-down, also of what a killed run left

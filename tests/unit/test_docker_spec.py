@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from docker.errors import APIError, DockerException, InvalidVersion
 from traitlets import TraitError
+from traitlets.config import Config
 
 from hub_gateway._paths import launchers_dir
-from hub_gateway.errors import GatewayError, LaunchFailed, LaunchRefused
+from hub_gateway.app import HubGateway
+from hub_gateway.cli import probes
+from hub_gateway.errors import GatewayError, LaunchFailed, LaunchRefused, Unavailable
 from hub_gateway.kernels.types import Resources
 from hub_gateway.proxies.base import AgentSettings, LaunchRequest
 from hub_gateway.proxies.docker import DockerProxy
-from hub_gateway.proxies.docker_client import _note, _progress, pull_refusal, refusal_of
+from hub_gateway.proxies.docker_client import DockerDaemon, _note, _progress, pull_refusal, refusal_of
 from hub_gateway.proxies.docker_spec import agent_document, container_config, mount_of
+from hub_gateway.proxies.registry import Proxies
 from hub_gateway.proxies.swarm import SwarmProxy
 from hub_gateway.proxies.swarm_spec import Placement, service_spec
 
@@ -158,3 +168,132 @@ async def test_a_machine_without_docker_is_no_fault(tmp_path: Path, monkeypatch:
     named = DockerProxy(url=f"unix://{tmp_path}/other.sock")
     assert [finding.level for finding in await named.check()] == ["error"]
     await named.close()
+
+
+class OtherPeoples:
+    """A daemon's answers, as docker's client has them; or what it raises."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def info(self) -> dict[str, Any]:
+        if self.error is not None:
+            raise self.error
+        return {"Swarm": {"LocalNodeState": "inactive"}, "MemoryLimit": 1, "CpuCfsQuota": 1, "PidsLimit": 1}
+
+    def version(self) -> dict[str, str]:
+        return {"Version": "27.0", "ApiVersion": "1.46"}
+
+    def containers(self, **_: Any) -> list[Any]:
+        self.info()
+        return []
+
+
+@pytest.fixture
+def somebodys_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where Docker's socket is by default there is one, at which nobody lets the gateway in."""
+    path = tmp_path / "docker.sock"
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    monkeypatch.setattr("hub_gateway.proxies.container.SOCKET", f"unix://{path}")
+    with socket.socket(socket.AF_UNIX) as refusing:
+        refusing.bind(str(path))  # it does not listen: root, too, is refused then
+        path.chmod(0)
+        yield path
+
+
+WANTED = {
+    "by its own options": ({"DockerProxy": {"timeout": 3.0}}, {"SwarmProxy": {"timeout": 3.0}}),
+    "as the default": ({"Proxies": {"default_proxy": "docker"}}, {"Proxies": {"default_proxy": "docker-swarm"}}),
+}
+
+
+async def test_somebody_elses_docker_disturbs_nobody(somebodys_socket: Path) -> None:
+    registry = Proxies()
+    for name in ("docker", "docker-swarm"):
+        proxy = registry.get(name)
+        assert await proxy.owned("g1") == []
+        (finding,) = await proxy.check()
+        assert finding.level == "ok" and finding.message.startswith("not in use; Docker cannot be reached")
+        # Of a kernel that there is, somebody must be told.
+        await proxy.poll({"k1": {"kernel_id": "k1", "gateway_id": "g1"}})
+        with pytest.raises(Unavailable):
+            await proxy.owned("g1")
+        assert [one.level for one in await proxy.check()] == ["error"]
+    await registry.close()
+
+
+@pytest.mark.parametrize("how", WANTED)
+async def test_a_docker_that_is_wanted_must_be_reached(somebodys_socket: Path, how: str) -> None:
+    for name, config in zip(("docker", "docker-swarm"), WANTED[how], strict=True):
+        registry = Proxies(config=Config(config))
+        with pytest.raises(Unavailable):
+            await registry.get(name).owned("g1")
+        (finding,) = await registry.get(name).check()
+        assert finding.level == "error" and "dockerd runs" in finding.hint  # it is not its version that is at fault
+        await registry.close()
+
+
+async def test_a_kernelspec_wants_its_docker(somebodys_socket: Path, tmp_path: Path) -> None:
+    """Though nothing else speaks of it: that the socket lets nobody in is the commonest fault of all."""
+    spec = {"argv": ["x"], "display_name": "X", "metadata": {"process_proxy": {"name": "docker"}}}
+    (tmp_path / "kernels" / "x").mkdir(parents=True)
+    (tmp_path / "kernels" / "x" / "kernel.json").write_text(json.dumps(spec))
+    gateway = HubGateway(config=Config(KernelSpecManager={"kernel_dirs": [str(tmp_path / "kernels")]}))
+    gateway.state_dir = str(tmp_path)
+    found = {finding.what: finding.level async for finding in probes.proxies(gateway)}
+    assert (found["docker: docker kernels"], found["docker-swarm: swarm kernels"]) == ("error", "ok")
+
+
+async def test_a_docker_that_is_no_swarm(somebodys_socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options for both proxies do not mean that there is a swarm."""
+    monkeypatch.setattr(DockerDaemon, "connect", lambda self: OtherPeoples())
+    shared = SwarmProxy(config=Config(ContainerProxy={"timeout": 3.0}))
+    assert await shared.owned("g1") == []
+    assert [(one.level, one.message[:10]) for one in await shared.check()] == [("ok", "not in use")]
+    own = SwarmProxy(config=Config(SwarmProxy={"timeout": 3.0}))
+    assert [one.message for one in await own.check() if one.level == "error"] == [
+        "it is no manager of a swarm (inactive)"
+    ]
+    for proxy in (shared, own):
+        await proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (InvalidVersion("API versions below 1.24 are no longer supported by this library."), "upgrade"),
+        (APIError("400", explanation="client version 1.52 is too new. Maximum supported API version is 1.39"), "upgr"),
+        (APIError("403", explanation="denied by a plugin"), "rights"),
+        (DockerException("Error while fetching server API version: ('Connection aborted.')"), "dockerd runs"),
+    ],
+)
+async def test_what_to_do_where_docker_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, hint: str
+) -> None:
+    daemon = OtherPeoples(error)
+    monkeypatch.setattr(DockerDaemon, "connect", lambda self: daemon)
+    proxy = DockerProxy(url="unix:///nowhere.sock")
+    (finding,) = await proxy.check()
+    assert finding.level == "error" and hint in finding.hint
+    await proxy.close()
+
+
+def test_what_a_gateway_without_docker_and_ssh_does_not_load(tmp_path: Path) -> None:
+    """Their clients take time and memory; neither a start nor a sweep for leftovers needs them."""
+    program = f"""
+import asyncio, sys
+import hub_gateway.app, hub_gateway.runtime
+from hub_gateway.proxies import container, registry
+container.SOCKET = "unix://{tmp_path}/none.sock"
+
+async def sweep():
+    proxies = registry.Proxies()
+    print([await proxy.owned("g1") for name, proxy in proxies.all() if name != "local"])
+    await proxies.close()
+
+asyncio.run(sweep())
+print(sorted({{"docker", "paramiko"}} & set(sys.modules)))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "DOCKER_HOST"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines() == ["[[], [], []]", "[]"]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import time
+from typing import Any
+
 import pytest
 from traitlets import TraitError
 from traitlets.config import Config
 
 from hub_gateway.kernels.types import Resources
-from hub_gateway.proxies.distributed import DistributedProxy
+from hub_gateway.proxies.base import Phase, State
+from hub_gateway.proxies.distributed import DistributedProxy, _phase
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, Placement, host_of, listed
+from hub_gateway.proxies.ssh_node import Nodes
+from hub_gateway.proxies.ssh_pool import _Place
 
 
 @pytest.mark.parametrize(
@@ -84,3 +92,45 @@ def test_limits_are_what_a_kernel_asks_for() -> None:
 def test_enterprise_gateways_name() -> None:
     name = "enterprise_gateway.services.processproxies.distributed.DistributedProcessProxy"
     assert Proxies().resolve(name) == "distributed"
+
+
+async def test_a_check_leaves_the_connections_of_kernels_alone() -> None:
+    """It neither waits for one that is just being made, nor cuts one that kernels use."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    proxy = DistributedProxy(config=Config(DistributedProxy={"hosts": [f"127.0.0.1:{port}"], "user": "hub"}))
+    used = object()
+    place = proxy.pool._places["127.0.0.1", port, "hub"] = _Place(client=used)
+    with place.lock:
+        (finding,) = [one for one in await asyncio.wait_for(proxy.check(), 10) if one.what != "limits"]
+    assert finding.level == "error" and "cannot be reached" in finding.message
+    assert place.client is used
+    place.client = None
+    await proxy.close()
+
+
+async def test_a_check_tries_the_limits_that_kernels_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else is in the command: a brace that is none of ours stays as it is."""
+    words = ["prlimit", "--as={memory}", "--", "env", "NOTE=${UID}{"]
+    traits = {"hosts": ["a"], "user": "hub", "check_user": "ada", "limit_command": words}
+    asked: list[Any] = []
+
+    def call(self: Nodes, host: Host, login: str, action: str, request: dict[str, Any], **more: Any) -> dict[str, Any]:
+        asked.append(request.get("limit_command"))
+        return {"python": "3.11.2", "time": time.time(), "zmq": "26.0 curve", "writable": True, "free": 2**40}
+
+    monkeypatch.setattr(Nodes, "call", call)
+    proxy = DistributedProxy(config=Config(DistributedProxy=traits))
+    assert {finding.level for finding in await proxy.check()} == {"ok"}
+    assert asked[-1] == ["prlimit", f"--as={2**40}", "--", "env", "NOTE=${UID}{"]
+    await proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("user", "phase"), [("ada", Phase.RUNNING), ("1001", Phase.UNKNOWN), ("bea", Phase.GONE), (None, Phase.GONE)]
+)
+def test_an_agent_whose_user_has_no_name_for_now_is_not_gone(user: str | None, phase: Phase) -> None:
+    """A host that cannot reach its directory service tells uids; somebody else's process may have the pid."""
+    agents = [{"pid": 7, "kernel_id": "k1", "user": user}] if user else []
+    state: State = {"host": "a", "pid": 7, "user": "ada"}
+    assert _phase("k1", state, {"agents": agents}, "").phase is phase
