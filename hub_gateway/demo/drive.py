@@ -119,8 +119,8 @@ async def _lab(browser: Browser) -> str | None:
 
 async def _kernelspecs(browser: Browser) -> str:
     found = await browser.api("GET", f"/user/{browser.name}/api/kernelspecs")
-    if "python_local" not in found["kernelspecs"]:
-        raise StepFailed(f"The kernelspec python_local is missing: {', '.join(found['kernelspecs']) or 'none'} found.")
+    if list(found["kernelspecs"]) != ["python_local"]:
+        raise StepFailed(f"The launcher is to show python_local: {', '.join(found['kernelspecs']) or 'nothing'} found.")
     return ", ".join(sorted(found["kernelspecs"]))
 
 

@@ -180,6 +180,7 @@ class Processes:
             f"c.HubGateway.state_dir = {str(self.demonstration.gateway_state)!r}\n"
             f"c.KernelSpecManager.kernel_dirs = [{str(kernelspecs_dir())!r}]\n"
             "c.KernelSpecs.default_kernelspec = 'python_local'\n"
+            "c.KernelSpecs.allowed_kernelspecs = ['python_local']\n"  # the other samples need hosts, or a daemon
             f"c.QuotaService.initial_policies = {str(base / 'demo_policies.yaml')!r}\n" + self.gateway_config
         )
 
