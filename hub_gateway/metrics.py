@@ -35,7 +35,7 @@ SWALLOWED = (
     *("queue", "enforcer", "audit", "events", "credentials", "use", "waiting", "other"),
 )
 OUTCOMES = ("admitted", "queued", "refused", "failed")
-PROXIES = ("local", "docker", "docker-swarm")
+PROXIES = ("local", "distributed", "docker", "docker-swarm")
 LAUNCHES = ("success", "failure")
 CHANNELS = ("notebook", "webhook", "email")
 LAUNCH_BUCKETS = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)

@@ -17,7 +17,7 @@ from tests.contract.client import KernelClient
 from tests.contract.conftest import Bench
 from tests.contract.docker_case import DOCKER, SWARM
 from tests.contract.mini import MiniGateway
-from tests.contract.suite import marks_of
+from tests.contract.suite import SWARMS, marks_of
 from tests.contract.test_conformance import reserved
 from tests.engines.docker import NO_PYTHON, docker_engine
 from tests.harness.waiting import eventually
@@ -25,7 +25,7 @@ from tests.harness.waiting import eventually
 pytestmark = marks_of("docker")
 
 single = pytest.mark.parametrize("bench", [DOCKER.name], indirect=True)
-both = pytest.mark.parametrize("bench", [DOCKER.name, SWARM.name], indirect=True)
+both = pytest.mark.parametrize("bench", [case.name for case in (DOCKER, *SWARMS)], indirect=True)
 
 
 async def started(bench: Bench, gateway: MiniGateway, name: str = "python") -> tuple[KernelRecord, KernelClient]:

@@ -31,7 +31,7 @@ DRAWN = """element => [...element.querySelectorAll("canvas")].map(canvas => {
 LONG = "a-rather-long-name-as-some-identity-providers-give-them@department.university.example"
 
 
-def used(owner: str, days: int) -> list[dict[str, Any]]:
+def used(owner: str, days: int, price_version: int) -> list[dict[str, Any]]:
     """Entries of the ledger: four hours on each of the last days."""
     begin = time.time() // 86400 * 86400
     same: dict[str, Any] = {"kind": "kernel", "principal": None, "unix_user": None, "proxy": "local", "queue": ""}
@@ -48,7 +48,7 @@ def used(owner: str, days: int) -> list[dict[str, Any]]:
             "started": begin - day * 86400 + 3600,
             "stopped": begin - day * 86400 + 5 * 3600,
             "seconds": 4 * 3600.0,
-            "price_version": 1,
+            "price_version": price_version,
             "note": "",
             "recorded_at": utcnow(),
         }
@@ -60,10 +60,13 @@ def used(owner: str, days: int) -> list[dict[str, Any]]:
 def hub(console_hub: RealHub) -> RealHub:
     """The Hub, where some people have a past, and prices are set."""
     headers = {"Authorization": f"token {console_hub.user_token('admin')}"}
-    httpx.post(f"{console_hub.gateway_url}/api/prices", headers=headers, json={"core_hour": 2}).raise_for_status()
+    prices = httpx.post(f"{console_hub.gateway_url}/api/prices", headers=headers, json={"core_hour": 2})
+    prices.raise_for_status()
+    version = prices.json()["version"]
     engine = create_engine(console_hub.db_url)
     with engine.begin() as connection:
-        rows = [*used("paula", 20), *used(LONG, 3), *(row for number in range(40) for row in used(f"u{number}", 1))]
+        people = [("paula", 20), (LONG, 3), *((f"u{number}", 1) for number in range(40))]
+        rows = [row for owner, days in people for row in used(owner, days, version)]
         connection.execute(insert(LedgerEntry), rows)
     engine.dispose()
     return console_hub

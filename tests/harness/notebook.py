@@ -6,6 +6,7 @@ import json
 import struct
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,7 @@ class Notebook:
             suppress_origin=True,
         )
         self.seen: list[Message] = []
+        self._others: list[Message] = []
 
     def __enter__(self) -> Notebook:
         return self
@@ -145,9 +147,12 @@ class Notebook:
         """Everything that the request `msg_id` brings, up to its reply and its idle."""
         result, deadline = Result(), time.monotonic() + timeout
         idle = not until_idle
+        # What belongs to other requests is for whoever collects those: replies and output overtake each other.
+        came, self._others = deque(self._others), []
         while not (idle and result.reply):
-            message = self.receive(max(0.01, deadline - time.monotonic()))
+            message = came.popleft() if came else self.receive(max(0.01, deadline - time.monotonic()))
             if message["parent_header"].get("msg_id") != msg_id:
+                self._others.append(message)
                 continue
             kind = message["header"]["msg_type"]
             if kind.endswith("_reply"):
@@ -158,6 +163,7 @@ class Notebook:
                 self.send("input_reply", {"value": answer(message), "status": "ok"}, channel="stdin")
             result.messages.append(message)
             idle = idle or (kind == "status" and message["content"]["execution_state"] == "idle")
+        self._others += came
         return result
 
     def execute(self, code: str, *, answer: Callable[[Message], str] | None = None, timeout: float = 60) -> Result:
