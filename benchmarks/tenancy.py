@@ -130,6 +130,7 @@ def policy(number: int) -> dict[str, Any]:
         "action": "reject",
         "priority": number,
         "enabled": True,
+        "delegated": False,
         "weekly": [],
         "note": "",
         "version": 1,
