@@ -161,6 +161,10 @@ class CredentialStore(LoggingConfigurable):
                 hint = error.hint if isinstance(error, GatewayError) else ""
                 left = max(0.0, kept.ends - time.time())
                 self.log.warning("Tickets of %s end in %.0f s and cannot be renewed: %s %s", key, left, said, hint)
+            except Exception:
+                # Whatever a source has come up with: nobody but this task would try again.
+                failures += 1
+                self.log.exception("Tickets of %s cannot be renewed", key)
 
     def _directory(self, key: str) -> Path:
         if not _KEY.fullmatch(key):

@@ -42,9 +42,10 @@ class Source:
         self.asked += 1
         if self.held is not None:
             self.held.wait(20)
-        if self.error is not None:
+        # Read once: the test takes it away while a thread is here.
+        if (error := self.error) is not None:
             ccache.write_text("half")
-            raise self.error
+            raise error
         self.fetched += 1
         ccache.write_text(f"tickets {self.fetched}")
         return time.time() + self.life
@@ -81,25 +82,25 @@ async def test_only_the_gateway_can_read_tickets(store: CredentialStore) -> None
 
 
 async def test_tickets_are_renewed_at_a_quarter_of_their_life_and_replaced_as_a_whole(store: CredentialStore) -> None:
-    source = Source(life=2.0)
+    source = Source(life=8.0)
     path = await store.keep("k1", source)
     first, began = path.stat().st_ino, time.time()
     with path.open() as reading:
-        await eventually(lambda: source.fetched >= 2, "renewed", timeout=5)
-        assert time.time() - began < 1.5
-        await eventually(lambda: path.read_text() == "tickets 2", "in place")
+        await eventually(lambda: path.read_text() == "tickets 2", "renewed and in place", timeout=10)
+        assert 1.9 < time.time() - began < 7.0
         assert path.stat().st_ino != first and reading.read() == "tickets 1"
-    assert (store.ends("k1") or 0) > began + 2.0
+    assert (store.ends("k1") or 0) > began + 8.0
 
 
-async def test_a_failed_renewal_leaves_the_tickets_and_is_tried_again(store: CredentialStore) -> None:
+@pytest.mark.parametrize("error", [Unavailable("No KDC."), RuntimeError("a fault")], ids=["kdc", "fault"])
+async def test_a_failed_renewal_leaves_the_tickets_and_is_tried_again(store: CredentialStore, error: Exception) -> None:
     source = Source(life=2.0)
     path = await store.keep("k1", source)
-    source.error = Unavailable("No KDC.")
+    source.error = error
     await eventually(lambda: source.asked >= 3, "tried twice more", timeout=10)
     assert path.read_text() == "tickets 1"
     source.error = None
-    await eventually(lambda: path.read_text() == "tickets 2", "renewed after all", timeout=5)
+    await eventually(lambda: path.read_text() != "tickets 1", "renewed after all", timeout=10)
     assert len(list(path.parent.iterdir())) == 1
 
 
