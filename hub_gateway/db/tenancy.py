@@ -19,6 +19,7 @@ __all__ = [
     "IdentityClaim",
     "LedgerEntry",
     "LedgerMonth",
+    "Meter",
     "Notice",
     "Policy",
     "PolicyState",
@@ -106,6 +107,25 @@ class PolicyState(Base):
     since: Mapped[datetime]
     until: Mapped[datetime | None]
     noticed_at: Mapped[datetime | None]
+
+
+class Meter(Base):
+    """What one subject has used up of a policy with a calendar window: a copy of what ledger and reservations say.
+
+    It is `base` + `slope` * (t - `begins`), in seconds times what is used, at a moment t after `latest`.
+    """
+
+    __tablename__ = "meters"
+    __table_args__ = (Index(None, "subject_kind", "subject"),)
+
+    policy_id: Mapped[int] = mapped_column(ForeignKey("policies.id", ondelete="CASCADE"), primary_key=True)
+    subject_kind: Mapped[str] = mapped_column(String(16), primary_key=True)
+    subject: Mapped[str] = mapped_column(String(255), primary_key=True)
+    version: Mapped[int] = mapped_column(Integer)
+    begins: Mapped[float] = mapped_column(Float)
+    base: Mapped[float] = mapped_column(Float)
+    slope: Mapped[float] = mapped_column(Float)
+    latest: Mapped[float] = mapped_column(Float)
 
 
 class QuotaRequest(Base):

@@ -18,7 +18,7 @@ from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.db.tenancy import PolicyState
 from hub_gateway.errors import LaunchRefused
 from hub_gateway.kernels.types import KernelStatus, Resources
-from hub_gateway.quotas import ledger, prices, sentences
+from hub_gateway.quotas import ledger, meters, prices, sentences
 from hub_gateway.quotas.amounts import shown
 from hub_gateway.quotas.holders import Room, frees_in, holdings, shares
 from hub_gateway.quotas.policies import MAINTENANCE, PolicyIndex, PolicyStore
@@ -37,7 +37,7 @@ QUEUED = KernelStatus.QUEUED.value
 Burst: TypeAlias = tuple[datetime, datetime | None]
 """Since when use is above a hard limit with a burst, and (where it no longer is) until when it was."""
 _RESERVATIONS = cast(Table, Reservation.__table__)
-_RESERVE = insert(_RESERVATIONS).values(price_version=prices.CURRENT)
+_RESERVE = insert(_RESERVATIONS).values(price_version=prices.CURRENT).returning(_RESERVATIONS.c.price_version)
 
 
 @dataclass(frozen=True)
@@ -213,19 +213,10 @@ class Admission:
         since: datetime | None = None,
     ) -> float:
         """What is used of a policy by its scope, in the base unit; of what is used up over time `since` then only."""
+        if policy.resource.timed and since is not None:
+            return meters.timed_use(tx, policy, scope, since, now).amount
         if policy.resource.timed:
-            start = since or window_bounds(policy, now)[0]
-            kind, name = scope
-            return ledger.timed_use(
-                tx,
-                policy.resource,
-                start,
-                now,
-                owner=name if kind in (SubjectKind.USER.value, SubjectKind.SERVICE.value) else None,
-                group=name if kind == SubjectKind.GROUP.value else None,
-                gpu_model=policy.gpu_model,
-                covers=lambda kernelspec, proxy, queue: covers(policy, kernelspec, proxy, queue),
-            )
+            return meters.used(tx, policy, scope, now)
         mine = (row for row in held if covers(policy, row.kernelspec, row.proxy, row.queue))
         if policy.resource is Resource.GPU and policy.gpu_model:
             mine = (row for row in mine if row.gpu_model == policy.gpu_model)
@@ -351,7 +342,8 @@ class Admission:
         }
         if again:
             tx.connection().execute(delete(_RESERVATIONS).where(_RESERVATIONS.c.kernel_id == kernel_id))
-        tx.connection().execute(_RESERVE, values)
+        made = tx.connection().execute(_RESERVE, values).scalar_one()
+        meters.taken(tx, self.policies.index(tx), {**values, "price_version": made})
         change(
             tx,
             holders_of(demand.owner, demand.owner_kind, demand.groups),
@@ -389,7 +381,7 @@ class Admission:
             resources=resources,
             sign=-1,
         )
-        ledger.close(tx, row, at)
+        meters.given_back(tx, self.policies.index(tx), row, ledger.close(tx, row, at))
         demand = Demand(row["owner"], owner_kind, groups, row["kernelspec"], row["proxy"], row["queue"], resources)
         self._note_bursts(tx, demand, at)
         return True

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
-from sqlalchemy import Table, or_, select, update
+from sqlalchemy import Table, Text, bindparam, delete, insert, or_, select, update
+from sqlalchemy import cast as cast_to
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway import audit
@@ -29,7 +31,25 @@ __all__ = ["Line", "Notice", "Stop", "enforce", "look"]
 
 SOFT, OVER = "soft", "over"
 _OPEN = cast(Table, Reservation.__table__)
-_HELD = select(_OPEN, Kernel.target).join(Kernel, Kernel.id == _OPEN.c.kernel_id).where(_OPEN.c.released_at.is_(None))
+_STATES = cast(Table, PolicyState.__table__)
+_OF = ("of_policy", "of_subject", "of_state")
+_THAT = [_STATES.c[name] == bindparam(of) for name, of in zip(("policy_id", "subject", "state"), _OF, strict=True)]
+_END = delete(_STATES).where(*_THAT)
+_BURST = update(_STATES).where(*_THAT).values(since=bindparam("from"), until=bindparam("to"))
+_SORT = ("owner", "owner_kind", "kernelspec", "proxy", "queue", "cpu", "memory", "gpu", "gpu_model")
+_HELD = (
+    select(
+        _OPEN.c.kernel_id,
+        _OPEN.c.price_version,
+        Kernel.target,
+        cast_to(_OPEN.c.groups, Text),
+        *(_OPEN.c[name] for name in _SORT),
+    )
+    .join(Kernel, Kernel.id == _OPEN.c.kernel_id)
+    .where(_OPEN.c.released_at.is_(None))
+    .order_by(_OPEN.c.created_at, _OPEN.c.kernel_id)
+)
+"""What is held, the oldest first. Groups as they are written: they are parsed once for all who are in the same."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +75,31 @@ class Stop:
 
 Line: TypeAlias = tuple[str, Holder]
 """The name of a policy, and whose use is compared with it."""
-State: TypeAlias = tuple[int | None, str, str]
+
+
+class _State(NamedTuple):
+    """A row of what has to be remembered: not an object of the session, of which a look would make thousands."""
+
+    policy_id: int
+    subject: str
+    state: str
+    since: datetime
+    until: datetime | None = None
+    noticed_at: datetime | None = None
+
+    @property
+    def key(self) -> tuple[int, str, str]:
+        """What tells it from others."""
+        return self[:3]
 
 
 @dataclass
 class _Changes:
     """What a look has found out: rows to write, words to say, kernels to stop."""
 
-    made: list[PolicyState] = field(default_factory=list)
-    ended: list[PolicyState] = field(default_factory=list)
-    burst: list[tuple[PolicyState, Burst]] = field(default_factory=list)
+    made: list[_State] = field(default_factory=list)
+    ended: list[_State] = field(default_factory=list)
+    burst: list[tuple[_State, Burst]] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
     stops: list[Stop] = field(default_factory=list)
 
@@ -75,7 +110,6 @@ class _Changes:
 @dataclass(frozen=True)
 class _Held:
     id: str
-    since: datetime
     demand: Demand
     price: int
     """The version of the price list by which it is billed."""
@@ -99,13 +133,9 @@ def enforce(
     lock(tx)
     notices: list[Notice] = []
     stops: dict[str, Stop] = {}
-    for _, changes in _survey(tx, admission, now, lines):
-        for state in changes.ended:
-            tx.delete(state)
-        tx.flush()
-        tx.add_all(changes.made)
-        for state, (since, until) in changes.burst:
-            state.since, state.until = since, until
+    found = [changes for _, changes in _survey(tx, admission, now, lines)]
+    _write(tx, found)
+    for changes in found:
         notices += changes.notices
         for stop in changes.stops:
             stops.setdefault(stop.kernel_id, stop)
@@ -114,14 +144,32 @@ def enforce(
     return notices, list(stops.values())
 
 
+def _write(tx: Transaction, found: Sequence[_Changes]) -> None:
+    """Remember it; what ends makes room for what begins anew under the same key."""
+    ended = [state.key for changes in found for state in changes.ended]
+    made = [state._asdict() for changes in found for state in changes.made]
+    burst = [(state.key, after) for changes in found for state, after in changes.burst]
+    if ended:
+        tx.connection().execute(_END, [dict(zip(_OF, key, strict=True)) for key in ended])
+    if made:
+        tx.connection().execute(insert(_STATES), made)
+    if burst:
+        values = [dict(zip((*_OF, "from", "to"), (*key, *after), strict=True)) for key, after in burst]
+        tx.connection().execute(_BURST, values)
+
+
 def _survey(
     tx: Transaction, admission: Admission, now: datetime, lines: Collection[Line] | None
 ) -> Iterator[tuple[Line, _Changes]]:
     """What has changed in each line (of these)."""
     index = admission.policies.index(tx)
-    states: dict[State, PolicyState] = {
-        (one.policy_id, one.subject, one.state): one for one in tx.scalars(select(PolicyState))
-    }
+    states: dict[tuple[int | None, str, str], _State] = {}
+    wanted = select(*(_STATES.c[name] for name in _State._fields))
+    if lines is not None:
+        wanted = wanted.where(_STATES.c.subject.in_({":".join(scope) for _, scope in lines}))
+    for row in tx.connection().execute(wanted):
+        state = _State(*row)
+        states[state.key] = state
     held = _lines(tx, index, now, lines)
     uses = held_by(tx, list({scope for _, scope in held}))
     for (name, scope), kernels in held.items():
@@ -136,13 +184,13 @@ def _survey(
         _over(changes, policy, subject, over, kernels, used, limit, now)
         yield (name, scope), changes
     names = {policy.id: policy.name for policy in index.by_name.values()}
-    for (policy_id, subject, state), found in states.items():
+    for (policy_id, subject, kind_of), found in states.items():
         kind, _, whose = subject.partition(":")
         line = (names.get(policy_id, ""), (kind, whose))
         if lines is not None and line not in lines:
             continue
         # Nothing is held there, or the policy does not count at this time.
-        if state in (SOFT, OVER):
+        if kind_of in (SOFT, OVER):
             yield line, _Changes(ended=[found])
         elif found.until is None:
             yield line, _Changes(burst=[(found, (found.since, now))])
@@ -193,24 +241,18 @@ def _watched(policy: Policy) -> bool:
 
 
 def _kernels(tx: Transaction, scopes: Collection[Holder] | None) -> Iterator[_Held]:
-    """What is held, by anybody or by these."""
+    """What is held, by anybody or by these, the oldest first."""
     wanted = _HELD
     if scopes is not None and (SubjectKind.EVERYONE.value, EVERYONE) not in scopes:
         owners = [name for kind, name in scopes if kind != SubjectKind.GROUP.value]
         groups = [in_group(tx, name, number) for number, (kind, name) in enumerate(scopes) if kind == "group"]
         wanted = _HELD.where(or_(_OPEN.c.owner.in_(owners), *groups))
-    for row in tx.connection().execute(wanted).mappings():
-        demand = Demand(
-            row["owner"],
-            SubjectKind(row["owner_kind"]),
-            frozenset(row["groups"] or ()),
-            row["kernelspec"],
-            row["proxy"],
-            row["queue"],
-            Resources(row["cpu"], row["memory"], row["gpu"], row["gpu_model"]),
-        )
-        going = row["target"] != KernelTarget.RUNNING.value
-        yield _Held(row["kernel_id"], row["created_at"], demand, row["price_version"], going)
+    groups_of: dict[str | None, frozenset[str]] = {}
+    for key, price, target, written, owner, kind, kernelspec, proxy, queue, *taken in tx.connection().execute(wanted):
+        if written not in groups_of:
+            groups_of[written] = frozenset(json.loads(written or "null") or ())
+        demand = Demand(owner, SubjectKind(kind), groups_of[written], kernelspec, proxy, queue, Resources(*taken))
+        yield _Held(key, demand, price, target != KernelTarget.RUNNING.value)
 
 
 def _by_owner(kernels: Sequence[_Held]) -> dict[str, tuple[str, ...]]:
@@ -224,13 +266,12 @@ def _amount(policy: Policy, value: float) -> str:
     return shown(policy.resource, value, policy.gpu_model)
 
 
-def _made(policy: Policy, subject: str, state: str, since: datetime, **more: datetime | None) -> PolicyState:
-    return PolicyState(policy_id=policy.id, subject=subject, state=state, since=since, **more)
+def _made(policy: Policy, subject: str, state: str, since: datetime, **more: datetime | None) -> _State:
+    assert policy.id is not None
+    return _State(policy.id, subject, state, since, **more)
 
 
-def _burst(
-    changes: _Changes, policy: Policy, subject: str, known: PolicyState | None, used: float, now: datetime
-) -> float:
+def _burst(changes: _Changes, policy: Policy, subject: str, known: _State | None, used: float, now: datetime) -> float:
     """Note where use has gone above the hard limit, or come back, by whatever way; and up to which it may be used."""
     assert policy.hard is not None
     before = None if known is None else (known.since, known.until)
@@ -246,7 +287,7 @@ def _soft(
     changes: _Changes,
     policy: Policy,
     subject: str,
-    known: PolicyState | None,
+    known: _State | None,
     kernels: Sequence[_Held],
     used: float,
     now: datetime,
@@ -270,7 +311,7 @@ def _over(
     changes: _Changes,
     policy: Policy,
     subject: str,
-    known: PolicyState | None,
+    known: _State | None,
     kernels: Sequence[_Held],
     used: float,
     limit: float | None,
@@ -303,7 +344,7 @@ def _over(
         return
     if known.until is None or now < known.until:
         return
-    for kernel in sorted(staying, key=lambda one: one.since, reverse=True):
+    for kernel in reversed(staying):
         if not policy.resource.timed:
             if used <= limit + EPSILON:
                 break

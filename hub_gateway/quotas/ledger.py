@@ -12,23 +12,41 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Float, RowMapping, Table, and_, case, extract, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Float,
+    RowMapping,
+    Select,
+    Table,
+    and_,
+    case,
+    delete,
+    extract,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy import cast as cast_to
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.db.models import Reservation, utcnow
-from hub_gateway.db.tenancy import LedgerEntry, LedgerMonth
+from hub_gateway.db.tenancy import LedgerEntry, LedgerMonth, Meter
 from hub_gateway.errors import BadRequest, Conflict, NotFound
 from hub_gateway.metrics import METRICS
 from hub_gateway.quotas.holders import in_group as reserved_in_group
 from hub_gateway.quotas.prices import all_prices
 from hub_gateway.quotas.types import Resource
-from hub_gateway.quotas.use import lock
+from hub_gateway.quotas.use import lock, metered_for
 
-__all__ = ["Closed", "close", "close_month", "correct", "groups_key", "in_group", "timed_use"]
+__all__ = ["Closed", "TimedUse", "close", "close_month", "correct", "groups_key", "in_group", "timed_use"]
 
 _LEDGER = cast(Table, LedgerEntry.__table__)
 _OPEN = cast(Table, Reservation.__table__)
+_METERS = cast(Table, Meter.__table__)
 _MONTH = re.compile(r"(\d{4})-(0[1-9]|1[0-2])\Z")
 _COPIED = (
     *("kernel_id", "owner", "cost_center", "principal", "unix_user", "kernelspec", "proxy", "queue"),
@@ -49,21 +67,35 @@ class Closed:
     digest: str
 
 
+@dataclass(frozen=True)
+class TimedUse:
+    """What was used up between two moments, in hours or cost units."""
+
+    amount: float
+    per_hour: float
+    """What all that is open now takes in an hour."""
+    latest: float
+    """When the last of it began or ended (seconds since the epoch; 0: there is nothing)."""
+
+
 def groups_key(groups: Collection[str]) -> str:
     """Names of groups as the ledger keeps them: sorted, each on a line of its own, which is closed at both ends."""
     return "".join(f"\n{group}\n" for group in sorted(set(groups)))
 
 
-def in_group(group: str) -> ColumnElement[bool]:
-    """Whether an entry's owner was in a group at launch."""
-    return LedgerEntry.groups.contains(f"\n{group}\n", autoescape=True)
+def in_group(tx: Transaction, group: str) -> ColumnElement[bool]:
+    """Whether an entry's owner was in a group at launch. Exact also in its case, as LIKE is not on SQLite."""
+    find = func.instr if _sqlite(tx) else func.strpos
+    return find(_LEDGER.c.groups, f"\n{group}\n") > 0
 
 
-def close(tx: Transaction, reservation: RowMapping, at: datetime) -> None:
-    """Write the entry of a reservation that ends now. To be called in the transaction that ends it."""
-    begin = reservation["billed_from"] or reservation["created_at"]
+def close(tx: Transaction, reservation: RowMapping, at: datetime) -> datetime:
+    """Write the entry of a reservation that ends now; when it ends. To be called in the transaction that ends it."""
+    begin: datetime = reservation["billed_from"] or reservation["created_at"]
     # A clock that was put back must not make anybody's use negative.
-    _add(tx, reservation, begin.timestamp(), max(begin, at).timestamp())
+    end = max(begin, at)
+    _add(tx, reservation, begin.timestamp(), end.timestamp())
+    return end
 
 
 def _add(tx: Transaction, reservation: RowMapping, started: float, stopped: float) -> None:
@@ -93,8 +125,8 @@ def timed_use(
     group: str | None = None,
     gpu_model: str = "",
     covers: Callable[[str, str, str], bool] = lambda kernelspec, proxy, queue: True,
-) -> float:
-    """What was used up between two moments, in hours or cost units: entries, clipped, and what is still open.
+) -> TimedUse:
+    """What was used up between two moments: entries, clipped, and what is still open.
 
     Of one owner, of the members of a group (at launch), or of everybody; of the kernels that `covers` (by kernelspec,
     proxy and queue).
@@ -106,14 +138,13 @@ def timed_use(
     if owner is not None:
         where.append(ledger.owner == owner)
     if group is not None:
-        where.append(in_group(group))
+        where.append(in_group(tx, group))
     later, earlier = (func.min, func.max) if _sqlite(tx) else (func.least, func.greatest)
     clipped = later(ledger.stopped, last) - earlier(ledger.started, first)
     # A correction stands at one moment, and counts whole.
     counted = func.sum(case((ledger.kind == "interval", clipped), else_=ledger.seconds))
-    rows = tx.connection().execute(
-        select(*(ledger[name] for name in sort), counted).where(*where).group_by(*(ledger[name] for name in sort))
-    )
+    ended: Select[Any] = select(*(ledger[name] for name in sort), counted, func.max(ledger.stopped), literal(0))
+    rows = tx.connection().execute(ended.where(*where).group_by(*(ledger[name] for name in sort)))
     sums: list[tuple[Any, ...]] = [tuple(row) for row in rows]
     begun = _seconds(tx, func.coalesce(_OPEN.c.billed_from, _OPEN.c.created_at))
     still: list[ColumnElement[bool]] = [_OPEN.c.released_at.is_(None)]
@@ -123,13 +154,12 @@ def timed_use(
         still.append(reserved_in_group(tx, group))
     # Not a condition: a moment is read of those only that are counted.
     held = func.sum(earlier(last - earlier(begun, first), 0.0))
-    rows = tx.connection().execute(
-        select(*(_OPEN.c[name] for name in sort), held).where(*still).group_by(*(_OPEN.c[name] for name in sort))
-    )
+    going: Select[Any] = select(*(_OPEN.c[name] for name in sort), held, func.max(begun), func.count())
+    rows = tx.connection().execute(going.where(*still).group_by(*(_OPEN.c[name] for name in sort)))
     sums += [tuple(row) for row in rows]
     prices = all_prices(tx) if resource is Resource.COST else {}
-    total = 0.0
-    for kernelspec, proxy, queue, cpu, memory, gpu, model, version, seconds in sums:
+    total = per_hour = latest = 0.0
+    for kernelspec, proxy, queue, cpu, memory, gpu, model, version, seconds, last_of, count in sums:
         if not covers(kernelspec, proxy, queue) or (gpu_model and model != gpu_model):
             continue
         rate = {
@@ -140,7 +170,9 @@ def timed_use(
         if rate is None:
             rate = prices.get(version, prices[0]).per_hour(cpu, memory, gpu, model)
         total += rate * seconds / HOUR
-    return total
+        per_hour += rate * count
+        latest = max(latest, last_of)
+    return TimedUse(total, per_hour, latest)
 
 
 def _seconds(tx: Transaction, moment: ColumnElement[Any]) -> ColumnElement[float]:
@@ -236,6 +268,9 @@ def correct(
         raise BadRequest(f"Entry {entry} says that already; give seconds, or another cost centre.")
     parts = [(to, seconds)] if to == billed_to else [(billed_to, -billed), (to, billed + seconds)]
     copied = {name: found[name] for name in (*_COPIED, "groups")}
+    whose = metered_for(found["owner"], filter(None, found["groups"].split("\n")))
+    # They are read anew from here when they are asked for.
+    tx.connection().execute(delete(_METERS).where(tuple_(_METERS.c.subject_kind, _METERS.c.subject).in_(whose)))
     number = 0
     for centre, amount in parts:
         values = {"started": moment, "stopped": moment, "seconds": amount, "corrects": entry, "actor": actor}

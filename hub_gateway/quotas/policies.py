@@ -6,7 +6,7 @@ import enum
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any
 
@@ -80,6 +80,8 @@ class PolicyIndex:
     version: str
     by_name: Mapping[str, Policy]
     by_subject: Mapping[tuple[SubjectKind, str], tuple[Policy, ...]]
+    metered: Mapping[int, Policy] = field(default_factory=dict)
+    """Those that count what is used up in a calendar window, by id."""
 
     def about(self, owner: str, owner_kind: SubjectKind, groups: frozenset[str]) -> Iterator[Policy]:
         """The policies about an owner: theirs, their groups', everyone's."""
@@ -132,7 +134,12 @@ class PolicyStore:
             policy = _policy(row)
             by_name[policy.name] = policy
             by_subject[policy.subject_kind, policy.subject].append(policy)
-        made = PolicyIndex(version, by_name, {key: tuple(some) for key, some in by_subject.items()})
+        metered = {
+            policy.id: policy
+            for policy in by_name.values()
+            if policy.resource.timed and policy.window is WindowKind.CALENDAR and policy.id is not None
+        }
+        made = PolicyIndex(version, by_name, {key: tuple(some) for key, some in by_subject.items()}, metered)
         self._index = tx.info[self] = made
         return made
 

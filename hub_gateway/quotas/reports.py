@@ -232,13 +232,13 @@ def _of_one(row: Any, kernels: int, seconds: float) -> _Used:
     )
 
 
-def _of_them(asked: _Question) -> list[ColumnElement[bool]]:
+def _of_them(tx: Transaction, asked: _Question) -> list[ColumnElement[bool]]:
     """Whose entries a report is about."""
     found: list[ColumnElement[bool]] = []
     if asked.owner is not None:
         found.append(_LEDGER.c.owner == asked.owner)
     if asked.groups is not None:
-        found.append(or_(false(), *(ledger.in_group(group) for group in asked.groups)))
+        found.append(or_(false(), *(ledger.in_group(tx, group) for group in asked.groups)))
     return found
 
 
@@ -267,7 +267,7 @@ def _crossing(tx: Transaction, asked: _Question) -> Iterator[tuple[Any, float, f
         and_(stopped > asked.last, started >= asked.first, started < asked.last),
     )
     for cross in crosses:
-        for row in tx.connection().execute(select(_LEDGER).where(cross, *_of_them(asked))):
+        for row in tx.connection().execute(select(_LEDGER).where(cross, *_of_them(tx, asked))):
             yield row, max(row.started, asked.first), min(row.stopped, asked.last)
 
 
@@ -299,7 +299,8 @@ def _summed(
 def _entries(tx: Transaction, asked: _Question) -> Iterator[tuple[list[str], _Used]]:
     name = _KEYS[asked.by]
     # Not the bare column: SQLite would go through its index, a jump for each entry, for the sake of its order.
-    for (value,), used, _ in _summed(tx, asked, [_LEDGER.c[name] + ""], [*_inside(tx, asked), *_of_them(asked)], ()):
+    where = [*_inside(tx, asked), *_of_them(tx, asked)]
+    for (value,), used, _ in _summed(tx, asked, [_LEDGER.c[name] + ""], where, ()):
         yield _keys(asked.by, value), used
     for row, begin, end in _crossing(tx, asked):
         yield _keys(asked.by, getattr(row, name)), _of_one(row, _new(row, asked), end - begin)
@@ -321,7 +322,7 @@ def _days(tx: Transaction, asked: _Question) -> Iterator[tuple[list[str], _Used]
         return sql_cast(moment / DAY if sqlite else func.floor(moment / DAY), Integer)
 
     first, last = number(of.started), number(of.stopped)
-    where = [*_inside(tx, asked), *_of_them(asked)]
+    where = [*_inside(tx, asked), *_of_them(tx, asked)]
     for (day,), used, _ in _summed(tx, asked, [first], [*where, first == last], ()):
         yield [_day(day * DAY)], used
     late = of.stopped - last * DAY

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["QuotaRunner"]
 
 PURGE_SECONDS = 3600.0
-LINES = 50
+LINES = 10
+"""In one transaction: whoever launches meanwhile waits for it."""
 ABANDONED = "The kernel no longer waits: its notebook was closed."
 _IS_QUEUED = Kernel.status == KernelStatus.QUEUED.value
 _WAITING = select(Kernel.id, Kernel.connections, Kernel.last_activity).where(_IS_QUEUED)

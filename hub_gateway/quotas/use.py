@@ -16,7 +16,19 @@ from hub_gateway.db.tenancy import Use
 from hub_gateway.kernels.types import Resources
 from hub_gateway.quotas.types import Counts, Policy, SubjectKind
 
-__all__ = ["EVERYONE", "Held", "Holder", "change", "held_by", "holders_of", "lock", "recount", "scope_of"]
+__all__ = [
+    "EVERYONE",
+    "Held",
+    "Holder",
+    "change",
+    "held_by",
+    "holders_of",
+    "lock",
+    "locked",
+    "metered_for",
+    "recount",
+    "scope_of",
+]
 
 LOCK = 0x51756F74  # "Quot": everything that admits, gives back or changes a limit, one after the other
 EVERYONE = "*"
@@ -66,12 +78,17 @@ def lock(tx: Transaction) -> None:
     To be called before anything is read that the others may change. On SQLite every writing transaction is that
     already, from its first statement on, which this makes sure of.
     """
-    if tx.info.get(LOCK):
+    if locked(tx):
         return
     connection = tx.connection()
     if connection.dialect.name == "postgresql":
         connection.execute(_LOCK)
     tx.info[LOCK] = True
+
+
+def locked(tx: Transaction) -> bool:
+    """Whether this transaction is the only one that admits, gives back or changes a limit."""
+    return bool(tx.info.get(LOCK))
 
 
 def holders_of(owner: str, owner_kind: SubjectKind, groups: Iterable[str]) -> list[Holder]:
@@ -81,6 +98,11 @@ def holders_of(owner: str, owner_kind: SubjectKind, groups: Iterable[str]) -> li
         *((SubjectKind.GROUP.value, group) for group in sorted(set(groups))),
         (SubjectKind.EVERYONE.value, EVERYONE),
     ]
+
+
+def metered_for(owner: str, groups: Iterable[str]) -> list[Holder]:
+    """Whose meters count what an owner uses up. The ledger does not tell a user from a service of the same name."""
+    return [(SubjectKind.SERVICE.value, owner), *holders_of(owner, SubjectKind.USER, groups)]
 
 
 def scope_of(policy: Policy, owner: str, owner_kind: SubjectKind) -> Holder:

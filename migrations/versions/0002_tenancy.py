@@ -192,6 +192,22 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("policy_id", "subject", "state", name="pk_policy_states"),
     )
     op.create_table(
+        "meters",
+        sa.Column("policy_id", sa.Integer(), nullable=False),
+        sa.Column("subject_kind", sa.String(length=16), nullable=False),
+        sa.Column("subject", sa.String(length=255), nullable=False),
+        sa.Column("version", sa.Integer(), nullable=False),
+        sa.Column("begins", sa.Float(), nullable=False),
+        sa.Column("base", sa.Float(), nullable=False),
+        sa.Column("slope", sa.Float(), nullable=False),
+        sa.Column("latest", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["policy_id"], ["policies.id"], name="fk_meters_policy_id_policies", ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("policy_id", "subject_kind", "subject", name="pk_meters"),
+    )
+    op.create_index("ix_meters_subject_kind_subject", "meters", ["subject_kind", "subject"])
+    op.create_table(
         "sent_forms",
         sa.Column("number", sa.String(length=64), nullable=False),
         sa.Column("until", sa.DateTime(timezone=True), nullable=False),

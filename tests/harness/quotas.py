@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from hub_gateway.db.models import Kernel, Reservation, utcnow
+from hub_gateway.db.tenancy import Meter
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import KernelStatus, LaunchPlan, NewKernel
 from hub_gateway.quotas import use
@@ -43,6 +44,7 @@ async def begin(store: KernelStore, kernel_id: str, at: datetime) -> None:
     def change(tx: Any) -> None:
         found = tx.get_one(Reservation, kernel_id)
         found.billed_from = found.created_at = at
+        tx.execute(delete(Meter))  # which know when it was taken
 
     await store.write(change)
 

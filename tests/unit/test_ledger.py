@@ -285,7 +285,7 @@ async def test_what_is_open_counts_for_limits_as_it_does_in_reports(quota_store:
             (Resource.CORE_HOURS, found.total.core_hours),
         ):
             used = await quota_store.db.read(
-                lambda tx, resource=resource, about=about: ledger.timed_use(tx, resource, at(2), at(4), **about)
+                lambda tx, resource=resource, about=about: ledger.timed_use(tx, resource, at(2), at(4), **about).amount
             )
             assert used == pytest.approx(hours, abs=1e-6), (about, resource)
 

@@ -37,7 +37,7 @@ from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import KernelStatus, Resources
 from hub_gateway.quotas import use
 from hub_gateway.quotas.queue import dispatch
-from hub_gateway.quotas.types import Action, Counts, ObjectKind, Policy, Resource, SubjectKind, WindowKind
+from hub_gateway.quotas.types import Action, Counts, ObjectKind, Period, Policy, Resource, SubjectKind, WindowKind
 from tests.harness.quotas import new
 
 MONDAY = datetime(2030, 1, 7, tzinfo=timezone.utc)
@@ -62,9 +62,12 @@ def policies(draw: st.DrawFn) -> Policy:
     kind = draw(st.sampled_from([SubjectKind.USER, SubjectKind.GROUP, SubjectKind.EVERYONE]))
     subjects = {SubjectKind.USER: sorted(PEOPLE), SubjectKind.GROUP: ["lab", "staff"], SubjectKind.EVERYONE: ["*"]}
     held = [Resource.KERNELS, Resource.STARTING, Resource.CPU, Resource.MEMORY, Resource.GPU]
-    resource = draw(st.sampled_from([Resource.KERNELS, Resource.KERNELS, *held, Resource.KERNEL_HOURS]))
+    resource = draw(
+        st.sampled_from([Resource.KERNELS, Resource.KERNELS, *held, Resource.KERNEL_HOURS, Resource.KERNEL_HOURS])
+    )
     hard = draw(st.sampled_from([1, 2, 2, 3, 0, None]))
-    together = draw(st.booleans()) and not resource.timed
+    daily = resource.timed and draw(st.booleans())
+    together = draw(st.booleans()) and (daily or not resource.timed)
     queue = draw(st.booleans())
     unit = GIB if resource is Resource.MEMORY else 1
     return Policy(
@@ -75,8 +78,9 @@ def policies(draw: st.DrawFn) -> Policy:
         resource=resource,
         gpu_model=draw(st.sampled_from(["", "a100"])) if resource is Resource.GPU else "",
         counts=Counts.TOGETHER if together else Counts.EACH,
-        window=WindowKind.ROLLING if resource.timed else WindowKind.NOW,
-        window_seconds=86400 if resource.timed else None,
+        window=WindowKind.CALENDAR if daily else WindowKind.ROLLING if resource.timed else WindowKind.NOW,
+        window_seconds=86400 if resource.timed and not daily else None,
+        period=Period.DAY if daily else None,
         hard=None if hard is None else float(hard * unit),
         action=Action.QUEUE if queue else Action.REJECT,
         queue_seconds=7200 if queue and draw(st.booleans()) else None,
@@ -121,8 +125,8 @@ class Model:
                 other
                 for other in mine
                 if other.counts is Counts.EACH
-                and (other.object, other.resource, other.gpu_model)
-                == (policy.object, policy.resource, policy.gpu_model)
+                and (other.object, other.resource, other.gpu_model, other.window)
+                == (policy.object, policy.resource, policy.gpu_model, policy.window)
             ]
             if policy.counts is Counts.TOGETHER or policy is max(rivals, key=self.rank):
                 found.append(policy)
@@ -136,10 +140,10 @@ class Model:
         return policy.priority, specific, generous, [-ord(letter) for letter in policy.name]
 
     def takes(self, policy: Policy, launch: Launch) -> float:
-        """What one kernel counts for a policy that is about one instant."""
+        """What one kernel counts for a policy: at one instant, or in an hour."""
         if not fnmatchcase(launch.kernelspec, policy.object):
             return 0.0
-        if policy.resource is Resource.KERNELS:
+        if policy.resource in (Resource.KERNELS, Resource.KERNEL_HOURS):
             return 1.0
         if policy.resource is Resource.STARTING:
             return float(launch.starting)
@@ -155,7 +159,8 @@ class Model:
 
         if not policy.resource.timed:
             return sum(self.takes(policy, one) for one in self.held.values() if counts(one))
-        begin = now - timedelta(days=1)
+        midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+        begin = midnight if policy.window is WindowKind.CALENDAR else now - timedelta(days=1)
         spans = [*self.past, *((one, now) for one in self.held.values())]
         return sum(
             max(0.0, (min(end, now) - max(one.since, begin)).total_seconds()) / 3600
@@ -373,6 +378,21 @@ class Machine(RuleBasedStateMachine):
             for key in {*found, *right}:
                 nothing = [0.0] * len(AMOUNTS)
                 assert found.get(key, nothing) == pytest.approx(right.get(key, nothing), abs=1e-6), key
+
+        self.db.read_sync(read)
+
+    @invariant()
+    def meters_are_right(self) -> None:
+        """Whether or not anybody is launched now: what is told of time is what the model says."""
+
+        def read(tx: Transaction) -> None:
+            for policy in self.model.policies.values():
+                if policy.resource.timed:
+                    for owner in PEOPLE:
+                        found = self.store.admission.used(
+                            tx, policy, use.scope_of(policy, owner, SubjectKind.USER), (), self.now
+                        )
+                        assert found == pytest.approx(self.model.used(policy, owner, self.now), abs=1e-6)
 
         self.db.read_sync(read)
 

@@ -1,0 +1,180 @@
+"""Meters of calendar windows: straight lines that say what the ledger and the open reservations say."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+
+from hub_gateway.db.models import Reservation
+from hub_gateway.db.tenancy import LedgerEntry, Meter
+from hub_gateway.kernels import admissions
+from hub_gateway.kernels.store import KernelStore
+from hub_gateway.kernels.types import Resources
+from hub_gateway.quotas import ledger, meters, prices
+from hub_gateway.quotas.resolve import window_bounds
+from hub_gateway.quotas.types import Counts, ObjectKind, Period, Policy, Resource, SubjectKind, WindowKind
+from hub_gateway.quotas.use import EVERYONE, Holder, lock
+from tests.harness.quotas import new, put, release
+
+MONTH = {"window": WindowKind.CALENDAR, "period": Period.MONTH, "hard": 1e6}
+TOGETHER = {**MONTH, "counts": Counts.TOGETHER}
+TAKEN = Resources(cpu=2.0, memory=2**30, gpu=1, gpu_model="a100")
+LAB, ALICE, ALL = (SubjectKind.GROUP.value, "lab"), (SubjectKind.USER.value, "alice"), ("everyone", EVERYONE)
+
+
+def at(day: float, month: int = 3) -> datetime:
+    return datetime(2028, month, 1, tzinfo=timezone.utc) + timedelta(days=day - 1)
+
+
+class Clock:
+    """The time at which kernels are admitted."""
+
+    now = at(1)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(admissions, "utcnow", lambda: made.now)
+    return made
+
+
+async def admit(store: KernelStore, clock: Clock, number: int, when: datetime, **more: Any) -> None:
+    clock.now = when
+    usual = {"owner": "alice", "groups": ("lab",), "resources": TAKEN}
+    await store.admit(new(number, **{**usual, **more}))
+
+
+async def told(store: KernelStore, policy: Policy, scope: Holder, now: datetime, *, admitting: bool = False) -> float:
+    def ask(tx: Any) -> float:
+        if admitting:
+            lock(tx)
+        return meters.used(tx, policy, scope, now)
+
+    return await (store.write if admitting else store.db.read)(ask)
+
+
+async def right(store: KernelStore, policy: Policy, scope: Holder, now: datetime) -> float:
+    begin, _ = window_bounds(policy, now)
+    return (await store.db.read(lambda tx: meters.timed_use(tx, policy, scope, begin, now))).amount
+
+
+async def kept(store: KernelStore) -> int:
+    return await store.db.read(lambda tx: tx.execute(select(func.count()).select_from(Meter)).scalar_one())
+
+
+@pytest.mark.parametrize("resource", [Resource.KERNEL_HOURS, Resource.CORE_HOURS, Resource.GPU_HOURS, Resource.COST])
+async def test_a_meter_says_what_the_ledger_says(quota_store: KernelStore, clock: Clock, resource: Resource) -> None:
+    """Of a group, an owner and everybody, whatever began or ended in whatever order, before the window and in it."""
+    model = {"gpu_model": "a100"} if resource is Resource.GPU_HOURS else {}
+    made = [
+        (await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=resource, **TOGETHER, **model)), LAB),
+        (await put(quota_store, Policy("each", SubjectKind.EVERYONE, resource=resource, **MONTH, **model)), ALICE),
+        (
+            await put(
+                quota_store,
+                Policy("r", SubjectKind.EVERYONE, "*", ObjectKind.KERNELSPEC, "r*", resource, **TOGETHER, **model),
+            ),
+            ALL,
+        ),
+    ]
+    await admit(quota_store, clock, 0, at(20, month=2))
+    for policy, scope in made:
+        await told(quota_store, policy, scope, at(1), admitting=True)
+    assert await kept(quota_store) == 3
+
+    async def agree(now: datetime) -> None:
+        for policy, scope in made:
+            found = await told(quota_store, policy, scope, now)
+            assert found == pytest.approx(await right(quota_store, policy, scope, now), abs=1e-6), (policy.name, now)
+
+    await agree(at(2))
+    await admit(quota_store, clock, 1, at(2), kernelspec="r")
+    await admit(quota_store, clock, 2, at(2.5), owner="bob", kernelspec="r", resources=Resources(cpu=1.0))
+    await agree(at(3))
+    # The clock of another gateway is a little behind.
+    await admit(quota_store, clock, 3, at(2.5) - timedelta(milliseconds=300), owner="carol", groups=("Lab",))
+    await release(quota_store, "k1", at(3))
+    await agree(at(3))
+    await agree(at(2.75))
+    await quota_store.write(lambda tx: prices.set_prices(tx, "admin", kernel_hour=2, gpu_hour=3))
+    await release(quota_store, "k0", at(4))
+    await agree(at(5))
+    await agree(at(2, month=4))
+    await admit(quota_store, clock, 4, at(3, month=4))
+    await release(quota_store, "k2", at(4, month=4))
+    await agree(at(5, month=4))
+    await release(quota_store, "k4", at(6, month=4))
+    await agree(at(6, month=4))
+    assert await kept(quota_store) == 5, "bob and carol have one of their own"
+
+
+async def test_a_price_counts_from_the_launch_on(quota_store: KernelStore, clock: Clock) -> None:
+    policy = await put(quota_store, Policy("money", SubjectKind.EVERYONE, resource=Resource.COST, **TOGETHER))
+    made = await quota_store.write(lambda tx: prices.set_prices(tx, "admin", kernel_hour=2))
+    start = (made.valid_from or at(1)) + timedelta(minutes=1)
+    start = start.replace(day=2) if start.day == 1 else start
+    await told(quota_store, policy, ALL, start, admitting=True)
+    await admit(quota_store, clock, 1, start)
+    assert await told(quota_store, policy, ALL, start + timedelta(hours=3)) == pytest.approx(6.0)
+    await release(quota_store, "k1", start + timedelta(hours=4))
+    assert await told(quota_store, policy, ALL, start + timedelta(hours=9)) == pytest.approx(8.0)
+
+
+async def test_a_changed_policy_is_read_anew(quota_store: KernelStore, clock: Clock) -> None:
+    """What it is about may have changed; and one of the same number that was deleted is another one."""
+    policy = await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=Resource.KERNEL_HOURS, **TOGETHER))
+    await admit(quota_store, clock, 1, at(2))
+    assert await told(quota_store, policy, LAB, at(3), admitting=True) == pytest.approx(24.0)
+    changed = await put(quota_store, Policy(**{**vars(policy), "resource": Resource.CORE_HOURS}))
+    assert await told(quota_store, changed, LAB, at(3)) == pytest.approx(48.0)
+    await release(quota_store, "k1", at(4))
+    assert await told(quota_store, changed, LAB, at(5), admitting=True) == pytest.approx(96.0)
+    await quota_store.write(lambda tx: quota_store.admission.policies.delete(tx, "lab", "admin"))
+    assert await kept(quota_store) == 0
+
+
+async def test_a_correction_counts_at_once(quota_store: KernelStore, clock: Clock) -> None:
+    policy = await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=Resource.KERNEL_HOURS, **TOGETHER))
+    await told(quota_store, policy, LAB, at(1), admitting=True)
+    await admit(quota_store, clock, 1, at(2))
+    await release(quota_store, "k1", at(3))
+    [entry] = await quota_store.db.read(lambda tx: tx.scalars(select(LedgerEntry.id)).all())
+    await quota_store.write(lambda tx: ledger.correct(tx, entry, -3600, "the Hub was away", "admin", now=at(4)))
+    assert await told(quota_store, policy, LAB, at(5)) == pytest.approx(23.0)
+    assert await told(quota_store, policy, LAB, at(5), admitting=True) == pytest.approx(23.0)
+
+
+async def test_a_clock_that_was_put_back_is_told_the_truth(quota_store: KernelStore, clock: Clock) -> None:
+    """The line begins where the last kernel did; before that, and in the month before, the ledger is read."""
+    policy = await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=Resource.KERNEL_HOURS, **TOGETHER))
+    await told(quota_store, policy, LAB, at(1), admitting=True)
+    await admit(quota_store, clock, 1, at(2))
+    await admit(quota_store, clock, 2, at(4))
+    for now, hours in ((at(3), 24.0), (at(5), 96.0), (at(20, month=2), 0.0)):
+        for admitting in (False, True):
+            assert await told(quota_store, policy, LAB, now, admitting=admitting) == pytest.approx(hours)
+    # A kernel that was given back before it began, by such a clock, took nothing.
+    await release(quota_store, "k2", at(3))
+    assert await told(quota_store, policy, LAB, at(5)) == pytest.approx(72.0)
+
+
+async def test_launches_do_not_read_the_ledger_each_time(
+    quota_store: KernelStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each line, and never again: neither launches nor ends of other kernels make it be read anew."""
+    await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=Resource.KERNEL_HOURS, **TOGETHER))
+    read = []
+    known = ledger.timed_use
+    monkeypatch.setattr(ledger, "timed_use", lambda *args, **more: read.append(args) or known(*args, **more))
+    for number in range(5):
+        await admit(quota_store, clock, number, at(2 + number))
+        await release(quota_store, f"k{number}", at(2.5 + number))
+    assert len(read) == 1
+    held = await quota_store.db.read(
+        lambda tx: tx.scalars(select(Reservation.kernel_id).where(Reservation.released_at.is_(None))).all()
+    )
+    assert held == []
