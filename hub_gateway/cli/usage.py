@@ -101,6 +101,25 @@ class UsagePrices(Client):
         return 0
 
 
+class UsageEntries(Client):
+    """List the latest entries of the ledger, with the numbers by which they are corrected."""
+
+    name = "jupyter-hubgateway-usage-entries"
+    description = __doc__
+    aliases = {**Client.aliases, **{name: f"UsageEntries.{name}" for name in ("user", "group", "limit")}}
+    user = Unicode(help="Only what this user used.").tag(config=True)
+    group = Unicode(help="Only what was billed to this group.").tag(config=True)
+    limit = Integer(50, help="How many entries at most.").tag(config=True)
+
+    def run(self) -> int:
+        """A table, the newest first."""
+        query: dict[str, Any] = {name: getattr(self, name) or None for name in ("user", "group", "limit")}
+        found = self.ask("api/ledger/entries", **query)
+        names = ("id", "owner", "kernelspec", "started", "stopped", "seconds", "cost_center", "corrects", "note")
+        self.show(found, {name: name.replace("_", " ") for name in names}, found["entries"], "No entries.")
+        return 0
+
+
 class UsageCorrect(Client):
     """Correct an entry of the ledger by a new one: `usage correct 4711 --seconds=-3600 --note "..."`.
 
@@ -142,5 +161,6 @@ class Usage(Group):
         "report": (UsageReport, UsageReport.__doc__),
         "close": (UsageClose, UsageClose.__doc__),
         "prices": (UsagePrices, UsagePrices.__doc__),
+        "entries": (UsageEntries, UsageEntries.__doc__),
         "correct": (UsageCorrect, UsageCorrect.__doc__),
     }

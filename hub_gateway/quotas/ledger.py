@@ -22,6 +22,7 @@ from sqlalchemy import (
     case,
     delete,
     extract,
+    false,
     func,
     insert,
     literal,
@@ -42,7 +43,18 @@ from hub_gateway.quotas.prices import all_prices
 from hub_gateway.quotas.types import Resource
 from hub_gateway.quotas.use import lock, metered_for
 
-__all__ = ["Closed", "TimedUse", "close", "close_month", "correct", "groups_key", "in_group", "timed_use"]
+__all__ = [
+    "Closed",
+    "Entry",
+    "TimedUse",
+    "close",
+    "close_month",
+    "correct",
+    "entries",
+    "groups_key",
+    "in_group",
+    "timed_use",
+]
 
 _LEDGER = cast(Table, LedgerEntry.__table__)
 _OPEN = cast(Table, Reservation.__table__)
@@ -65,6 +77,36 @@ class Closed:
     entries: int
     seconds: float
     digest: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the ledger, as it was written."""
+
+    id: int
+    kind: str
+    """`interval`, or `correction` of another entry."""
+    kernel_id: str
+    owner: str
+    groups: tuple[str, ...]
+    """Those of the owner at launch."""
+    cost_center: str
+    principal: str | None
+    unix_user: str | None
+    kernelspec: str
+    proxy: str
+    queue: str
+    cpu: float
+    memory: int
+    gpu: int
+    gpu_model: str
+    price_version: int
+    started: datetime
+    stopped: datetime
+    seconds: float
+    corrects: int | None
+    note: str
+    actor: str | None
 
 
 @dataclass(frozen=True)
@@ -284,6 +326,32 @@ def correct(
         number = int(made.scalar_one())
         METRICS.ledger_entries.inc()
     return number
+
+
+def entries(
+    tx: Transaction,
+    *,
+    owner: str | None = None,
+    groups: Collection[str] | None = None,
+    before: int | None = None,
+    limit: int = 100,
+) -> list[Entry]:
+    """Entries, the newest first: everybody's, or those of an owner and of launches in one of these groups."""
+    wanted = select(_LEDGER).order_by(_LEDGER.c.id.desc()).limit(limit)
+    if owner is not None:
+        wanted = wanted.where(_LEDGER.c.owner == owner)
+    if groups is not None:
+        wanted = wanted.where(or_(false(), *(in_group(tx, group) for group in groups)))
+    if before is not None:
+        wanted = wanted.where(_LEDGER.c.id < before)
+    return [_entry(row) for row in tx.connection().execute(wanted).mappings()]
+
+
+def _entry(row: RowMapping) -> Entry:
+    same = (*_COPIED, "id", "kind", "seconds", "note", "corrects", "actor")
+    started, stopped = (datetime.fromtimestamp(row[name], timezone.utc) for name in ("started", "stopped"))
+    groups = tuple(filter(None, row["groups"].split("\n")))
+    return Entry(**{name: row[name] for name in same}, groups=groups, started=started, stopped=stopped)
 
 
 def _billed(tx: Transaction, entry: int) -> tuple[str, float]:

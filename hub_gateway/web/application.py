@@ -41,7 +41,7 @@ from hub_gateway.web.quota import (
 )
 from hub_gateway.web.sessions import SessionHandler, SessionsHandler
 from hub_gateway.web.trail import AuditHandler, IdentityHandler, ReleaseHandler, VerifyHandler
-from hub_gateway.web.usage import CloseHandler, CorrectionsHandler, PricesHandler, UsageHandler
+from hub_gateway.web.usage import CloseHandler, CorrectionsHandler, EntriesHandler, PricesHandler, UsageHandler
 
 __all__ = ["ROUTES", "GatewayApplication", "make_application", "pages"]
 
@@ -81,6 +81,7 @@ ROUTES: tuple[tuple[str, type[BaseHandler]], ...] = (
     ("/api/prices", PricesHandler),
     ("/api/ledger/close", CloseHandler),
     ("/api/ledger/corrections", CorrectionsHandler),
+    ("/api/ledger/entries", EntriesHandler),
     ("/api/audit", AuditHandler),
     ("/api/audit/verify", VerifyHandler),
     ("/api/identity", IdentityHandler),

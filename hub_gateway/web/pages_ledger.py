@@ -16,13 +16,14 @@ from hub_gateway.db.models import utcnow
 from hub_gateway.db.tenancy import LedgerMonth
 from hub_gateway.errors import BadRequest, Conflict, GatewayError, NotFound
 from hub_gateway.quotas.fields import moment_of
+from hub_gateway.quotas.ledger import entries
 from hub_gateway.quotas.prices import RATES
 from hub_gateway.web.console import ConsoleHandler
 from hub_gateway.web.usage import MAX_PRICE
 
 __all__ = ["ClosePage", "CorrectPage", "LedgerHandler", "PricesPage"]
 
-MONTHS = 36
+MONTHS, ENTRIES = 36, 20
 TYPED = (*RATES, "gpu_models", "valid_from", "month", "entry", "seconds", "cost_center", "note")
 
 
@@ -37,7 +38,10 @@ class LedgerHandler(ConsoleHandler):
     async def ledger(self, error: GatewayError | None = None) -> None:
         """The page, beside what went wrong where something did."""
         reports = self.reports
-        prices, months = await self.services.db.read(lambda tx: (list(reports.prices(tx)), _months(tx)))
+        wanted = self.chosen({"user": ""})["user"]
+        prices, months, newest = await self.services.db.read(
+            lambda tx: (list(reports.prices(tx)), _months(tx), entries(tx, owner=wanted or None, limit=ENTRIES))
+        )
         last = utcnow().replace(day=1) - timedelta(days=1)
         usual = {"month": f"{last:%Y-%m}", **dict.fromkeys(RATES, "0")}
         if prices:
@@ -52,6 +56,8 @@ class LedgerHandler(ConsoleHandler):
             "admin/ledger",
             prices=prices,
             months=months,
+            entries=newest,
+            wanted=wanted,
             typed=typed,
             rates=RATES,
             currency=getattr(reports, "currency", ""),

@@ -12,8 +12,9 @@ from hub_gateway.db.models import utcnow
 from hub_gateway.errors import BadRequest, NotFound
 from hub_gateway.kernels.service import owner_of
 from hub_gateway.quotas.fields import Body
+from hub_gateway.quotas.ledger import entries
 from hub_gateway.web.plain import plain
-from hub_gateway.web.tenancy import TenancyHandler
+from hub_gateway.web.tenancy import TenancyHandler, cursor, read_cursor
 
 if TYPE_CHECKING:
     from hub_gateway.auth.base import Caller
@@ -23,6 +24,7 @@ __all__ = [
     "BY",
     "CloseHandler",
     "CorrectionsHandler",
+    "EntriesHandler",
     "PricesHandler",
     "Scoped",
     "UsageHandler",
@@ -158,6 +160,21 @@ class CloseHandler(TenancyHandler):
             raise BadRequest("The field `month` must be a month such as 2030-01.")
         reports, actor = self.reports, self.caller.name
         self.write_json(plain(await self.services.db.write(lambda tx: reports.close_month(tx, month, actor))))
+
+
+class EntriesHandler(TenancyHandler):
+    """Entries of the ledger, the newest first: with the numbers by which they are corrected."""
+
+    async def get(self) -> None:
+        query = self.query("user", "group", "after", "limit")
+        scoped = usage_of(self.caller, user=query.text("user"), group=query.text("group"))
+        key, limit = read_cursor(query.text("after"), int), query.number("limit", 100, 1, 200)
+        before = None if key is None else key[0]
+        found = await self.services.db.read(
+            lambda tx: entries(tx, owner=scoped.owner, groups=scoped.groups, before=before, limit=limit + 1)
+        )
+        following = cursor(found[limit - 1].id) if len(found) > limit else None
+        self.write_json({"entries": plain(found[:limit]), "next": following})
 
 
 class CorrectionsHandler(TenancyHandler):

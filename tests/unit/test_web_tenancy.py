@@ -163,6 +163,9 @@ MATRIX: list[tuple[str, str, Any, tuple[int, ...]]] = [
     ("GET", "/api/usage", None, (401, 200, 200, 200, 200, 200, 200, 200)),
     ("GET", "/api/usage?user=bob", None, (401, 200, 404, 200, 200, 404, 404, 200)),
     ("GET", "/api/usage?group=analysts", None, (401, 404, 404, 200, 404, 404, 404, 200)),
+    ("GET", "/api/ledger/entries", None, (401, 200, 200, 200, 200, 200, 200, 200)),
+    ("GET", "/api/ledger/entries?user=bob", None, (401, 200, 404, 200, 200, 404, 404, 200)),
+    ("GET", "/api/ledger/entries?group=analysts", None, (401, 404, 404, 200, 404, 404, 404, 200)),
     ("GET", "/api/prices", None, (401, 403, 403, 200, 200, 403, 403, 200)),
     ("POST", "/api/prices", {"core_hour": 1}, (401, 403, 403, 403, 403, 403, 403, 201)),
     ("POST", "/api/ledger/close", {"month": "2030-01"}, (401, 403, 403, 403, 403, 403, 403, 200)),
@@ -695,6 +698,17 @@ async def test_a_real_report_is_safe_for_a_spreadsheet(server: WebServer, mini: 
     assert fixed.status_code == 201 and fixed.json()["cost_center"] == "4711"
     is_error(await ask("admin", "POST", "/api/ledger/corrections", json={"entry": 1, "note": "nothing"}), 400)
     is_error(await ask("admin", "POST", "/api/ledger/corrections", json={"entry": 99, "seconds": 1, "note": "x"}), 404)
+    listed = (await ask("admin", "GET", "/api/ledger/entries?limit=3")).json()
+    assert [one["id"] for one in listed["entries"]] == [4, 3, 2] and listed["entries"][0]["corrects"] == 1
+    rest = (await ask("admin", "GET", f"/api/ledger/entries?limit=3&after={listed['next']}")).json()
+    assert [(one["id"], one["owner"], one["groups"], one["started"][:19]) for one in rest["entries"]] == [
+        (1, owner, ["analysts"], "2023-11-14T22:13:20")
+    ]
+    assert rest["next"] is None
+    assert len((await ask("lea", "GET", "/api/ledger/entries")).json()["entries"]) == 4
+    assert (await ask("otto", "GET", "/api/ledger/entries")).json()["entries"] == []
+    assert (await ask("bob", "GET", "/api/ledger/entries")).json()["entries"] == [], "he sees his own"
+    is_error(await ask("bob", "GET", "/api/ledger/entries?user=lea"), 404)
     closed = await ask("admin", "POST", "/api/ledger/close", json={"month": "2023-11"})
     assert closed.status_code == 200 and closed.json()["entries"] == 1
     is_error(await ask("admin", "POST", "/api/ledger/close", json={"month": "2023-11"}), 409)
