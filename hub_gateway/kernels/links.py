@@ -58,8 +58,8 @@ class Links:
             found.on_event = lambda event: self._on_event(kernel_id, event)
             waiting = self._waiting
             if waiting is not None:
-                found.on_waits = lambda key, frames: waiting.keep(kernel_id, key, frames)
-                found.on_settled = lambda keys: waiting.drop(kernel_id, keys)
+                found.pending.on_waits = lambda key, frames: waiting.keep(kernel_id, key, frames)
+                found.pending.on_settled = lambda keys: waiting.drop(kernel_id, keys)
         return found
 
     def existing(self, kernel_id: str) -> KernelRelay | None:

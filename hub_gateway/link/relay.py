@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import zmq
 
-from hub_gateway.errors import GatewayError, PayloadTooLarge, Unavailable
+from hub_gateway.errors import Unavailable
 from hub_gateway.kernels.types import ExecutionState, Registration
 from hub_gateway.link import codec, messages, wire
+from hub_gateway.link.acknowledging import Acknowledging
 from hub_gateway.link.client import AgentLink
 from hub_gateway.link.codec import Batch, Event, Large
+from hub_gateway.link.pending import Pending, PendingRequests, key_of
 from hub_gateway.link.progress import Progress, Request, msg_id_of
 from hub_gateway.link.sinks import Client, Delivery, Notice, Sink, Standby, mark_of, number_of
 from hub_gateway.link.wire import Dialect
@@ -25,12 +25,8 @@ __all__ = ["KernelRelay"]
 _CHANNEL = {name.decode(): number for number, name in enumerate(codec.CHANNELS)}
 _IOPUB = _CHANNEL["iopub"]
 _REPLIES = (_CHANNEL["shell"], _CHANNEL["control"])
-ACK_MESSAGES = 32
-ACK_BYTES = 64 * 2**10
-ACK_SECONDS = 0.01
 STANDBY_SECONDS = 30.0
 MAX_NOTICES = 5
-HANDING_SECONDS = 30.0
 LOST_SECONDS = 600.0
 """For so long clients come back to a kernel that was lost: some retry for minutes."""
 
@@ -46,31 +42,6 @@ def _ignore(name: str, amount: int) -> None:
 
 def _no_event(event: Mapping[str, Any]) -> None:
     """Nobody listens."""
-
-
-def _keep_not(key: str, frames: Sequence[bytes]) -> None:
-    """What waits is in memory only."""
-
-
-def _keep_no_more(keys: Sequence[str]) -> None:
-    """As nothing was kept."""
-
-
-def key_of(session: str, msg_id: str) -> str:
-    """By what a request of a client is known again."""
-    return hashlib.sha256(f"{session}\0{msg_id}".encode("utf-8", "replace")).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """A message that waits for the link. `key` is empty where it is in memory only."""
-
-    key: str
-    frames: Sequence[bytes]
-
-    @property
-    def size(self) -> int:
-        return sum(map(len, self.frames[4:]))
 
 
 class KernelRelay:
@@ -101,10 +72,7 @@ class KernelRelay:
     ) -> None:
         self.kernel_id = kernel_id
         self.on_event = on_event
-        self.on_waits: Callable[[str, Sequence[bytes]], None] = _keep_not
-        """Told (key, frames) of a request that waits for the link, to be kept where it outlives this process."""
-        self.on_settled: Callable[[Sequence[str]], None] = _keep_no_more
-        """Told the keys of those that the agent has, or whose client knows that there is no kernel."""
+        self.pending = PendingRequests(queue_bytes)
         self.execution_state = ExecutionState.STARTING
         self.last_activity = datetime.now(timezone.utc)
         self.ready = False
@@ -114,7 +82,6 @@ class KernelRelay:
         self._context = zmq_context
         self._replica = replica
         self._backlog_bytes = backlog_bytes
-        self._queue_bytes = queue_bytes
         self._request_bytes = request_bytes
         self._count = count
         self._timing = (ping_seconds, lost_seconds)
@@ -123,19 +90,13 @@ class KernelRelay:
         self._clients: dict[bytes, Client] = {}
         self._standby = Standby()
         self._doubts: set[asyncio.Task[None]] = set()
-        self._queue: list[_Waiting] = []
-        self._queued = 0
-        self._kept: set[str] = set()
-        self._handing: set[asyncio.Task[None]] = set()
         self._progress = Progress(self._say, self._refused)
         self._lost_until = 0.0
         self._ran = False
         self._attachments = 0
         self._notices: list[Notice] = []
         """What no notebook has shown yet; whoever comes gets it."""
-        self._ack_handle: asyncio.Handle | None = None
-        self._ack_soon = False
-        self._unacked = [0, 0]
+        self._acknowledging = Acknowledging(self._acknowledge)
 
     # -- clients
 
@@ -262,48 +223,22 @@ class KernelRelay:
         # A client without a session of its own cannot come back for the answer.
         msg_id = msg_id_of(parts[0]) if sink.keep else ""
         key = key_of(sink.session, msg_id) if msg_id else ""
-        if key in self._kept:
-            return  # its client has sent it again
-        size = sum(map(len, parts))
-        if self._queued + size > self._queue_bytes:
-            raise PayloadTooLarge(
-                f"The kernel is not there yet, and more than {self._queue_bytes >> 20} MB are waiting for it already. "
-                "Wait until it is ready, then send this again."
-            )
-        self._queue.append(_Waiting(key, frames))
-        self._queued += size
-        if key:
-            self._kept.add(key)
-            self.on_waits(key, frames)
+        self.pending.add(Pending(key, frames))
 
     def restore(self, requests: Sequence[tuple[str, Sequence[bytes]]]) -> None:
         """Requests (key, frames) that another gateway was given and has not passed on, as far as is known.
 
         They go before those that came since. The agent passes over what it has had already.
         """
-        found = [_Waiting(key, frames) for key, frames in requests if key not in self._kept]
-        self._kept.update(one.key for one in found)
-        if self._progress.failed:
-            self._settled([one.key for one in found if b"_request" not in one.frames[4]])
-        else:
-            self._queue[:0] = found
-            self._queued += sum(one.size for one in found)
-        for one in found:
+        for one in self.pending.restore(requests, failed=self._progress.failed):
             session, channel = one.frames[1].decode("utf-8", "replace"), codec.CHANNELS[one.frames[2][0]].decode()
             # What a kernel that is there has printed under a cell is not to be cleared like progress.
             self._progress.add(session, channel, one.frames[4], shown=not self.ready)
         if self.linked:
-            self._send_queued()
-
-    def _settled(self, keys: Sequence[str]) -> None:
-        known = [key for key in keys if key in self._kept]
-        if known:
-            self._kept.difference_update(known)
-            self.on_settled(known)
+            self._send_pending()
 
     def _refused(self, request: Request) -> None:
-        if self._kept:
-            self._settled([key_of(request.session, request.msg_id)])
+        self.pending.settle([key_of(request.session, request.msg_id)])
 
     def _attach(self, client: Client) -> None:
         link = self._link
@@ -361,9 +296,7 @@ class KernelRelay:
         self._close_link()
 
     def _close_link(self) -> None:
-        if self._ack_handle is not None:
-            self._ack_handle.cancel()
-            self._ack_handle = None
+        self._acknowledging.cancel()
         if self._link is not None:
             self._acknowledge()
             self._link.close()
@@ -460,9 +393,7 @@ class KernelRelay:
         name = "DeadKernelError" if self._ran else "KernelStartError"
         self.ready = self._ran = False
         self.execution_state = ExecutionState.DEAD
-        queue, self._queue, self._queued = self._queue, [], 0
-        # What has no reply is not missed; requests are settled when their clients have been told.
-        self._settled([one.key for one in queue if b"_request" not in one.frames[4]])
+        self.pending.give_up()
         told = self._progress.fail(name, text, stderr_lines)
         for session in {client.sink.session for client in self._clients.values()} if ran else told:
             self._tell_dead(session)
@@ -569,10 +500,7 @@ class KernelRelay:
             for client in self._clients.values():
                 if client.state is Delivery.LIVE and client.served == client.delivered and client.key != to:
                     client.served = client.delivered = max(last, client.served)
-        unacked = self._unacked
-        unacked[0] += count
-        unacked[1] += size
-        self._acknowledge_later()
+        self._acknowledging.add(count, size)
 
     def _on_flushed(self, client: Client, marked: int) -> None:
         if self._clients.get(client.key) is not client:
@@ -584,69 +512,34 @@ class KernelRelay:
         if client.state is Delivery.PAUSED and client.sink.backlog <= self._backlog_bytes // 4:
             self._attach(client)
 
-    def _acknowledge_later(self) -> None:
-        """At the end of this turn of the loop, or, for a few messages only, a little later."""
-        urgent = self._unacked[0] >= ACK_MESSAGES or self._unacked[1] >= ACK_BYTES
-        if self._ack_handle is not None:
-            if not urgent or self._ack_soon:
-                return
-            self._ack_handle.cancel()
-        loop = asyncio.get_running_loop()
-        self._ack_soon = urgent
-        if urgent:
-            self._ack_handle = loop.call_soon(self._acknowledge)
-        else:
-            self._ack_handle = loop.call_later(ACK_SECONDS, self._acknowledge)
-
     def _acknowledge(self) -> None:
-        if self._ack_handle is not None:
-            self._ack_handle.cancel()
-            self._ack_handle = None
+        self._acknowledging.cancel()
         cursors = []
         for client in self._clients.values():
             if client.served > client.acked and client.state is not Delivery.WAITING:
                 client.acked = client.served
                 cursors.append((client.key, client.served))
-        if self._link is not None and (cursors or self._unacked[1]):
-            self._unacked = [0, 0]
+        if self._link is not None and (cursors or self._acknowledging.due):
+            self._acknowledging.sent()
             self._link.acknowledge(cursors)
 
     def on_greeted(self, welcome: Mapping[str, Any]) -> None:
         """Attach everybody again, and let go what has waited for the link."""
         assert self._link is not None
         self.welcome = welcome
-        self._unacked = [0, 0]
+        self._acknowledging.sent()
         self._on_state(welcome)
         for client in self._clients.values():
             client.acked = 0  # what was said on an earlier connection may not have arrived
             self._attach(client)
-        self._send_queued()
+        self._send_pending()
         if welcome.get("phase") == "running":
             self._on_ready()
         self.on_event(dict(welcome))
 
-    def _send_queued(self) -> None:
+    def _send_pending(self) -> None:
         assert self._link is not None
-        queue, self._queue, self._queued = self._queue, [], 0
-        for session in {bytes(one.frames[1]) for one in queue if one.key} - self._clients.keys():
-            # Or else what comes of it would be for nobody.
-            self._link.tell("expect", session=session.decode("utf-8", "replace"))
-        for one in queue:
-            self._link.request(list(one.frames), bounded=False)
-        keys = [one.key for one in queue if one.key]
-        if keys:
-            task = asyncio.ensure_future(self._hand_over(self._link, keys))
-            self._handing.add(task)
-            task.add_done_callback(self._handing.discard)
-
-    async def _hand_over(self, link: AgentLink, keys: Sequence[str]) -> None:
-        """Settle requests once the agent has said that it has them; or else they are found, and sent, again."""
-        try:
-            await link.call("ping", HANDING_SECONDS)
-        except GatewayError:
-            self._kept.difference_update(keys)
-        else:
-            self._settled(keys)
+        self.pending.send(self._link, self._clients.keys())
 
     def on_lost(self) -> None:
         """Tell the owner; the link goes on trying. What clients send is kept meanwhile."""
@@ -654,7 +547,7 @@ class KernelRelay:
 
     def on_back(self) -> None:
         """Let go what has waited; nothing else was lost."""
-        self._send_queued()
+        self._send_pending()
         self.on_event({"event": "back"})
 
     def on_agent_event(self, event: Event) -> None:
@@ -702,7 +595,7 @@ class KernelRelay:
             # A client that named its last number has all up to there, of which the agent need not know yet.
             client.delivered = client.served = max(0, start)
             client.acked = 0
-            self._acknowledge_later()
+            self._acknowledging.later()
         if isinstance(lost, int) and lost > 0:
             self._count("lost_messages", lost)
             text = f"\n[{lost} messages of this kernel were given up while this notebook was away.]\n"

@@ -100,7 +100,7 @@ async def test_what_is_sent_twice_runs_once(start: Start, early: bool) -> None:
     other = await start(to=gateway.agent).connect(epoch=2)
     parts = [json.dumps(header).encode(), b"{}", b"{}", json.dumps({"code": "n = 100", "silent": False}).encode()]
     other.relay.restore([("k", codec.encode_request(sink.session.encode(), 0, sink.session.encode(), parts))])
-    await eventually(lambda: not other.relay._kept, "the agent to have it")
+    await eventually(lambda: not other.relay.pending.kept, "the agent to have it")
     await eventually(lambda: sink.finished(first), "the cell to end")
     again = gateway.attach(Collector())
     await gateway.execute(again, "print(n)")
@@ -112,7 +112,7 @@ async def test_an_answer_waits_for_a_client_that_is_not_back_yet(start: Start) -
     """Of a request that an earlier gateway was given, to an agent that has never heard of its session."""
     gateway = await start(IPYTHON).connect()
     settled: list[str] = []
-    gateway.relay.on_settled = settled.extend
+    gateway.relay.pending.on_settled = settled.extend
     header = {"msg_id": "m1", "msg_type": "execute_request", "session": "away", "username": "", "version": "5.3"}
     parts = [json.dumps(header).encode(), b"{}", b"{}", json.dumps({"code": "print(6 * 7)", "silent": False}).encode()]
     gateway.relay.restore([("k", codec.encode_request(b"away", 0, b"away", parts))])
@@ -814,7 +814,7 @@ async def test_a_session_may_move_from_one_gateway_to_another(start: Start) -> N
     second = await start(to=first.agent).connect()
     sink = first.attach(Collector("s"))
     await first.execute(sink, "flood 10 20")
-    await eventually(lambda: first.relay._ack_handle is None, "the agent to be told how far the session is")
+    await eventually(lambda: not first.relay._acknowledging.scheduled, "the agent to be told how far the session is")
     await first.relay.ping()  # it has heard it, too
     moved = second.attach(Collector("s"))
     await second.execute(moved, "flood 10 20")
