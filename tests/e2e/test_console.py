@@ -11,6 +11,7 @@ import pytest
 
 from hub_gateway.demo.forms import forms_of
 from tests.harness.hub import RealHub
+from tests.harness.waiting import until
 
 ADMIN = ("kernels", "policies", "policies/bob-one", "requests", "queue", "usage", "audit?verify=yes", "maintenance")
 
@@ -68,6 +69,27 @@ def test_bob_meets_his_limit_asks_and_gets_more(hub: RealHub, admin: httpx.Clien
     assert too_long.status_code == 400 and "ten years at most" in too_long.text
     for kernel in httpx.get(f"{hub.gateway_url}/api/kernels", headers={"Authorization": f"token {token}"}).json():
         assert kernel["id"] in admin.get(f"{hub.gateway_url}/admin/kernels").text
+
+
+def test_an_entry_of_the_ledger_is_found_and_corrected(hub: RealHub, admin: httpx.Client) -> None:
+    """By the number that the page shows; the correction is an entry of its own, which says why."""
+    token = hub.user_token("alice")
+    kernel = launch(hub, token).json()["id"]
+    headers = {"Authorization": f"token {token}"}
+    assert httpx.delete(f"{hub.gateway_url}/api/kernels/{kernel}", headers=headers, timeout=30).status_code == 204
+    address = f"{hub.gateway_url}/admin/ledger?user=alice"
+
+    def number() -> str:
+        found = re.search(r'<tr><th scope="row">(\d+)</th><td class="name">alice</td>', admin.get(address).text)
+        return found[1] if found else ""
+
+    entry = until(number, "the entry of a kernel that has ended")
+    mine = httpx.get(f"{hub.gateway_url}/api/ledger/entries", headers=headers).json()["entries"]
+    assert [(one["id"], one["kernel_id"]) for one in mine] == [(int(entry), kernel)]
+    done = fill(admin, address, "entry", entry=entry, seconds="60", note="the <b>Hub</b> was away")
+    assert f"Entry {entry} is corrected by entry" in done.text
+    shown = admin.get(address).text
+    assert f"corrects {entry}: the &lt;b&gt;Hub&lt;/b&gt; was away" in shown
 
 
 def test_a_policy_is_previewed_saved_and_not_overwritten(hub: RealHub, admin: httpx.Client) -> None:
