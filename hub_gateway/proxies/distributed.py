@@ -34,9 +34,8 @@ from hub_gateway.proxies.local import AGENT_ENVIRONMENT, unlimited
 from hub_gateway.proxies.ssh_check import Checker
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, listed
 from hub_gateway.proxies.ssh_node import Bundle, Nodes, as_error
-from hub_gateway.proxies.ssh_pool import Problem, SshError, SshPool
+from hub_gateway.proxies.ssh_pool import Lane, Problem, SshError, SshPool
 from hub_gateway.proxies.ssh_tunnel import Tunnels
-from hub_gateway.proxies.threads import to_its_end
 
 __all__ = ["DistributedProxy"]
 
@@ -87,8 +86,8 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             try:
                 made = await self._launch_on(host, request, state)
             except SshError as error:
-                self.known.failed(name, error.text)
-                if error.problem is Problem.BROKEN or pinned:
+                self._failed(host, user, error)
+                if error.problem.sent or pinned:
                     raise as_error(host, error) from error  # it may run there: nowhere else before that is known
                 refused[name] = error.text
                 continue
@@ -171,7 +170,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             }
             return self.nodes.call(host, login, "launch", asked, user=user, within=LAUNCH_SECONDS)
 
-        return await to_its_end(self.pool.run(host, go))
+        return await self.pool.run(host, go, who=self._who(user))
 
     def _registered(self, host: Host, request: LaunchRequest, made: Mapping[str, Any]) -> State:
         """What the last state says beside the first. Raises `LaunchFailed`."""
@@ -292,7 +291,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         host, user = self._host(name, state), self._user(state.get("user"))
         call = self._calling(host, "logs", user, READ_SECONDS, {"runtime_dir": directory})
         try:
-            answer = await self.pool.run(host, call)
+            answer = await self.pool.run(host, call, who=self._who(user))
         except SshError as error:
             raise as_error(host, error) from error
         return "\n".join(str(answer["text"]).splitlines()[-lines:])
@@ -313,7 +312,11 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             "runtime_root": self.runtime_root,
             "drain_file": self.drain_file,
         }
-        asked = self.pool.run(host, lambda: self.nodes.call(host, self.user, "find", request, within=READ_SECONDS))
+        asked = asyncio.ensure_future(
+            self.pool.run(
+                host, lambda: self.nodes.call(host, self.user, "find", request, within=READ_SECONDS), lane=Lane.LOOK
+            )
+        )
         asked.add_done_callback(_unheard)
         done, _ = await asyncio.wait({asked}, timeout=self.ask_seconds)
         if not done:
@@ -322,7 +325,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         try:
             found = asked.result()
         except SshError as error:
-            self.known.failed(host.name, error.text)
+            self._failed(host, self.user, error)
             return None, error.text
         except GatewayError as error:
             return None, error.message
@@ -335,9 +338,10 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
     async def _effect(self, host: Host, action: str, user: str, request: Mapping[str, Any]) -> None:
         """Have something done, to its end. Raises `Unavailable`."""
         try:
-            await to_its_end(self.pool.run(host, self._calling(host, action, user, LAUNCH_SECONDS, request)))
+            call = self._calling(host, action, user, LAUNCH_SECONDS, request)
+            await self.pool.run(host, call, who=self._who(user))
         except SshError as error:
-            self.known.failed(host.name, error.text)
+            self._failed(host, user, error)
             raise as_error(host, error) from error
         except LaunchFailed as error:  # of something that is to end: it is not known whether it has
             raise Unavailable(error.message, hint=error.hint) from error
@@ -373,6 +377,16 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
     def _login(self, user: str) -> str:
         """As whom to log in for a kernel of that user."""
         return user if self.login_as_owner else self.user
+
+    def _who(self, user: str) -> str:
+        """Whose turn a call is, of users who must not hold each other up; nobody's where there is but one."""
+        return "" if user == self.user else user
+
+    def _failed(self, host: Host, user: str, error: SshError) -> None:
+        """Remember what is wrong with a host: what one user alone has there keeps nobody else's kernels away."""
+        theirs = not error.problem.of_host or (error.problem is Problem.REFUSED and self.login_as_owner)
+        if user == self.user or not theirs:
+            self.known.failed(host.name, error.text)
 
     def _directory(self, request: LaunchRequest, host: Host, user: str) -> str:
         return self._path(request.gateway_id, request.kernel_id, host, user)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from traitlets import Bool, Dict, Enum, Float, List, TraitError, Unicode, Union, default, validate
+from traitlets import Bool, Dict, Enum, Float, Integer, List, TraitError, Unicode, Union, default, validate
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway.kernels.types import Resources
@@ -123,6 +123,15 @@ class DistributedOptions(LoggingConfigurable):
         "/tmp",  # noqa: S108 (what is made there is 0700, and refused where somebody else made it)
         help="Directory on the hosts, writable for all, in which kernels have theirs: `hub-gateway-USER/...`.",
     ).tag(config=True)
+    calls_per_user = Integer(
+        4,
+        min=1,
+        help="""How many of one user's kernels a host starts or ends at once; further ones take their turns.
+
+        Where a user's login shell or home directory hangs, what was begun counts until the host has ended it, so that
+        no more of it is heaped up there. Other users do not wait for it.
+        """,
+    ).tag(config=True)
     sudo_command = List(
         Unicode(),
         default_value=["sudo", "-n", "-H", "-u", "{user}", "--"],
@@ -216,7 +225,7 @@ class DistributedOptions(LoggingConfigurable):
     def ssh_options(self) -> SshOptions:
         """How to connect."""
         files = tuple(Path(name).expanduser() for name in self.known_hosts)
-        return SshOptions(files, self._authenticate, self.connect_seconds)
+        return SshOptions(files, self._authenticate, self.connect_seconds, self.calls_per_user)
 
     def node_options(self) -> NodeOptions:
         """How the launcher is called."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from hub_gateway.errors import GatewayError, LaunchFailed, Unavailable
 from hub_gateway.proxies.ssh_hosts import Host
-from hub_gateway.proxies.ssh_pool import Done, SshError, SshPool
+from hub_gateway.proxies.ssh_pool import Done, Lane, SshError, SshPool
 
 __all__ = ["Bundle", "NodeOptions", "Nodes", "Shelf", "as_error", "readable"]
 
@@ -78,14 +78,14 @@ class Nodes:
         self.options = options
         self._shelves: dict[tuple[str, str], Shelf] = {}
 
-    def shelf(self, host: Host, login: str, *, anew: bool = False) -> Shelf:
+    def shelf(self, host: Host, login: str, lane: Lane = Lane.CALL, *, anew: bool = False) -> Shelf:
         """Where the launchers lie, brought there if they are not. Raises `SshError`, `LaunchFailed`."""
         found = self._shelves.get((host.name, login))
         if found is not None and not anew:
             return found
         words = [self.options.python, "-I", "-c", BOOTSTRAP]
         root = self.options.root.replace("{user}", login)
-        done = self.pool.command(host, login, words, self.bundle.request(root), SHELVE_SECONDS)
+        done = self.pool.command(host, login, words, self.bundle.request(root), SHELVE_SECONDS, lane)
         answer = _answer(done)
         if answer is None:
             raise LaunchFailed(
@@ -99,7 +99,7 @@ class Nodes:
                 f"({readable(answer.get('error'))}). Ask the administrator.",
                 hint=f"DistributedProxy.launchers_root is {root}",
             )
-        made = Shelf(str(answer["directory"]), str(answer["agent"]), self.pool.address(host, login))
+        made = Shelf(str(answer["directory"]), str(answer["agent"]), done.address)
         self._shelves[host.name, login] = made
         return made
 
@@ -111,11 +111,12 @@ class Nodes:
         Raises `SshError` where the host could not be asked, `LaunchFailed` where it refuses.
         """
         document = {**request, "action": action, "user": user}
+        lane = Lane.LOOK if user is None else Lane.CALL
         for anew in (False, True):
-            shelf = self.shelf(host, login, anew=anew)
+            shelf = self.shelf(host, login, lane, anew=anew)
             prefix = [] if user in (None, login) or login == "root" else self._sudo(user)
             words = [*prefix, self.options.python, "-I", f"{shelf.directory}/node.py"]
-            done = self.pool.command(host, login, words, _line(document), within)
+            done = self.pool.command(host, login, words, _line(document), within, lane)
             answer = _answer(done)
             if answer is not None:
                 break

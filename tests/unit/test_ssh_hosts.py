@@ -17,7 +17,7 @@ from hub_gateway.proxies.distributed import DistributedProxy, _phase
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, Placement, host_of, listed
 from hub_gateway.proxies.ssh_node import Nodes
-from hub_gateway.proxies.ssh_pool import _Place
+from hub_gateway.proxies.ssh_pool import Lane, _Connection, _Place
 
 
 @pytest.mark.parametrize(
@@ -99,13 +99,13 @@ async def test_a_check_leaves_the_connections_of_kernels_alone() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     proxy = DistributedProxy(config=Config(DistributedProxy={"hosts": [f"127.0.0.1:{port}"], "user": "hub"}))
-    used = object()
-    place = proxy.pool._places["127.0.0.1", port, "hub"] = _Place(client=used)
+    used = _Connection(object())
+    place = proxy.pool._places["127.0.0.1", port, "hub", Lane.LOOK] = _Place(connections=[used])
     with place.lock:
         (finding,) = [one for one in await asyncio.wait_for(proxy.check(), 10) if one.what != "limits"]
     assert finding.level == "error" and "cannot be reached" in finding.message
-    assert place.client is used
-    place.client = None
+    assert place.connections == [used]
+    place.connections.clear()
     await proxy.close()
 
 
