@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -31,6 +32,7 @@ from hub_gateway.proxies.base import (
 )
 from hub_gateway.proxies.distributed_config import DistributedOptions
 from hub_gateway.proxies.local import AGENT_ENVIRONMENT, unlimited
+from hub_gateway.proxies.names import NAMES
 from hub_gateway.proxies.ssh_check import Checker
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, listed
 from hub_gateway.proxies.ssh_node import Bundle, Nodes, as_error
@@ -56,6 +58,8 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         self.pool = SshPool(self.ssh_options())
         self.nodes = Nodes(self.pool, Bundle(Path(launchers_dir())), self.node_options())
         self.tunnels = Tunnels()
+        self._names_taken: dict[tuple[str, str], int] = {}
+        """By host and user, how many names of directories are somebody else's there."""
 
     @cached_property
     def known(self) -> Hosts:
@@ -72,15 +76,12 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         user = self._user(request.unix_user)
         refused: dict[str, str] = {}
         pinned = "host" in (request.previous or {})  # to where an interrupted launch may have left something
-        for name in await self._candidates(request, refused):
+        todo = deque((name, 0) for name in await self._candidates(request, refused))
+        while todo:
+            name, attempt = todo.popleft()
             host = self._host(name, request.previous)
-            state: State = {
-                "host": host.name,
-                "address": host.address,
-                "port": host.port,
-                "user": user,
-                "runtime_dir": self._directory(request, host, user),
-            }
+            where: State = {"host": host.name, "address": host.address, "port": host.port}
+            state: State = {**where, "user": user, "runtime_dir": self._directory(request, host, user, attempt)}
             # The intent is recorded before anything is done: whatever follows can be found by it.
             yield {**state, "progress": f"starting on {host.name}"}
             try:
@@ -95,9 +96,15 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
                 if not pinned:
                     yield {"nowhere": True}  # the launcher leaves nothing behind where it refuses
                 raise
+            if made.get("taken"):
+                refused[name] = f"somebody there has taken the place of the kernels of {user} ({made['taken']})"
+                if attempt < NAMES:
+                    todo.appendleft((name, attempt + 1))
+                continue
             if made.get("drained"):
                 self.known.of(name).drained = refused[name] = str(made["drained"])
                 continue
+            self._names_taken[host.name, user] = self._names_taken.get((host.name, user), 0) + attempt
             yield {**state, **self._registered(host, request, made)}
             return
         yield {"nowhere": True}  # there is nothing to end, on hosts that could not even be asked
@@ -388,13 +395,17 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         if user == self.user or not theirs:
             self.known.failed(host.name, error.text)
 
-    def _directory(self, request: LaunchRequest, host: Host, user: str) -> str:
-        return self._path(request.gateway_id, request.kernel_id, host, user)
+    def _directory(self, request: LaunchRequest, host: Host, user: str, attempt: int) -> str:
+        recorded = (request.previous or {}).get("runtime_dir")
+        if isinstance(recorded, str) and not attempt:
+            return recorded  # perhaps by another gateway, which has other names
+        return self._path(request.gateway_id, request.kernel_id, host, user, attempt)
 
-    def _path(self, gateway_id: str, kernel_id: str, host: Host, user: str) -> str:
+    def _path(self, gateway_id: str, kernel_id: str, host: Host, user: str, attempt: int = 0) -> str:
         # Hashed: kernel ids may come from clients, and the path must be short and the kernel's alone.
         name = hashlib.sha256(f"{gateway_id}/{kernel_id}/{host.name}".encode()).hexdigest()[:16]
-        return f"{self.runtime_root}/hub-gateway-{user}/{name}"
+        number = self._names_taken.get((host.name, user), 0) + attempt
+        return f"{self.runtime_root}/{self.names.name(user, f'{user}@{host.name}/{number}')}/{name}"
 
 
 def _phase(kernel_id: str, state: State, found: Mapping[str, Any] | None, why: str) -> PhaseReport:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import hmac
 import json
 import os
 import pwd
 import py_compile
-import secrets
 import select
 import shutil
 import signal
@@ -47,15 +45,13 @@ from hub_gateway.proxies.base import (
     ProcessProxy,
     State,
 )
+from hub_gateway.proxies.names import NAMES, DirectoryNames
 from hub_gateway.proxies.threads import to_its_end
-from hub_gateway.statedir import StateDir
 
 __all__ = ["AGENT_ENVIRONMENT", "LocalProxy", "unlimited"]
 
 T = TypeVar("T")
 LINE_SECONDS = 30.0
-NAMES = 100
-"""How many names of one user somebody else may take."""
 AGAIN_SECONDS = 1.0
 
 # glibc would return each large buffer to the system and ask for it again: a third of the CPU for 1 MB messages.
@@ -548,8 +544,7 @@ class LocalProxy(ProcessProxy):
         """
         uid = self._uid(user)
         for number in range(NAMES):
-            digest = hmac.new(self._secret, f"{user}/{number}".encode(), "sha256").hexdigest()[:16]
-            path = root / f"hub-gateway-{user}-{digest}"
+            path = root / self._names.name(user, f"{user}/{number}")
             try:
                 if path.lstat().st_uid == uid:
                     return path
@@ -561,9 +556,8 @@ class LocalProxy(ProcessProxy):
         )
 
     @cached_property
-    def _secret(self) -> bytes:
-        state_dir = getattr(self.parent, "state_dir", "")
-        return StateDir(state_dir).secret("directory_names") if state_dir else secrets.token_bytes(32)
+    def _names(self) -> DirectoryNames:
+        return DirectoryNames(getattr(self.parent, "state_dir", ""))
 
     def _provide(self, parent: Path, user: str) -> None:
         """Make the user's directory in one that only root may write to."""

@@ -99,6 +99,9 @@ def _facts(host: Host, answer: Mapping[str, Any], options: DistributedOptions) -
             f"the disk of {root} is {'full' if level == 'error' else 'nearly full'} ({free / 1e6:.0f} MB are free)"
         )
         yield Finding(level, host.name, message, "make room there")
+    if answer.get("open"):
+        message = f"{root} is open to all without the sticky bit: users can take away each other's directories"
+        yield Finding("error", host.name, message, f"on {host.name}: chmod +t {root}")
     if answer.get("limits"):
         message = f"limits cannot be enforced: {_last(answer['limits'])}"
         yield Finding("error", host.name, message, "correct DistributedProxy.limit_command")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,10 +44,11 @@ class Bundle:
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.hashes, sort_keys=True).encode()).hexdigest()
 
-    def request(self, root: str) -> bytes:
+    def request(self, root: str, names: Sequence[str]) -> bytes:
         """What `launchers/shelve.py` reads, that program first."""
         program = (self.directory / "shelve.py").read_bytes()
-        document = {"root": root, "digest": self.digest, "files": self.texts, "hashes": self.hashes}
+        shelf = {"root": root, "names": names, "digest": self.digest}
+        document = {**shelf, "files": self.texts, "hashes": self.hashes}
         return b"%d\n%s%s" % (len(program), program, _line(document))
 
 
@@ -62,11 +63,15 @@ class Shelf:
 
 @dataclass(frozen=True)
 class NodeOptions:
-    """How the launcher is called. In `root` and `sudo`, `{user}` stands for a login and for the kernel's user."""
+    """How the launcher is called. In `root` and `sudo`, `{user}` stands for a login and for the kernel's user.
+
+    `names` are for the directory of a login on a host, where everybody may make one in `root`.
+    """
 
     python: str
     root: str
     sudo: tuple[str, ...]
+    names: Callable[[str, str], Sequence[str]]
 
 
 class Nodes:
@@ -85,7 +90,8 @@ class Nodes:
             return found
         words = [self.options.python, "-I", "-c", BOOTSTRAP]
         root = self.options.root.replace("{user}", login)
-        done = self.pool.command(host, login, words, self.bundle.request(root), SHELVE_SECONDS, lane)
+        request = self.bundle.request(root, self.options.names(login, host.name))
+        done = self.pool.command(host, login, words, request, SHELVE_SECONDS, lane)
         answer = _answer(done)
         if answer is None:
             raise LaunchFailed(
