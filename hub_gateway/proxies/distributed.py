@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import GatewayError, LaunchFailed, LaunchRefused, Unavailable
 from hub_gateway.kernels.types import JSON, Registration
 from hub_gateway.proxies import tagged
+from hub_gateway.proxies.agent_config import AGENT_ENVIRONMENT, agent_config
 from hub_gateway.proxies.base import (
     ClusterObject,
     Finding,
@@ -31,7 +32,6 @@ from hub_gateway.proxies.base import (
     State,
 )
 from hub_gateway.proxies.distributed_config import DistributedOptions
-from hub_gateway.proxies.local import AGENT_ENVIRONMENT, unlimited
 from hub_gateway.proxies.names import NAMES
 from hub_gateway.proxies.ssh_check import Checker
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, listed
@@ -150,23 +150,16 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         def go() -> dict[str, Any]:
             shelf = self.nodes.shelf(host, login)
             listen = "127.0.0.1" if self.network == "tunnel" else host.listen or shelf.address
-            first, last = self.port_limits(request.config)
-            agent = replace(
-                request.agent, register_url="", listen=listen, port_first=first, port_last=last
-            )  # its first line comes back by the connection, so it need not call
-            config = {
-                "version": 1,
-                "kernel_id": request.kernel_id,
-                "gateway_id": request.gateway_id,
-                "epoch": request.epoch,
-                "argv": self._argv(request, shelf.directory),
-                "runtime_dir": state["runtime_dir"],
-                "kernel_name": request.kernelspec,
-                "interrupt_mode": request.interrupt_mode,
-                "agent": asdict(agent),
-                "env": dict(request.env),
-                "cwd": request.cwd,
-            }
+            config = agent_config(
+                request,
+                argv=self._argv(request, shelf.directory),
+                launchers=Path(shelf.directory),
+                runtime_dir=str(state["runtime_dir"]),
+                env=request.env,
+                cwd=request.cwd,
+                listen=listen,
+                ports=self.port_limits(request.config),
+            )
             tags = tagged.arguments(request.kernel_id, request.gateway_id, request.epoch)
             asked = {
                 **self._names(state, request.gateway_id, request.kernel_id),
@@ -204,7 +197,6 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
     def _argv(self, request: LaunchRequest, shelf: str) -> list[str]:
         ours = str(launchers_dir())
         argv = [word.replace(ours, shelf, 1) if word.startswith(ours) else word for word in request.argv]
-        argv = unlimited(argv, Path(shelf))
         if argv[0] in ("python", "python3"):
             argv[0] = self.python
         return [*self.limits(request.resources), *argv]
