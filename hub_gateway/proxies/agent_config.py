@@ -1,4 +1,4 @@
-"""What an agent is told on its standard input, whichever proxy starts it."""
+"""What an agent is told on its standard input, and how long it may take to end, whichever proxy starts it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from traitlets import Float
+
 from hub_gateway.proxies.base import LaunchRequest
 
-__all__ = ["AGENT_ENVIRONMENT", "agent_config"]
+__all__ = ["AGENT_ENVIRONMENT", "agent_config", "shutdown_option"]
 
 # glibc would return each large buffer to the system and ask for it again: a third of the CPU for 1 MB messages.
 AGENT_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
+
+
+def shutdown_option(seconds: float) -> Float[float, float]:
+    """The option of a proxy how long its agents may take to end."""
+    made: Float[float, float] = Float(
+        seconds, help="How long (seconds) an agent may take to end its kernel and itself before it is killed."
+    ).tag(config=True)
+    return made
 
 
 def agent_config(

@@ -37,6 +37,7 @@ from hub_gateway.proxies.ssh_check import Checker
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, listed
 from hub_gateway.proxies.ssh_node import Bundle, Nodes, as_error
 from hub_gateway.proxies.ssh_pool import Lane, Problem, SshError, SshPool
+from hub_gateway.proxies.ssh_reports import nowhere, phase_of
 from hub_gateway.proxies.ssh_tunnel import Tunnels
 
 __all__ = ["DistributedProxy"]
@@ -108,7 +109,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             yield {**state, **self._registered(host, request, made)}
             return
         yield {"nowhere": True}  # there is nothing to end, on hosts that could not even be asked
-        raise LaunchFailed(_nowhere(refused))
+        raise LaunchFailed(nowhere(refused))
 
     async def _candidates(self, request: LaunchRequest, refused: dict[str, str]) -> list[str]:
         """The hosts to try, in this order. An interrupted launch is looked for where it was, and goes on there."""
@@ -222,7 +223,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             gateway_id = str(next(iter(some.values())).get("gateway_id") or "")
             found, why = await self._find(self._host(name, next(iter(some.values()))), gateway_id)
             for kernel_id, state in some.items():
-                reports[kernel_id] = _phase(kernel_id, state, found, why)
+                reports[kernel_id] = phase_of(kernel_id, state, found, why)
 
         if "" in by_host:
             reports.update({kernel_id: PhaseReport(Phase.PENDING) for kernel_id in by_host.pop("")})
@@ -400,36 +401,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         return f"{self.runtime_root}/{self.names.name(user, f'{user}@{host.name}/{number}')}/{name}"
 
 
-def _phase(kernel_id: str, state: State, found: Mapping[str, Any] | None, why: str) -> PhaseReport:
-    host, pid = state.get("host"), state.get("pid")
-    if found is None:
-        return PhaseReport(Phase.UNKNOWN, f"its host {host} cannot be asked: {why}")
-    if found.get("lost"):
-        return PhaseReport(Phase.GONE, f"its host {host} is lost")
-    if not isinstance(pid, int):
-        return PhaseReport(Phase.PENDING)
-    users = {str(one["user"]) for one in found["agents"] if (one["pid"], one["kernel_id"]) == (pid, kernel_id)}
-    if state.get("user") in users:
-        return PhaseReport(Phase.RUNNING)
-    if any(user.isdecimal() for user in users):  # its directory service is down, perhaps
-        return PhaseReport(Phase.UNKNOWN, f"{host} cannot tell whose its agent is: uid {' '.join(users)} has no name")
-    if found.get("blind"):
-        return PhaseReport(Phase.UNKNOWN, f"{host} does not show the processes of other users (hidepid)")
-    if state.get("boot") and found.get("boot") and state["boot"] != found["boot"]:
-        return PhaseReport(Phase.GONE, f"its host {host} was started anew")
-    return PhaseReport(Phase.GONE, f"its agent (pid {pid}) is not on {host} any more")
-
-
 def _unheard(future: asyncio.Future[Any]) -> None:
     """Perhaps nobody waits any more for what a slow host says."""
     if not future.cancelled():
         future.exception()
-
-
-def _nowhere(refused: Mapping[str, str]) -> str:
-    """Why no host took a kernel."""
-    if len(refused) == 1:
-        ((name, why),) = refused.items()
-        return f"The kernel cannot run: its host {name} is not to be had: {why}. Tell the administrator."
-    reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-    return f"The kernel cannot run: none of its hosts is to be had ({reasons}). Tell the administrator."

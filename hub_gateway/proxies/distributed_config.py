@@ -13,6 +13,7 @@ from traitlets import Bool, Dict, Enum, Float, Integer, List, TraitError, Unicod
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway.kernels.types import Resources
+from hub_gateway.proxies.agent_config import shutdown_option
 from hub_gateway.proxies.names import NAMES, DirectoryNames
 from hub_gateway.proxies.ssh_hosts import Host, Placement, host_of
 from hub_gateway.proxies.ssh_node import NodeOptions
@@ -180,9 +181,7 @@ class DistributedOptions(LoggingConfigurable):
     retry_seconds = Float(
         30.0, help="How long (seconds) a host that could not be reached takes no new kernels if there are others."
     ).tag(config=True)
-    shutdown_seconds = Float(
-        12.0, help="How long (seconds) an agent may take to end its kernel and itself before it is killed."
-    ).tag(config=True)
+    shutdown_seconds = shutdown_option(12.0)
 
     @default("user")
     def _default_user(self) -> str:

@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-from traitlets import Float, List, Unicode, default
+from traitlets import List, Unicode, default
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import LaunchFailed, Unavailable
 from hub_gateway.proxies import runas, tagged
-from hub_gateway.proxies.agent_config import AGENT_ENVIRONMENT, agent_config
+from hub_gateway.proxies.agent_config import AGENT_ENVIRONMENT, agent_config, shutdown_option
 from hub_gateway.proxies.base import (
     ClusterObject,
     Finding,
@@ -104,9 +104,7 @@ class LocalProxy(ProcessProxy):
         default_value=["LANG", "LC_ALL", "LC_CTYPE", "TZ"],
         help="Variables of the gateway's own environment that kernels get too. Name nothing secret.",
     ).tag(config=True)
-    shutdown_seconds = Float(
-        12.0, help="How long (seconds) an agent may take to end its kernel and itself before it is killed."
-    ).tag(config=True)
+    shutdown_seconds = shutdown_option(12.0)
 
     @default("runtime_root")
     def _default_runtime_root(self) -> str:

@@ -204,6 +204,7 @@ class SshPool:
     def close(self) -> None:
         """Disconnect. What runs on the hosts goes on."""
         self._closed = True
+        self._turns.close()
         with self._guard:
             connections = [one for place in self._places.values() for one in place.connections]
         for connection in connections:

@@ -45,17 +45,26 @@ class Turns:
 
     def __init__(self) -> None:
         self._lines: dict[Hashable, Line] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        """Let nobody begin any more."""
+        self._closed = True
+        for line in self._lines.values():
+            line.wake()
 
     @contextlib.asynccontextmanager
     async def take(self, key: Hashable, at_once: int) -> AsyncIterator[Line]:
         """Wait for one's turn, and have it. Raises `SshError` where nothing but what hangs would be waited for."""
         line = self._lines.setdefault(key, Line())
-        while line.full(at_once):
+        while not self._closed and line.full(at_once):
             if not line.running:
                 raise SshError(Problem.BUSY, f"{at_once} earlier calls for the same user hang there")
             turn = asyncio.get_running_loop().create_future()
             line.waiting.append(turn)
             await turn
+        if self._closed:
+            raise SshError(Problem.UNREACHABLE, "the gateway is ending")
         line.running += 1
         try:
             yield line

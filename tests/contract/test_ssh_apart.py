@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from hub_gateway.kernels.service import CreateKernel
 from hub_gateway.kernels.types import KernelRecord, KernelStatus
-from hub_gateway.proxies import distributed
+from hub_gateway.proxies import distributed, ssh_pool
 from hub_gateway.proxies.base import Phase
 from hub_gateway.proxies.ssh_pool import SESSIONS, Lane, Problem, SshError, SshPool
 from tests.contract.conftest import Bench
@@ -191,6 +193,28 @@ async def test_a_search_waits_for_no_launch(bench: Bench, gate: Gate, pool: SshP
     finally:
         release.set()
         await asyncio.gather(*blocked)
+
+
+async def test_a_port_that_does_not_answer_cuts_no_tunnel(
+    bench: Bench, pool: SshPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent of one user takes no connections; those to the agents of others are channels of the same."""
+    monkeypatch.setattr(ssh_pool, "CHANNEL_SECONDS", 1.0)
+    host = host_of(bench)
+    with contextlib.ExitStack() as each:
+        good = each.enter_context(socket.create_server(("127.0.0.1", 0)))
+        silent = each.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):  # Linux answers no more than it may keep for who listens
+            waiting = each.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(silent.getsockname())
+        channel = await asyncio.to_thread(pool.tunnel, host, LOGIN, good.getsockname())
+        agent = each.enter_context(good.accept()[0])
+        with pytest.raises(SshError) as caught:
+            await asyncio.to_thread(pool.tunnel, host, LOGIN, silent.getsockname())
+        assert caught.value.problem is Problem.UNFINISHED
+        channel.sendall(b"alive")
+        assert agent.recv(5) == b"alive"
 
 
 async def test_a_login_that_is_refused_to_one_user_closes_the_host_to_no_other(bench: Bench) -> None:

@@ -96,3 +96,14 @@ async def test_who_is_cancelled_while_waiting_keeps_nobody_waiting() -> None:
     second.cancel()
     await asyncio.wait_for(asyncio.gather(first, third), 10)
     assert second.cancelled() and calls.begun == ["ada", "ada"]
+
+
+async def test_who_waits_when_the_gateway_ends_is_told() -> None:
+    calls = Calls(at_once=1)
+    first, second = (asyncio.ensure_future(calls.one("ada")) for _ in range(2))
+    await settle()
+    calls.turns.close()
+    with pytest.raises(SshError, match="the gateway is ending"):
+        await asyncio.wait_for(second, 10)
+    calls.over.set()
+    await first
