@@ -131,7 +131,10 @@ def name_of(uid: int) -> str:
 
 @contextlib.contextmanager
 def alone(directory: str) -> Iterator[None]:
-    """Have a kernel's directory for oneself: a killed gateway may have left a launch that is still under way."""
+    """Have a kernel's directory for oneself: a killed gateway may have left a launch that is still under way.
+
+    Raises `runas.Refused`.
+    """
     runas.private_directory(directory)
     path = directory + ".lock"
     while True:
@@ -155,6 +158,13 @@ def alone(directory: str) -> Iterator[None]:
 def launch(request: Document, user: pwd.struct_passwd) -> Document:
     """Start the agent, or find the one that an earlier launch of the same kernel has started."""
     directory = runas.inside(request["runtime_dir"])
+    try:
+        return launch_in(directory, request, user)
+    except runas.Taken as error:
+        return {"taken": str(error)}  # the gateway has another name
+
+
+def launch_in(directory: str, request: Document, user: pwd.struct_passwd) -> Document:
     with alone(directory):
         runas.private_directory(directory)
         found = adopt(request, user)
@@ -212,8 +222,16 @@ def adopt(request: Document, user: pwd.struct_passwd) -> Document:
 
 def end(request: Document, user: pwd.struct_passwd) -> Document:
     """End a kernel, its agent and all that they started, and remove the directory. With `pid`, that agent alone."""
-    directory = runas.inside(request["runtime_dir"])
-    with alone(directory):
+    # Where it was recorded, or made by another replica under a name of its own.
+    wanted = runas.inside(request["runtime_dir"])
+    name = os.path.basename(wanted)
+    places = [os.path.join(folder, name) for folder in folders(os.path.dirname(os.path.dirname(wanted)))]
+    places = [place for place in places if own_directory(place)]
+    directory = wanted if wanted in places or not places else places[0]
+    with contextlib.ExitStack() as stack:
+        # What another user has in its place, or could look into, is left alone. The processes end all the same.
+        with contextlib.suppress(runas.Refused):
+            stack.enter_context(alone(directory))
         mine = {one["pid"] for one in agents(request, user.pw_uid)}
         only = request.get("pid")
         if only is not None:
@@ -228,7 +246,9 @@ def end(request: Document, user: pwd.struct_passwd) -> Document:
             if not late:
                 break
             stop(set(), late, 0.0)
-        runas.remove(request, user)
+        for place in set(places) | {directory}:
+            with contextlib.suppress(runas.Refused):
+                runas.remove({"runtime_dir": place}, user)
     return {}
 
 
@@ -310,13 +330,12 @@ def strike(request: Document, user: pwd.struct_passwd) -> Document:
 def find(request: Document, user: Optional[pwd.struct_passwd]) -> Document:
     """Which agents of this gateway run here, which directories are left, and how the node is."""
     left = []
-    folder = os.path.join(request["runtime_root"], "hub-gateway-%s" % name_of(os.getuid()))
-    for name in os.listdir(folder) if own_directory(folder) else []:
+    for path in [os.path.join(folder, name) for folder in folders(request["runtime_root"]) for name in listed(folder)]:
         try:
-            mark = json.loads(own_text(os.path.join(folder, name, MARK)))
+            mark = json.loads(own_text(os.path.join(path, MARK)))
             if (mark["gateway_id"], mark["host"]) == (request["gateway_id"], request["host"]):
                 epoch, kernel_id = int(mark["epoch"]), str(mark["kernel_id"])
-                left.append({"path": os.path.join(folder, name), "kernel_id": kernel_id, "epoch": epoch})
+                left.append({"path": path, "kernel_id": kernel_id, "epoch": epoch})
         except (OSError, ValueError, KeyError, TypeError):
             pass  # made at this moment, or removed
     return {
@@ -330,13 +349,30 @@ def find(request: Document, user: Optional[pwd.struct_passwd]) -> Document:
     }
 
 
+def folders(root: str) -> List[str]:
+    """The directories of this user's kernels in a root, of all replicas and versions of gateways.
+
+    They are known by whose they are, and not by their names: those that others make are left alone.
+    """
+    name = re.compile("hub-gateway-%s(-[0-9a-f]{16})?" % re.escape(name_of(os.getuid())))
+    found = [os.path.join(root, one) for one in listed(root) if name.fullmatch(one)]
+    return [folder for folder in found if own_directory(folder)]
+
+
+def listed(folder: str) -> List[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
 def own_directory(path: str) -> bool:
-    """Whether it is a directory of this user, not one that somebody else has put there under its name."""
+    """Whether it is a directory of this user, in which nobody else could have put anything."""
     try:
         found = os.lstat(path)
     except OSError:
         return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def own_text(path: str) -> str:
@@ -380,7 +416,8 @@ def look(request: Document, user: Optional[pwd.struct_passwd]) -> Document:
     try:
         room = os.statvfs(root)
         answer["free"] = room.f_bavail * room.f_frsize
-        answer["writable"] = os.access(root, os.W_OK | os.X_OK)
+        answer["writable"] = os.access(root, os.R_OK | os.W_OK | os.X_OK)
+        answer["open"] = os.stat(root).st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH
     except OSError as error:
         answer.update(free=0, writable=False, root_error=str(error))
     if request.get("limit_command"):

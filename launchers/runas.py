@@ -13,6 +13,7 @@ Needs Python 3.8, nothing else.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pwd
@@ -39,6 +40,10 @@ class Refused(Exception):
     """The request is not carried out; the sentence says why."""
 
 
+class Taken(Refused):
+    """Somebody else has what is to be a directory of this user."""
+
+
 def become(name: str) -> pwd.struct_passwd:
     """Be that user, for good. As root all ids change; otherwise we must be that user already."""
     try:
@@ -57,7 +62,7 @@ def become(name: str) -> pwd.struct_passwd:
 
 
 def private_directory(path: str) -> None:
-    """Make a directory, and its parent, for this user alone; refuse one that is somebody else's."""
+    """Make a directory, and its parent, for this user alone; refuse one that is somebody else's, or open to others."""
     for step in (os.path.dirname(path), path):
         try:
             os.mkdir(step, 0o700)
@@ -65,9 +70,11 @@ def private_directory(path: str) -> None:
             pass
         found = os.lstat(step)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise Refused("%s exists and is not a directory of %s" % (step, pwd.getpwuid(os.getuid()).pw_name))
-        if stat.S_IMODE(found.st_mode) & 0o077:
-            os.chmod(step, 0o700)
+            raise Taken("%s exists and is not a directory of %s" % (step, pwd.getpwuid(os.getuid()).pw_name))
+        mode = stat.S_IMODE(found.st_mode) & 0o777
+        if mode != 0o700:
+            # Closing it now would not tell what others have put there meanwhile.
+            raise Refused("%s has the mode %04o, where only its owner may look (0700); remove it" % (step, mode))
 
 
 def inside(path: str) -> str:
@@ -134,13 +141,19 @@ def logs(request: Document, user: pwd.struct_passwd) -> Document:
 
 
 def file_text(path: str, limit: int) -> str:
+    """The end of a file of this user. It is empty where there is none, or something that would be waited for."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - limit))
-            return file.read(limit).decode("utf-8", "replace")
-    except FileNotFoundError:
-        return ""
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return ""
+        raise
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+            return ""
+        file.seek(max(0, found.st_size - limit))
+        return file.read(limit).decode("utf-8", "replace")
 
 
 def send(request: Document, user: pwd.struct_passwd) -> Document:

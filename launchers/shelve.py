@@ -3,8 +3,9 @@
     python3 -I -c 'import sys;i=sys.stdin.buffer;exec(i.read(int(i.readline())))'
 
 reads this text, preceded by its length, and then one line, a JSON document: `root`, the directory for all versions;
-`digest`, the name of this one's; `files`, their texts by name, with `hashes` (SHA-256). What is there already and has
-the right hashes is kept. Everybody may read it, as kernels of any user start from it; only who logs in may write it.
+`names`, for a directory in it that is that instead, if everybody may write to it; `digest`, the name of this version's;
+`files`, their texts by name, with `hashes` (SHA-256). What is there already and has the right hashes is kept. Everybody
+may read it, as kernels of any user start from it; only who logs in may write it.
 
 Needs Python 3.8, nothing else.
 """
@@ -16,13 +17,14 @@ import hashlib
 import json
 import os
 import py_compile
+import re
 import shutil
 import stat
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict
+    from typing import Any, Dict, List
 
 
 class Refused(Exception):
@@ -36,6 +38,34 @@ def safe(path: str) -> None:
         raise Refused("%s is not a directory" % path)
     if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
         raise Refused("%s belongs to, or can be written by, somebody else" % path)
+
+
+def chosen(root: str, names: List[str]) -> str:
+    """The directory for all versions: `root`, or one in it that nobody else has made, where everybody may make some.
+
+    One that is there already is taken, whichever gateway made it: what lies in it is looked at in any case.
+    """
+    try:
+        mode = os.stat(root).st_mode
+    except FileNotFoundError:
+        return root
+    if not mode & stat.S_IWOTH:
+        return root
+    if not mode & stat.S_ISVTX:
+        raise Refused("everybody may take away what others have in %s, which lacks the sticky bit" % root)
+    ours = re.compile(re.escape(names[0].rpartition("-")[0]) + "-[0-9a-f]{16}")
+    there = [name for name in sorted(os.listdir(root)) if ours.fullmatch(name)]
+    taken = ""
+    for name in there + names:
+        try:
+            safe(os.path.join(root, name))
+        except FileNotFoundError:
+            pass
+        except Refused as error:
+            taken = str(error)
+            continue
+        return os.path.join(root, name)
+    raise Refused("somebody else has made all of %d directories in %s: %s" % (len(names), root, taken))
 
 
 def whole(directory: str, hashes: Dict[str, str]) -> bool:
@@ -104,7 +134,8 @@ def main() -> None:
     answer: Dict[str, Any]
     try:
         request = json.loads(sys.stdin.buffer.readline())
-        directory = put(request["root"], request["digest"], request["files"], request["hashes"])
+        root = chosen(request["root"], request["names"])
+        directory = put(root, request["digest"], request["files"], request["hashes"])
         answer = {"ok": True, "directory": directory, "agent": compiled(directory)}
     except (Refused, OSError, KeyError, ValueError) as error:
         answer = {"ok": False, "error": str(error)}

@@ -15,6 +15,7 @@ from traitlets.config import Configurable
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import LaunchFailed, LaunchRefused, Unavailable
+from hub_gateway.proxies.agent_config import shutdown_option
 from hub_gateway.proxies.base import ClusterObject, Finding, IdentityNeed, LaunchRequest, ProcessProxy
 from hub_gateway.proxies.docker_client import DockerDaemon, errors
 from hub_gateway.proxies.docker_spec import (
@@ -140,9 +141,7 @@ class ContainerProxy(ProcessProxy):
     register_seconds = Float(
         45.0, help="How long (seconds) an agent may take from the start of its container until it listens."
     ).tag(config=True)
-    shutdown_seconds = Float(
-        10.0, help="How long (seconds) an agent may take to end its kernel and itself before it is killed."
-    ).tag(config=True)
+    shutdown_seconds = shutdown_option(10.0)
     launchers = Unicode(help="Directory of the agent that is shipped with kernels. By default the installed one.").tag(
         config=True
     )

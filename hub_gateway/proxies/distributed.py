@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import GatewayError, LaunchFailed, LaunchRefused, Unavailable
 from hub_gateway.kernels.types import JSON, Registration
 from hub_gateway.proxies import tagged
+from hub_gateway.proxies.agent_config import AGENT_ENVIRONMENT, agent_config
 from hub_gateway.proxies.base import (
     ClusterObject,
     Finding,
@@ -30,13 +32,13 @@ from hub_gateway.proxies.base import (
     State,
 )
 from hub_gateway.proxies.distributed_config import DistributedOptions
-from hub_gateway.proxies.local import AGENT_ENVIRONMENT, unlimited
+from hub_gateway.proxies.names import NAMES
 from hub_gateway.proxies.ssh_check import Checker
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, listed
 from hub_gateway.proxies.ssh_node import Bundle, Nodes, as_error
-from hub_gateway.proxies.ssh_pool import Problem, SshError, SshPool
+from hub_gateway.proxies.ssh_pool import Lane, Problem, SshError, SshPool
+from hub_gateway.proxies.ssh_reports import nowhere, phase_of
 from hub_gateway.proxies.ssh_tunnel import Tunnels
-from hub_gateway.proxies.threads import to_its_end
 
 __all__ = ["DistributedProxy"]
 
@@ -57,6 +59,8 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         self.pool = SshPool(self.ssh_options())
         self.nodes = Nodes(self.pool, Bundle(Path(launchers_dir())), self.node_options())
         self.tunnels = Tunnels()
+        self._names_taken: dict[tuple[str, str], int] = {}
+        """By host and user, how many names of directories are somebody else's there."""
 
     @cached_property
     def known(self) -> Hosts:
@@ -73,22 +77,19 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         user = self._user(request.unix_user)
         refused: dict[str, str] = {}
         pinned = "host" in (request.previous or {})  # to where an interrupted launch may have left something
-        for name in await self._candidates(request, refused):
+        todo = deque((name, 0) for name in await self._candidates(request, refused))
+        while todo:
+            name, attempt = todo.popleft()
             host = self._host(name, request.previous)
-            state: State = {
-                "host": host.name,
-                "address": host.address,
-                "port": host.port,
-                "user": user,
-                "runtime_dir": self._directory(request, host, user),
-            }
+            where: State = {"host": host.name, "address": host.address, "port": host.port}
+            state: State = {**where, "user": user, "runtime_dir": self._directory(request, host, user, attempt)}
             # The intent is recorded before anything is done: whatever follows can be found by it.
             yield {**state, "progress": f"starting on {host.name}"}
             try:
                 made = await self._launch_on(host, request, state)
             except SshError as error:
-                self.known.failed(name, error.text)
-                if error.problem is Problem.BROKEN or pinned:
+                self._failed(host, user, error)
+                if error.problem.sent or pinned:
                     raise as_error(host, error) from error  # it may run there: nowhere else before that is known
                 refused[name] = error.text
                 continue
@@ -96,13 +97,19 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
                 if not pinned:
                     yield {"nowhere": True}  # the launcher leaves nothing behind where it refuses
                 raise
+            if made.get("taken"):
+                refused[name] = f"somebody there has taken the place of the kernels of {user} ({made['taken']})"
+                if attempt < NAMES:
+                    todo.appendleft((name, attempt + 1))
+                continue
             if made.get("drained"):
                 self.known.of(name).drained = refused[name] = str(made["drained"])
                 continue
+            self._names_taken[host.name, user] = self._names_taken.get((host.name, user), 0) + attempt
             yield {**state, **self._registered(host, request, made)}
             return
         yield {"nowhere": True}  # there is nothing to end, on hosts that could not even be asked
-        raise LaunchFailed(_nowhere(refused))
+        raise LaunchFailed(nowhere(refused))
 
     async def _candidates(self, request: LaunchRequest, refused: dict[str, str]) -> list[str]:
         """The hosts to try, in this order. An interrupted launch is looked for where it was, and goes on there."""
@@ -144,23 +151,16 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         def go() -> dict[str, Any]:
             shelf = self.nodes.shelf(host, login)
             listen = "127.0.0.1" if self.network == "tunnel" else host.listen or shelf.address
-            first, last = self.port_limits(request.config)
-            agent = replace(
-                request.agent, register_url="", listen=listen, port_first=first, port_last=last
-            )  # its first line comes back by the connection, so it need not call
-            config = {
-                "version": 1,
-                "kernel_id": request.kernel_id,
-                "gateway_id": request.gateway_id,
-                "epoch": request.epoch,
-                "argv": self._argv(request, shelf.directory),
-                "runtime_dir": state["runtime_dir"],
-                "kernel_name": request.kernelspec,
-                "interrupt_mode": request.interrupt_mode,
-                "agent": asdict(agent),
-                "env": dict(request.env),
-                "cwd": request.cwd,
-            }
+            config = agent_config(
+                request,
+                argv=self._argv(request, shelf.directory),
+                launchers=Path(shelf.directory),
+                runtime_dir=str(state["runtime_dir"]),
+                env=request.env,
+                cwd=request.cwd,
+                listen=listen,
+                ports=self.port_limits(request.config),
+            )
             tags = tagged.arguments(request.kernel_id, request.gateway_id, request.epoch)
             asked = {
                 **self._names(state, request.gateway_id, request.kernel_id),
@@ -171,7 +171,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             }
             return self.nodes.call(host, login, "launch", asked, user=user, within=LAUNCH_SECONDS)
 
-        return await to_its_end(self.pool.run(host, go))
+        return await self.pool.run(host, go, who=self._who(user))
 
     def _registered(self, host: Host, request: LaunchRequest, made: Mapping[str, Any]) -> State:
         """What the last state says beside the first. Raises `LaunchFailed`."""
@@ -198,7 +198,6 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
     def _argv(self, request: LaunchRequest, shelf: str) -> list[str]:
         ours = str(launchers_dir())
         argv = [word.replace(ours, shelf, 1) if word.startswith(ours) else word for word in request.argv]
-        argv = unlimited(argv, Path(shelf))
         if argv[0] in ("python", "python3"):
             argv[0] = self.python
         return [*self.limits(request.resources), *argv]
@@ -224,7 +223,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             gateway_id = str(next(iter(some.values())).get("gateway_id") or "")
             found, why = await self._find(self._host(name, next(iter(some.values()))), gateway_id)
             for kernel_id, state in some.items():
-                reports[kernel_id] = _phase(kernel_id, state, found, why)
+                reports[kernel_id] = phase_of(kernel_id, state, found, why)
 
         if "" in by_host:
             reports.update({kernel_id: PhaseReport(Phase.PENDING) for kernel_id in by_host.pop("")})
@@ -292,7 +291,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         host, user = self._host(name, state), self._user(state.get("user"))
         call = self._calling(host, "logs", user, READ_SECONDS, {"runtime_dir": directory})
         try:
-            answer = await self.pool.run(host, call)
+            answer = await self.pool.run(host, call, who=self._who(user))
         except SshError as error:
             raise as_error(host, error) from error
         return "\n".join(str(answer["text"]).splitlines()[-lines:])
@@ -313,7 +312,11 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             "runtime_root": self.runtime_root,
             "drain_file": self.drain_file,
         }
-        asked = self.pool.run(host, lambda: self.nodes.call(host, self.user, "find", request, within=READ_SECONDS))
+        asked = asyncio.ensure_future(
+            self.pool.run(
+                host, lambda: self.nodes.call(host, self.user, "find", request, within=READ_SECONDS), lane=Lane.LOOK
+            )
+        )
         asked.add_done_callback(_unheard)
         done, _ = await asyncio.wait({asked}, timeout=self.ask_seconds)
         if not done:
@@ -322,7 +325,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         try:
             found = asked.result()
         except SshError as error:
-            self.known.failed(host.name, error.text)
+            self._failed(host, self.user, error)
             return None, error.text
         except GatewayError as error:
             return None, error.message
@@ -335,9 +338,10 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
     async def _effect(self, host: Host, action: str, user: str, request: Mapping[str, Any]) -> None:
         """Have something done, to its end. Raises `Unavailable`."""
         try:
-            await to_its_end(self.pool.run(host, self._calling(host, action, user, LAUNCH_SECONDS, request)))
+            call = self._calling(host, action, user, LAUNCH_SECONDS, request)
+            await self.pool.run(host, call, who=self._who(user))
         except SshError as error:
-            self.known.failed(host.name, error.text)
+            self._failed(host, user, error)
             raise as_error(host, error) from error
         except LaunchFailed as error:  # of something that is to end: it is not known whether it has
             raise Unavailable(error.message, hint=error.hint) from error
@@ -374,45 +378,30 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         """As whom to log in for a kernel of that user."""
         return user if self.login_as_owner else self.user
 
-    def _directory(self, request: LaunchRequest, host: Host, user: str) -> str:
-        return self._path(request.gateway_id, request.kernel_id, host, user)
+    def _who(self, user: str) -> str:
+        """Whose turn a call is, of users who must not hold each other up; nobody's where there is but one."""
+        return "" if user == self.user else user
 
-    def _path(self, gateway_id: str, kernel_id: str, host: Host, user: str) -> str:
+    def _failed(self, host: Host, user: str, error: SshError) -> None:
+        """Remember what is wrong with a host: what one user alone has there keeps nobody else's kernels away."""
+        theirs = not error.problem.of_host or (error.problem is Problem.REFUSED and self.login_as_owner)
+        if user == self.user or not theirs:
+            self.known.failed(host.name, error.text)
+
+    def _directory(self, request: LaunchRequest, host: Host, user: str, attempt: int) -> str:
+        recorded = (request.previous or {}).get("runtime_dir")
+        if isinstance(recorded, str) and not attempt:
+            return recorded  # perhaps by another gateway, which has other names
+        return self._path(request.gateway_id, request.kernel_id, host, user, attempt)
+
+    def _path(self, gateway_id: str, kernel_id: str, host: Host, user: str, attempt: int = 0) -> str:
         # Hashed: kernel ids may come from clients, and the path must be short and the kernel's alone.
         name = hashlib.sha256(f"{gateway_id}/{kernel_id}/{host.name}".encode()).hexdigest()[:16]
-        return f"{self.runtime_root}/hub-gateway-{user}/{name}"
-
-
-def _phase(kernel_id: str, state: State, found: Mapping[str, Any] | None, why: str) -> PhaseReport:
-    host, pid = state.get("host"), state.get("pid")
-    if found is None:
-        return PhaseReport(Phase.UNKNOWN, f"its host {host} cannot be asked: {why}")
-    if found.get("lost"):
-        return PhaseReport(Phase.GONE, f"its host {host} is lost")
-    if not isinstance(pid, int):
-        return PhaseReport(Phase.PENDING)
-    users = {str(one["user"]) for one in found["agents"] if (one["pid"], one["kernel_id"]) == (pid, kernel_id)}
-    if state.get("user") in users:
-        return PhaseReport(Phase.RUNNING)
-    if any(user.isdecimal() for user in users):  # its directory service is down, perhaps
-        return PhaseReport(Phase.UNKNOWN, f"{host} cannot tell whose its agent is: uid {' '.join(users)} has no name")
-    if found.get("blind"):
-        return PhaseReport(Phase.UNKNOWN, f"{host} does not show the processes of other users (hidepid)")
-    if state.get("boot") and found.get("boot") and state["boot"] != found["boot"]:
-        return PhaseReport(Phase.GONE, f"its host {host} was started anew")
-    return PhaseReport(Phase.GONE, f"its agent (pid {pid}) is not on {host} any more")
+        number = self._names_taken.get((host.name, user), 0) + attempt
+        return f"{self.runtime_root}/{self.names.name(user, f'{user}@{host.name}/{number}')}/{name}"
 
 
 def _unheard(future: asyncio.Future[Any]) -> None:
     """Perhaps nobody waits any more for what a slow host says."""
     if not future.cancelled():
         future.exception()
-
-
-def _nowhere(refused: Mapping[str, str]) -> str:
-    """Why no host took a kernel."""
-    if len(refused) == 1:
-        ((name, why),) = refused.items()
-        return f"The kernel cannot run: its host {name} is not to be had: {why}. Tell the administrator."
-    reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-    return f"The kernel cannot run: none of its hosts is to be had ({reasons}). Tell the administrator."

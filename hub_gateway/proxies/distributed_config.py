@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import pwd
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from traitlets import Bool, Dict, Enum, Float, List, TraitError, Unicode, Union, default, validate
+from traitlets import Bool, Dict, Enum, Float, Integer, List, TraitError, Unicode, Union, default, validate
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway.kernels.types import Resources
+from hub_gateway.proxies.agent_config import shutdown_option
+from hub_gateway.proxies.names import NAMES, DirectoryNames
 from hub_gateway.proxies.ssh_hosts import Host, Placement, host_of
 from hub_gateway.proxies.ssh_node import NodeOptions
 from hub_gateway.proxies.ssh_pool import SshOptions
@@ -112,16 +115,31 @@ class DistributedOptions(LoggingConfigurable):
     ).tag(config=True)
     path = Unicode(help="PATH of kernels. By default the directory of `python`, then the system's.").tag(config=True)
     launchers_root = Unicode(
-        "/var/tmp/hub-gateway-{user}",  # noqa: S108 (what others made there is refused)
+        "/var/tmp",  # noqa: S108 (what others made there is left alone)
         help="""Directory on the hosts for the launchers, which the gateway brings there. `{user}` is the login.
 
-        Everybody can read it, and only the login may be able to write it. Name another one, such as
-        /var/lib/hub-gateway (made by an administrator), where /var/tmp is cleaned.
+        Everybody can read it, and only the login may be able to write it. Where everybody may write, they are in a
+        directory `hub-gateway-LOGIN-...` in it, with a name that nobody can guess, since whoever made it first would
+        keep the gateway from using the host. Name another one, such as /var/lib/hub-gateway (made by an
+        administrator), where /var/tmp is cleaned.
         """,
     ).tag(config=True)
     runtime_root = Unicode(
-        "/tmp",  # noqa: S108 (what is made there is 0700, and refused where somebody else made it)
-        help="Directory on the hosts, writable for all, in which kernels have theirs: `hub-gateway-USER/...`.",
+        "/tmp",  # noqa: S108 (what is made there is 0700, has a name of its own, and is refused otherwise)
+        help="""Directory on the hosts that everybody may write to, with the sticky bit.
+
+        In it each user whose kernels run there has a directory `hub-gateway-USER-...` with the mode 0700. Nobody can
+        guess its name, since whoever made it first would keep that user from starting kernels.
+        """,
+    ).tag(config=True)
+    calls_per_user = Integer(
+        4,
+        min=1,
+        help="""How many of one user's kernels a host starts or ends at once; further ones take their turns.
+
+        Where a user's login shell or home directory hangs, what was begun counts until the host has ended it, so that
+        no more of it is heaped up there. Other users do not wait for it.
+        """,
     ).tag(config=True)
     sudo_command = List(
         Unicode(),
@@ -163,9 +181,7 @@ class DistributedOptions(LoggingConfigurable):
     retry_seconds = Float(
         30.0, help="How long (seconds) a host that could not be reached takes no new kernels if there are others."
     ).tag(config=True)
-    shutdown_seconds = Float(
-        12.0, help="How long (seconds) an agent may take to end its kernel and itself before it is killed."
-    ).tag(config=True)
+    shutdown_seconds = shutdown_option(12.0)
 
     @default("user")
     def _default_user(self) -> str:
@@ -216,11 +232,19 @@ class DistributedOptions(LoggingConfigurable):
     def ssh_options(self) -> SshOptions:
         """How to connect."""
         files = tuple(Path(name).expanduser() for name in self.known_hosts)
-        return SshOptions(files, self._authenticate, self.connect_seconds)
+        return SshOptions(files, self._authenticate, self.connect_seconds, self.calls_per_user)
 
     def node_options(self) -> NodeOptions:
         """How the launcher is called."""
-        return NodeOptions(self.python, self.launchers_root, tuple(self.sudo_command))
+        return NodeOptions(self.python, self.launchers_root, tuple(self.sudo_command), self._launcher_names)
+
+    @cached_property
+    def names(self) -> DirectoryNames:
+        """Names for directories on hosts."""
+        return DirectoryNames(getattr(self.parent, "state_dir", ""))
+
+    def _launcher_names(self, login: str, host: str) -> list[str]:
+        return [self.names.name(login, f"launchers/{login}/{host}/{number}") for number in range(NAMES)]
 
     def enforced(self) -> frozenset[str]:
         """The resources that `limit_command` has enforced."""

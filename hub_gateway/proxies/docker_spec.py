@@ -11,15 +11,15 @@ import json
 import posixpath
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import LaunchFailed
 from hub_gateway.kernels.types import Resources
+from hub_gateway.proxies.agent_config import agent_config
 from hub_gateway.proxies.base import LaunchRequest
-from hub_gateway.proxies.local import unlimited
 
 __all__ = [
     "AGENT_DIR",
@@ -174,21 +174,16 @@ def agent_document(request: LaunchRequest, plan: ContainerPlan) -> bytes:
     if argv[0] in ("python", "python3"):
         argv[0] = plan.python
     account = {"HOME": plan.home, "USER": plan.user, "LOGNAME": plan.user, "LANG": "C.UTF-8"}
-    # The gateway reads the agent's first line itself, so it need not call back.
-    agent = asdict(replace(request.agent, register_url="", listen="0.0.0.0"))  # noqa: S104 (of the container)
-    document = {
-        "version": 1,
-        "kernel_id": request.kernel_id,
-        "gateway_id": request.gateway_id,
-        "epoch": request.epoch,
-        "argv": unlimited(argv, Path(AGENT_DIR)),
-        "env": {**account, **request.env},
-        "cwd": plan.cwd,
-        "runtime_dir": f"{RUNTIME_ROOT}/kernel",
-        "kernel_name": request.kernelspec,
-        "interrupt_mode": request.interrupt_mode,
-        "agent": {**agent, "port_first": AGENT_PORT, "port_last": AGENT_PORT},
-    }
+    document = agent_config(
+        request,
+        argv=argv,
+        launchers=Path(AGENT_DIR),
+        runtime_dir=f"{RUNTIME_ROOT}/kernel",
+        env={**account, **request.env},
+        cwd=plan.cwd,
+        listen="0.0.0.0",  # noqa: S104 (of the container)
+        ports=(AGENT_PORT, AGENT_PORT),
+    )
     return json.dumps(document).encode()
 
 

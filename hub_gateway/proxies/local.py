@@ -10,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import hmac
 import json
 import os
 import pwd
 import py_compile
-import secrets
 import select
 import shutil
 import signal
@@ -26,17 +24,17 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-from traitlets import Float, List, Unicode, default
+from traitlets import List, Unicode, default
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import LaunchFailed, Unavailable
 from hub_gateway.proxies import runas, tagged
+from hub_gateway.proxies.agent_config import AGENT_ENVIRONMENT, agent_config, shutdown_option
 from hub_gateway.proxies.base import (
     ClusterObject,
     Finding,
@@ -47,19 +45,14 @@ from hub_gateway.proxies.base import (
     ProcessProxy,
     State,
 )
+from hub_gateway.proxies.names import NAMES, DirectoryNames
 from hub_gateway.proxies.threads import to_its_end
-from hub_gateway.statedir import StateDir
 
-__all__ = ["AGENT_ENVIRONMENT", "LocalProxy", "unlimited"]
+__all__ = ["LocalProxy"]
 
 T = TypeVar("T")
 LINE_SECONDS = 30.0
-NAMES = 100
-"""How many names of one user somebody else may take."""
 AGAIN_SECONDS = 1.0
-
-# glibc would return each large buffer to the system and ask for it again: a third of the CPU for 1 MB messages.
-AGENT_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
 
 
 class LocalProxy(ProcessProxy):
@@ -111,9 +104,7 @@ class LocalProxy(ProcessProxy):
         default_value=["LANG", "LC_ALL", "LC_CTYPE", "TZ"],
         help="Variables of the gateway's own environment that kernels get too. Name nothing secret.",
     ).tag(config=True)
-    shutdown_seconds = Float(
-        12.0, help="How long (seconds) an agent may take to end its kernel and itself before it is killed."
-    ).tag(config=True)
+    shutdown_seconds = shutdown_option(12.0)
 
     @default("runtime_root")
     def _default_runtime_root(self) -> str:
@@ -235,9 +226,8 @@ class LocalProxy(ProcessProxy):
                 hint=str(error),
             ) from error
         self._children[process.pid] = process
-        config = self._config(request, directory)
-        config["env"] = {**environment, **request.env}
-        config["cwd"] = _usable(request.cwd) or _usable(environment["HOME"]) or "/"
+        cwd = _usable(request.cwd) or _usable(environment["HOME"]) or "/"
+        config = self._config(request, directory, {**environment, **request.env}, cwd)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended; what it said is in its log
             process.stdin.write(json.dumps(config).encode())
@@ -252,7 +242,7 @@ class LocalProxy(ProcessProxy):
             runtime_dir=str(directory),
             command=self._command(request),
             agent_env={**self._node_environment(), **AGENT_ENVIRONMENT},
-            config={**self._config(request, directory), "env": dict(request.env), "cwd": request.cwd},
+            config=self._config(request, directory, request.env, request.cwd),
         )
         state["pid"] = answer["pid"]
         return str(answer["line"]).encode()
@@ -273,23 +263,22 @@ class LocalProxy(ProcessProxy):
             return str(source)
         return str(compiled)
 
-    def _config(self, request: LaunchRequest, directory: Path) -> dict[str, Any]:
+    def _config(
+        self, request: LaunchRequest, directory: Path, env: Mapping[str, str], cwd: str | None
+    ) -> dict[str, Any]:
         argv = list(request.argv)
         # As jupyter_client does for kernels of its own environment: "python" is the one that runs us.
         if argv[0] in ("python", "python3", f"python3.{sys.version_info.minor}"):
             argv[0] = self.python
-        return {
-            "version": 1,
-            "kernel_id": request.kernel_id,
-            "gateway_id": request.gateway_id,
-            "epoch": request.epoch,
-            "argv": unlimited(argv, Path(self.launchers)),
-            "runtime_dir": str(directory),
-            "kernel_name": request.kernelspec,
-            "interrupt_mode": request.interrupt_mode,
-            # The agent's first line comes through a pipe, so it need not call back.
-            "agent": asdict(replace(request.agent, register_url="", listen="127.0.0.1")),
-        }
+        return agent_config(
+            request,
+            argv=argv,
+            launchers=Path(self.launchers),
+            runtime_dir=str(directory),
+            env=env,
+            cwd=cwd,
+            listen="127.0.0.1",
+        )
 
     def _node_environment(self) -> dict[str, str]:
         kept = {name: os.environ[name] for name in self.inherited_environment if name in os.environ}
@@ -548,8 +537,7 @@ class LocalProxy(ProcessProxy):
         """
         uid = self._uid(user)
         for number in range(NAMES):
-            digest = hmac.new(self._secret, f"{user}/{number}".encode(), "sha256").hexdigest()[:16]
-            path = root / f"hub-gateway-{user}-{digest}"
+            path = root / self._names.name(user, f"{user}/{number}")
             try:
                 if path.lstat().st_uid == uid:
                     return path
@@ -561,9 +549,8 @@ class LocalProxy(ProcessProxy):
         )
 
     @cached_property
-    def _secret(self) -> bytes:
-        state_dir = getattr(self.parent, "state_dir", "")
-        return StateDir(state_dir).secret("directory_names") if state_dir else secrets.token_bytes(32)
+    def _names(self) -> DirectoryNames:
+        return DirectoryNames(getattr(self.parent, "state_dir", ""))
 
     def _provide(self, parent: Path, user: str) -> None:
         """Make the user's directory in one that only root may write to."""
@@ -630,15 +617,3 @@ def _first_line(process: subprocess.Popen[bytes]) -> bytes:
             break
         got += part
     return got.split(b"\n", 1)[0]
-
-
-def unlimited(argv: Sequence[str], launchers: Path) -> list[str]:
-    """The command with ipykernel's own launcher replaced by ours.
-
-    Python's usual kernelspec runs `-m ipykernel_launcher`, whose sockets drop output without a word once a
-    thousand messages wait for the agent.
-    """
-    for at in range(len(argv) - 1):
-        if argv[at] == "-m" and argv[at + 1] == "ipykernel_launcher":
-            return [*argv[:at], str(launchers / "ipykernel_launcher.py"), *argv[at + 2 :]]
-    return list(argv)

@@ -13,7 +13,7 @@ from hub_gateway.proxies.base import Finding
 from hub_gateway.proxies.distributed_config import DistributedOptions
 from hub_gateway.proxies.ssh_hosts import Host
 from hub_gateway.proxies.ssh_node import Bundle, Nodes
-from hub_gateway.proxies.ssh_pool import Problem, SshError, SshPool
+from hub_gateway.proxies.ssh_pool import Lane, Problem, SshError, SshPool
 
 __all__ = ["Checker"]
 
@@ -27,6 +27,8 @@ HINTS = {
     Problem.HOST_KEY: "compare the key by another way, then put it into known_hosts: ssh-keyscan HOST",
     Problem.REFUSED: "put the gateway's public key into the login's authorized_keys, or its principal into k5login",
     Problem.BROKEN: "look at the host's load, and at sshd's log there",
+    Problem.UNFINISHED: "log in as that user: does the home directory, the login shell or PAM hang?",
+    Problem.BUSY: "log in as that user: does the home directory, the login shell or PAM hang?",
 }
 
 
@@ -55,7 +57,7 @@ class Checker:
 
     async def _host(self, nodes: Nodes, host: Host) -> list[Finding]:
         try:
-            return await nodes.pool.run(host, lambda: list(self._look(nodes, host)))
+            return await nodes.pool.run(host, lambda: list(self._look(nodes, host)), lane=Lane.LOOK)
         except SshError as error:
             return [Finding("error", host.name, error.text, HINTS[error.problem])]
         except GatewayError as error:
@@ -97,6 +99,9 @@ def _facts(host: Host, answer: Mapping[str, Any], options: DistributedOptions) -
             f"the disk of {root} is {'full' if level == 'error' else 'nearly full'} ({free / 1e6:.0f} MB are free)"
         )
         yield Finding(level, host.name, message, "make room there")
+    if answer.get("open"):
+        message = f"{root} is open to all without the sticky bit: users can take away each other's directories"
+        yield Finding("error", host.name, message, f"on {host.name}: chmod +t {root}")
     if answer.get("limits"):
         message = f"limits cannot be enforced: {_last(answer['limits'])}"
         yield Finding("error", host.name, message, "correct DistributedProxy.limit_command")

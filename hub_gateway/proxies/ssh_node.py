@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from hub_gateway.errors import GatewayError, LaunchFailed, Unavailable
 from hub_gateway.proxies.ssh_hosts import Host
-from hub_gateway.proxies.ssh_pool import Done, SshError, SshPool
+from hub_gateway.proxies.ssh_pool import Done, Lane, SshError, SshPool
 
 __all__ = ["Bundle", "NodeOptions", "Nodes", "Shelf", "as_error", "readable"]
 
@@ -44,10 +44,11 @@ class Bundle:
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.hashes, sort_keys=True).encode()).hexdigest()
 
-    def request(self, root: str) -> bytes:
+    def request(self, root: str, names: Sequence[str]) -> bytes:
         """What `launchers/shelve.py` reads, that program first."""
         program = (self.directory / "shelve.py").read_bytes()
-        document = {"root": root, "digest": self.digest, "files": self.texts, "hashes": self.hashes}
+        shelf = {"root": root, "names": names, "digest": self.digest}
+        document = {**shelf, "files": self.texts, "hashes": self.hashes}
         return b"%d\n%s%s" % (len(program), program, _line(document))
 
 
@@ -62,11 +63,15 @@ class Shelf:
 
 @dataclass(frozen=True)
 class NodeOptions:
-    """How the launcher is called. In `root` and `sudo`, `{user}` stands for a login and for the kernel's user."""
+    """How the launcher is called. In `root` and `sudo`, `{user}` stands for a login and for the kernel's user.
+
+    `names` are for the directory of a login on a host, where everybody may make one in `root`.
+    """
 
     python: str
     root: str
     sudo: tuple[str, ...]
+    names: Callable[[str, str], Sequence[str]]
 
 
 class Nodes:
@@ -78,14 +83,15 @@ class Nodes:
         self.options = options
         self._shelves: dict[tuple[str, str], Shelf] = {}
 
-    def shelf(self, host: Host, login: str, *, anew: bool = False) -> Shelf:
+    def shelf(self, host: Host, login: str, lane: Lane = Lane.CALL, *, anew: bool = False) -> Shelf:
         """Where the launchers lie, brought there if they are not. Raises `SshError`, `LaunchFailed`."""
         found = self._shelves.get((host.name, login))
         if found is not None and not anew:
             return found
         words = [self.options.python, "-I", "-c", BOOTSTRAP]
         root = self.options.root.replace("{user}", login)
-        done = self.pool.command(host, login, words, self.bundle.request(root), SHELVE_SECONDS)
+        request = self.bundle.request(root, self.options.names(login, host.name))
+        done = self.pool.command(host, login, words, request, SHELVE_SECONDS, lane)
         answer = _answer(done)
         if answer is None:
             raise LaunchFailed(
@@ -99,7 +105,7 @@ class Nodes:
                 f"({readable(answer.get('error'))}). Ask the administrator.",
                 hint=f"DistributedProxy.launchers_root is {root}",
             )
-        made = Shelf(str(answer["directory"]), str(answer["agent"]), self.pool.address(host, login))
+        made = Shelf(str(answer["directory"]), str(answer["agent"]), done.address)
         self._shelves[host.name, login] = made
         return made
 
@@ -111,11 +117,12 @@ class Nodes:
         Raises `SshError` where the host could not be asked, `LaunchFailed` where it refuses.
         """
         document = {**request, "action": action, "user": user}
+        lane = Lane.LOOK if user is None else Lane.CALL
         for anew in (False, True):
-            shelf = self.shelf(host, login, anew=anew)
+            shelf = self.shelf(host, login, lane, anew=anew)
             prefix = [] if user in (None, login) or login == "root" else self._sudo(user)
             words = [*prefix, self.options.python, "-I", f"{shelf.directory}/node.py"]
-            done = self.pool.command(host, login, words, _line(document), within)
+            done = self.pool.command(host, login, words, _line(document), within, lane)
             answer = _answer(done)
             if answer is not None:
                 break

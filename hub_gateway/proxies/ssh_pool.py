@@ -1,7 +1,9 @@
-"""SSH connections that are kept: one for each host and login, used by a few threads for each host.
+"""SSH connections that are kept, and the threads in which they are used: apart for what must not hold each other up.
 
-paramiko blocks, so everything here runs in threads; they are a host's own, so that one that does not answer
-keeps nobody else waiting. A host's key must be in known_hosts.
+What one user does on a host (`Lane.CALL`), what the gateway asks of it for everybody (`Lane.LOOK`), and the tunnels of
+kernels (`Lane.TUNNEL`) have connections and threads of their own, and each user of a host only so many calls at once.
+A command that hangs is given up by itself: the connection, which others use too, goes on as long as the host answers
+by it. One by which it does not gets nothing new, and what goes through it may end, or come to life again, undisturbed.
 """
 
 from __future__ import annotations
@@ -9,81 +11,105 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import logging
 import shlex
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
-from hub_gateway.errors import GatewayError
+from hub_gateway.proxies.ssh_connect import Problem, SshError, SshOptions, connect, importing
 from hub_gateway.proxies.ssh_hosts import Host
+from hub_gateway.proxies.ssh_turns import Turns
+from hub_gateway.proxies.threads import to_its_end
 
-__all__ = ["Authenticate", "Done", "Problem", "SshError", "SshOptions", "SshPool"]
+__all__ = ["Done", "Lane", "Problem", "SshError", "SshOptions", "SshPool"]
 
 T = TypeVar("T")
-LOG = logging.getLogger("hub_gateway.proxies.ssh")
-THREADS = 8
-"""For each host; sshd allows ten sessions on a connection (MaxSessions), and as many logins at once (MaxStartups)."""
+SESSIONS = 8
+"""Commands on one connection; sshd allows ten (MaxSessions), and counts one that hangs until it has ended."""
+CONNECTIONS = 6
+"""For each login of a host in one lane. Sessions that hang may fill some of them."""
+LOOKS = 4
 CHUNK = 65536
 CHANNEL_SECONDS = 10.0
+ANSWER_SECONDS = 5.0
+"""How long a host may take to answer by a connection on which something hangs."""
 FULL_SECONDS = 0.05
-KEEPALIVE_SECONDS = 15
-SILENT_SECONDS = 20
+REFUSED_SECONDS = 0.25
+"""How long a connection that takes no further session is not asked for one: sshd may be set to fewer than ten."""
+IDLE_SECONDS = 60.0
 AGAIN_SECONDS = 3.0
 """A login that failed is not repeated for so long: whoever waits for it learns the same."""
 ANSWER_BYTES = 16 * 2**20
 
-Authenticate = Callable[[str, Host], dict[str, Any]]
-"""More arguments for `paramiko.SSHClient.connect`, by login and host. Called in a thread."""
+
+class Lane(enum.Enum):
+    """What a connection, or a thread, is for."""
+
+    CALL = "call"
+    LOOK = "look"
+    TUNNEL = "tunnel"
 
 
-class Problem(enum.Enum):
-    """What was wrong with a host."""
-
-    UNREACHABLE = "unreachable"
-    HOST_KEY = "host key"
-    REFUSED = "authentication"
-    BROKEN = "broken off"  # after the command was sent: what it did is not known
-
-
-class SshError(Exception):
-    """A host could not be asked. The text is a clause for a sentence: "its host key is not in known_hosts"."""
-
-    def __init__(self, problem: Problem, text: str) -> None:
-        super().__init__(text)
-        self.problem = problem
-        self.text = text
-
-
-@dataclass(frozen=True)
-class SshOptions:
-    """How to connect. Durations in seconds."""
-
-    known_hosts: tuple[Path, ...]
-    authenticate: Authenticate
-    connect_seconds: float = 10.0
+THREADS = {Lane.CALL: 32, Lane.LOOK: LOOKS}
+"""For each host: several users whose calls hang leave enough of them for others."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a command wrote, and its exit code."""
+    """What a command wrote, its exit code, and at which of its addresses the host was reached."""
 
     out: bytes
     err: str
     code: int
+    address: str = ""
+
+
+@dataclass
+class _Connection:
+    """One connection, and the channels that it has. Those that were given up (`hanging`) count, as sshd counts them."""
+
+    client: Any
+    address: str = ""
+    channels: list[Any] = field(default_factory=list)
+    hanging: list[Any] = field(default_factory=list)
+    opening: int = 0
+    retired: bool = False
+    refused_at: float = 0.0
+    used_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def alive(self) -> bool:
+        transport = self.client.get_transport()
+        return transport is not None and transport.is_active()
+
+    def sessions(self) -> int:
+        self.channels = [channel for channel in self.channels if not channel.closed]
+        self.hanging = [channel for channel in self.hanging if not channel.closed]
+        return len(self.channels) + self.opening
+
+    def roomy(self, lane: Lane) -> bool:
+        """Whether a further channel may be opened; tunnels are no sessions, of which sshd counts the number."""
+        if self.retired or not self.alive:
+            return False
+        if lane is Lane.TUNNEL:
+            return True
+        return self.sessions() < SESSIONS and time.monotonic() - self.refused_at > REFUSED_SECONDS
+
+    def unused(self) -> bool:
+        """Whether nobody waits for anything that comes by it."""
+        return self.sessions() == len(self.hanging)
 
 
 @dataclass
 class _Place:
-    """One login at one host: its connection, while there is one, and why the last attempt failed."""
+    """One login at one host, in one lane: its connections, and why the last attempt to make one failed."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    client: Any = None
+    """Held by who makes a connection."""
+    connections: list[_Connection] = field(default_factory=list)
     failed: SshError | None = None
     failed_at: float = 0.0
 
@@ -93,20 +119,40 @@ class SshPool:
 
     def __init__(self, options: SshOptions) -> None:
         self.options = options
-        self._places: dict[tuple[str, int, str], _Place] = {}
-        self._threads: dict[tuple[str, int], ThreadPoolExecutor] = {}
+        self._places: dict[tuple[str, int, str, Lane], _Place] = {}
+        self._threads: dict[tuple[str, int, Lane], ThreadPoolExecutor] = {}
+        self._turns = Turns()
         self._guard = threading.Lock()
+        """Over what is in a `_Place`; never held while waiting for a host."""
         self._closed = False
 
-    def run(self, host: Host, call: Callable[[], T]) -> asyncio.Future[T]:
-        """Have something done in one of a host's threads."""
-        threads = self._threads.get((host.address, host.port))
-        if threads is None:
-            threads = ThreadPoolExecutor(THREADS, thread_name_prefix=f"ssh-{host.name}")
-            self._threads[host.address, host.port] = threads
-        return asyncio.get_running_loop().run_in_executor(threads, call)
+    async def run(self, host: Host, call: Callable[[], T], *, who: str = "", lane: Lane = Lane.CALL) -> T:
+        """Have something done in one of a host's threads, to its end, when it is the turn of `who`.
 
-    def command(self, host: Host, login: str, words: Sequence[str], stdin: bytes, seconds: float) -> Done:
+        Calls for nobody in particular (empty) are as many as fit on one connection. Who is cancelled while waiting
+        has done nothing. Raises what `call` does, and `SshError` where earlier calls of `who` all hang.
+        """
+        at_once = LOOKS if lane is Lane.LOOK else self.options.calls_per_user if who else SESSIONS
+        async with self._turns.take((host.address, host.port, lane, who), at_once) as line:
+
+            def in_turn() -> T:
+                try:
+                    return call()
+                except SshError as error:
+                    if error.hanging is not None:
+                        line.hanging.append(error.hanging)
+                    raise
+
+            key = (host.address, host.port, lane)
+            threads = self._threads.get(key)
+            if threads is None:
+                name = f"ssh-{lane.value}-{host.name}"
+                threads = self._threads[key] = ThreadPoolExecutor(THREADS[lane], thread_name_prefix=name)
+            return await to_its_end(asyncio.get_running_loop().run_in_executor(threads, in_turn))
+
+    def command(
+        self, host: Host, login: str, words: Sequence[str], stdin: bytes, seconds: float, lane: Lane = Lane.CALL
+    ) -> Done:
         """Run a command, whose words reach the node as they are, and which reads no more than `stdin`. Blocks.
 
         Raises `SshError`.
@@ -114,151 +160,200 @@ class SshPool:
         SSH has one string for a command, which the login's shell reads: each word is quoted for it.
         """
         deadline = time.monotonic() + seconds
-        channel = self._channel(host, login, lambda one: one.open_session(timeout=CHANNEL_SECONDS), sessions=True)
+        connection, channel = self._channel(
+            host, login, lane, lambda one: one.open_session(timeout=min(CHANNEL_SECONDS, seconds))
+        )
+        given_up = False
         try:
-            with contextlib.closing(channel):
-                channel.settimeout(max(0.1, deadline - time.monotonic()))
-                channel.exec_command(" ".join(map(shlex.quote, words)))
-                # Nothing says that this was all: where the command has just ended by itself, paramiko may send that
-                # after it has closed the channel, for which sshd ends the whole connection.
-                with contextlib.suppress(OSError):  # it has ended without reading all; what it said tells why
-                    channel.sendall(stdin)
-                return _result(channel, deadline)
-        except (OSError, EOFError, _paramiko().SSHException) as error:
-            slow = isinstance(error, TimeoutError)
-            if slow:
-                self._drop(host, login)
+            _execute(channel, " ".join(map(shlex.quote, words)), deadline)
+            # Nothing says that this was all: where the command has just ended by itself, paramiko may send that
+            # after it has closed the channel, for which sshd ends the whole connection.
+            with contextlib.suppress(OSError):  # it has ended without reading all; what it said tells why
+                channel.sendall(stdin)
+            return _result(channel, deadline, connection.address)
+        except (OSError, EOFError, importing().SSHException) as error:
+            slow = isinstance(error, TimeoutError) or time.monotonic() >= deadline
             why = f"it did not answer within {seconds:.0f} seconds" if slow else f"the connection broke off ({error})"
-            raise SshError(Problem.BROKEN, why) from error
+            answers = self._answers(connection) if slow else connection.alive
+            if not answers:
+                self._retire(connection)
+                raise SshError(Problem.BROKEN, why) from error
+            if not slow:
+                raise SshError(Problem.UNFINISHED, f"the command was broken off there ({error})") from error
+            given_up = True
+            raise SshError(Problem.UNFINISHED, why, hanging=channel) from error
+        finally:
+            with self._guard:
+                if given_up:
+                    connection.hanging.append(channel)  # open, so that its end is heard of
+                connection.used_at = time.monotonic()
+            if not given_up:
+                channel.close()
+            self._tidy(self._place(host, login, lane))
 
     def tunnel(self, host: Host, login: str, target: tuple[str, int]) -> Any:
         """A channel to a port of the host, opened through the connection. Blocks. Raises `SshError`."""
-        return self._channel(
+        _, channel = self._channel(
             host,
             login,
+            Lane.TUNNEL,
             lambda transport: transport.open_channel("direct-tcpip", target, ("127.0.0.1", 0), timeout=CHANNEL_SECONDS),
         )
-
-    def address(self, host: Host, login: str) -> str:
-        """At which of its addresses the host was reached. Blocks. Raises `SshError`."""
-        peer = self._client(host, login).get_transport().sock.getpeername()
-        return str(peer[0])
+        return channel
 
     def close(self) -> None:
         """Disconnect. What runs on the hosts goes on."""
         self._closed = True
-        for place in self._places.values():
-            if place.client is not None:
-                place.client.close()
+        self._turns.close()
+        with self._guard:
+            connections = [one for place in self._places.values() for one in place.connections]
+        for connection in connections:
+            connection.client.close()
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _channel(self, host: Host, login: str, make: Callable[[Any], T], *, sessions: bool = False) -> T:
-        paramiko = _paramiko()
+    # Channels
+
+    def _channel(self, host: Host, login: str, lane: Lane, make: Callable[[Any], Any]) -> tuple[_Connection, Any]:
         broken, deadline = 0, time.monotonic() + CHANNEL_SECONDS
         while True:
-            client = self._client(host, login)
+            connection = self._connection(host, login, lane, deadline)
+            channel = None
             try:
-                transport = client.get_transport()
+                transport = connection.client.get_transport()
                 if transport is None:
-                    raise EOFError
-                return make(transport)
-            except (OSError, EOFError, paramiko.SSHException) as error:
-                if _full(error) and _alive(client):
-                    # A session that has ended counts until sshd has noticed: there may be ten (MaxSessions).
-                    if sessions and time.monotonic() < deadline:
-                        time.sleep(FULL_SECONDS)
+                    raise EOFError("it was closed")
+                channel = make(transport)
+                return connection, channel
+            except (OSError, EOFError, importing().SSHException) as error:
+                if _refused(error) and connection.alive:
+                    # A session that has ended counts until sshd has noticed, and sshd may be set to take fewer.
+                    connection.refused_at = time.monotonic()
+                    if lane is not Lane.TUNNEL and time.monotonic() < deadline:
                         continue
                     raise SshError(Problem.UNREACHABLE, f"it opens no further channel ({error})") from error
-                # The connection was dead and nobody had noticed: nothing was sent by it, so it may be made anew.
-                self._drop(host, login, client)
+                if lane is Lane.TUNNEL and self._answers(connection):
+                    raise SshError(Problem.UNFINISHED, f"the port there does not answer ({error})") from error
+                # The connection was dead and nobody had noticed: nothing was sent by it, so another may be made.
+                self._retire(connection)
                 broken += 1
                 if broken == 2:
                     raise SshError(Problem.UNREACHABLE, f"the connection broke off ({error})") from error
+            finally:
+                with self._guard:
+                    connection.opening -= 1
+                    if channel is not None:
+                        connection.channels.append(channel)
 
-    def _client(self, host: Host, login: str) -> Any:
-        with self._guard:
-            place = self._places.setdefault((host.address, host.port, login), _Place())
-        with place.lock:
-            if place.client is not None and _alive(place.client):
-                return place.client
-            if place.failed is not None and time.monotonic() - place.failed_at < AGAIN_SECONDS:
-                raise place.failed
-            try:
-                place.client = self._connect(host, login)
-            except SshError as error:
-                place.client, place.failed, place.failed_at = None, error, time.monotonic()
-                raise
-            place.failed = None
-            return place.client
+    def _answers(self, connection: _Connection) -> bool:
+        """Whether the host answers by this connection. Blocks.
 
-    def _drop(self, host: Host, login: str, client: Any = None) -> None:
-        place = self._places[host.address, host.port, login]
-        with place.lock:
-            if client is None or place.client is client:
-                client, place.client = place.client, None
-        if client is not None:
-            client.close()
-
-    def _connect(self, host: Host, login: str) -> Any:
-        paramiko = _paramiko()
-        if self._closed:
-            raise SshError(Problem.UNREACHABLE, "the gateway is ending")
-        seconds = self.options.connect_seconds
-        client = paramiko.SSHClient()
-        client.set_missing_host_key_policy(paramiko.RejectPolicy())
+        A channel of a kind that no server has is refused, which needs nothing of any user's (RFC 4254, 5.1). It is
+        asked for, as paramiko's own keepalives ask for no answer.
+        """
+        paramiko = importing()
         try:
-            for path in self.options.known_hosts:
-                if path.is_file():
-                    client.load_system_host_keys(str(path))
-            sock = _socket(host, seconds)
-            arguments = {
-                "sock": sock,
-                "timeout": seconds,
-                "banner_timeout": seconds,
-                "auth_timeout": seconds,
-                "channel_timeout": seconds,
-                "allow_agent": False,
-                "look_for_keys": False,
-                **self.options.authenticate(login, host),
-            }
-            client.connect(host.address, host.port, login, **arguments)
-            client.get_transport().set_keepalive(KEEPALIVE_SECONDS)
-        except Exception as error:
-            client.close()
-            raise _explained(error, host, login, self.options.known_hosts) from error
-        LOG.info("Connected to %s as %s", host.name, login)
-        return client
+            transport = connection.client.get_transport()
+            if transport is None:
+                return False
+            transport.open_channel("keepalive@hub-gateway", timeout=ANSWER_SECONDS).close()
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            return _refused(error) and connection.alive
+        return True
+
+    # Connections
+
+    def _place(self, host: Host, login: str, lane: Lane) -> _Place:
+        with self._guard:
+            return self._places.setdefault((host.address, host.port, login, lane), _Place())
+
+    def _connection(self, host: Host, login: str, lane: Lane, deadline: float) -> _Connection:
+        """A connection with room for one more channel, which is counted as being opened. Blocks. Raises `SshError`."""
+        place = self._place(host, login, lane)
+        while True:
+            self._tidy(place)
+            found = self._roomy(place, lane)
+            if found is not None:
+                return found
+            with place.lock:
+                found = self._roomy(place, lane)  # who waited for the lock may find what was made meanwhile
+                if found is not None:
+                    return found
+                if len(place.connections) < CONNECTIONS or self._sacrifice(place):
+                    return self._connect(place, host, login)
+            if time.monotonic() > deadline:
+                raise SshError(Problem.UNREACHABLE, "it opens no further channel")
+            time.sleep(FULL_SECONDS)
+
+    def _roomy(self, place: _Place, lane: Lane) -> _Connection | None:
+        with self._guard:
+            found = next((one for one in place.connections if one.roomy(lane)), None)
+            if found is not None:
+                found.opening += 1
+            return found
+
+    def _connect(self, place: _Place, host: Host, login: str) -> _Connection:
+        """A further connection. The place's lock is held."""
+        if place.failed is not None and time.monotonic() - place.failed_at < AGAIN_SECONDS:
+            raise place.failed
+        try:
+            if self._closed:
+                raise SshError(Problem.UNREACHABLE, "the gateway is ending")
+            client = connect(host, login, self.options)
+            made = _Connection(client, str(client.get_transport().sock.getpeername()[0]), opening=1)
+        except SshError as error:
+            place.failed, place.failed_at = error, time.monotonic()
+            raise
+        place.failed = None
+        with self._guard:
+            place.connections.append(made)
+        return made
+
+    def _retire(self, connection: _Connection) -> None:
+        """Open no further channel through it. What others have there may go on, if the host comes to life again."""
+        with self._guard:
+            connection.retired = True
+
+    def _sacrifice(self, place: _Place) -> bool:
+        """Retire a connection that is full of what hangs, where those of others would find no room any more."""
+        with self._guard:
+            found = next((one for one in place.connections if one.hanging and one.unused()), None)
+            if found is not None:
+                found.retired = True
+        self._tidy(place)
+        return found is not None
+
+    def _tidy(self, place: _Place) -> None:
+        """Close what is dead, what is retired and of no use to anybody, and what was needed for a while only."""
+        now, over = time.monotonic(), []
+        with self._guard:
+            for number, one in enumerate(list(place.connections)):
+                idle = not one.sessions() and number > 0 and now - one.used_at > IDLE_SECONDS
+                if not one.alive or ((one.retired or idle) and one.unused()):
+                    place.connections.remove(one)
+                    over.append(one)
+        for one in over:
+            one.client.close()
 
 
-def _paramiko() -> Any:
-    """paramiko, which takes a tenth of a second to import: only a gateway with SSH hosts needs it."""
-    import paramiko
-
-    return paramiko
-
-
-def _alive(client: Any) -> bool:
-    transport = client.get_transport()
-    return transport is not None and transport.is_active()
-
-
-def _full(error: Exception) -> bool:
+def _refused(error: Exception) -> bool:
     """Whether a channel was refused. Of two that are refused at once, paramiko has the reason for one alone."""
-    return isinstance(error, _paramiko().ChannelException) or str(error) == "Unable to open channel."
+    return isinstance(error, importing().ChannelException) or str(error) == "Unable to open channel."
 
 
-def _socket(host: Host, seconds: float) -> socket.socket:
-    sock = socket.create_connection((host.address, host.port), timeout=seconds)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # without it a command takes 48 ms in place of 5
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        # What is sent and not acknowledged for so long ends the connection; keepalives see to it that something is.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_SECONDS * 1000)
-    return sock
+def _execute(channel: Any, command: str, deadline: float) -> None:
+    """Have a command begun. Raises `SSHException`, also at the deadline, of which paramiko knows none here."""
+    limit = threading.Timer(max(0.1, deadline - time.monotonic()), channel.close)
+    limit.daemon = True
+    limit.start()
+    try:
+        channel.settimeout(max(0.1, deadline - time.monotonic()))
+        channel.exec_command(command)
+    finally:
+        limit.cancel()
 
 
-def _result(channel: Any, deadline: float) -> Done:
+def _result(channel: Any, deadline: float, address: str) -> Done:
     """Read both outputs to their ends. Raises `TimeoutError` (of `socket`) at the deadline."""
     out, err = bytearray(), bytearray()
     while len(out) < ANSWER_BYTES:
@@ -275,35 +370,4 @@ def _result(channel: Any, deadline: float) -> Done:
         raise TimeoutError
     if channel.exit_status < 0:
         raise EOFError("without an exit code")
-    return Done(bytes(out), err.decode("utf-8", "replace"), channel.exit_status)
-
-
-def _explained(error: Exception, host: Host, login: str, known_hosts: tuple[Path, ...]) -> SshError:
-    """What an attempt to connect came to, for a user and an operator."""
-    paramiko = _paramiko()
-    if isinstance(error, SshError):
-        return error
-    if isinstance(error, GatewayError):
-        return SshError(Problem.REFUSED, f"the gateway has nothing to log in with: {error.hint or error.message}")
-    files = " or ".join(map(str, known_hosts))
-    if isinstance(error, paramiko.BadHostKeyException):
-        return SshError(
-            Problem.HOST_KEY,
-            f"its host key is not the one in {files}: either it was installed anew, or somebody is in between",
-        )
-    if isinstance(error, paramiko.SSHException) and "not found in known_hosts" in str(error):
-        return SshError(Problem.HOST_KEY, f"its host key is not in {files}")
-    if isinstance(error, paramiko.AuthenticationException) or type(error).__name__ == "AuthFailure":
-        return SshError(Problem.REFUSED, f"it does not let {login} log in ({_short(error)})")
-    if isinstance(error, TimeoutError):
-        return SshError(Problem.UNREACHABLE, "it does not answer")
-    if isinstance(error, socket.gaierror):
-        return SshError(Problem.UNREACHABLE, f"the name {host.address} is not known")
-    if isinstance(error, OSError | EOFError | paramiko.SSHException):
-        return SshError(Problem.UNREACHABLE, f"it cannot be reached ({_short(error)})")
-    return SshError(Problem.REFUSED, f"logging in as {login} is not possible ({type(error).__name__}: {_short(error)})")
-
-
-def _short(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return text[-300:] or type(error).__name__
+    return Done(bytes(out), err.decode("utf-8", "replace"), channel.exit_status, address)

@@ -24,6 +24,8 @@ IDLE_SECONDS = 60.0
 """After how long without a connection a port is closed: links that were lost come back within seconds."""
 FULL_SECONDS = 0.005
 """How soon to look again at a channel whose window is full, of which nothing tells when it opens."""
+PAIRS = 16
+"""Connections to one port. A kernel's link takes one; any user of the gateway's machine may make more."""
 
 
 @dataclass
@@ -150,6 +152,9 @@ class Tunnels:
 
     def _accept(self, port: _Port) -> None:
         sock, _ = port.listener.accept()
+        if port.pairs >= PAIRS:
+            sock.close()
+            return
         port.used = time.monotonic()
         port.pairs += 1
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -162,10 +167,15 @@ class Tunnels:
         except Exception as error:  # noqa: BLE001 (whatever it was, the link sees its connection closed, and comes again)
             LOG.warning("No tunnel for kernel %s: %s", port.key, error)
             sock.close()
-            port.pairs -= 1
+            with self._guard:
+                self._later(lambda: self._given_up(port))
             return
         with self._guard:
             self._later(lambda: self._begin(port, _Pair(sock, channel)))
+
+    @staticmethod
+    def _given_up(port: _Port) -> None:
+        port.pairs -= 1
 
     def _begin(self, port: _Port, pair: _Pair) -> None:
         assert self._selector is not None

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 MARK = "owner.json"
+MARK_BYTES = 64 * 2**10
 TAIL_BYTES = 64 * 2**10
 _PROGRAM = re.compile(r"agent\.([\w-]+\.)?pyc?")
 _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
@@ -141,12 +143,32 @@ def mark(directory: Path, gateway_id: str, kernel_id: str, epoch: int) -> None:
 
 
 def marked(root: Path, gateway_id: str) -> Iterator[tuple[Path, str, int]]:
-    """The directories under `root` that belong to kernels of a gateway: path, kernel id, epoch."""
+    """The directories under `root` that belong to kernels of a gateway: path, kernel id, epoch.
+
+    What another user has put there, or a link leads to, is not looked at: it would be removed as a kernel's.
+    """
     for path in root.glob(f"*/{MARK}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads(path.read_text())
+            if not _own(path.parent.lstat(), stat.S_ISDIR):
+                continue
+            found = json.loads(_own_text(path))
             if found["gateway_id"] == gateway_id:
                 yield path.parent, str(found["kernel_id"]), int(found["epoch"])
+
+
+def _own(found: os.stat_result, is_kind: Callable[[int], bool]) -> bool:
+    """Whether it is of a kind, and this user's."""
+    return is_kind(found.st_mode) and found.st_uid == os.getuid()
+
+
+def _own_text(path: Path) -> str:
+    """What a small regular file of this user says. A pipe is not waited for. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not _own(found, stat.S_ISREG) or found.st_size > MARK_BYTES:
+            raise OSError(f"{path} is no mark of this user")
+        return file.read(MARK_BYTES).decode("utf-8", "replace")
 
 
 def tail(path: Path) -> str:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import os
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from hub_gateway.kernels.types import KernelRecord
-from tests.contract.cases import ProxyCase, processes, python_for_everybody
+from tests.contract.cases import NodeCase, processes, python_for_everybody
 from tests.engines.ssh import LOGIN, SshNodes, make_unix_user, remove_unix_user
 
 __all__ = ["NODES", "SSH_OWN_USER", "SSH_SUDO", "USERS", "SshCase", "distributed", "prepare_nodes"]
@@ -90,7 +86,7 @@ def as_login(state_dir: Path) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class SshCase(ProxyCase):
+class SshCase(NodeCase):
     """Agents are known by the host's name in their command lines; nothing else of a kernel may be in there."""
 
     needs: tuple[str, ...] = ("ssh", "sudo")
@@ -107,21 +103,11 @@ class SshCase(ProxyCase):
     def agents(self, gateway_id: str) -> list[str]:
         return [str(process.pid) for process, argv in processes() if gateway_id in argv and "--host" in argv]
 
-    def kill_agent(self, record: KernelRecord) -> None:
-        pid = record.proxy_state["pid"]
-        assert isinstance(pid, int)
-        agent = psutil.Process(pid)
-        for process in (agent, *agent.children(recursive=True)):
-            process.kill()
-
     def clean(self, gateway_ids: set[str], state_dir: Path) -> None:
-        for process, argv in processes():
-            if gateway_ids & set(argv) or any(f"{state_dir}/users" in word for word in argv):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGKILL)
         nodes = NODES.pop(state_dir, None)
         if nodes is not None:
             nodes.stop()
+        super().clean(gateway_ids, state_dir)
 
 
 SSH_SUDO = SshCase("ssh-sudo", 2, by_sudo, USERS, impersonates=True)

@@ -403,7 +403,10 @@ async def test_many_at_once(bench: Bench) -> None:
     async with gateway_with(bench, hosts=nodes_of(bench).hosts[:1]) as gateway:
         proxy = proxy_of(gateway)
         host = next(iter(proxy.known.hosts.values()))
-        calls = [proxy.pool.run(host, lambda: proxy.pool.command(host, LOGIN, ["true"], b"", 60)) for _ in range(40)]
+        calls = [
+            proxy.pool.run(host, lambda: proxy.pool.command(host, LOGIN, ["true"], b"", 60), who=f"user{number % 5}")
+            for number in range(40)
+        ]
         assert {done.code for done in await asyncio.gather(*calls)} == {0}
 
 

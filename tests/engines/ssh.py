@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -20,9 +21,10 @@ import pytest
 from tests.engines import ADMIN_PATH, missing
 from tests.harness.waiting import until
 
-__all__ = ["ADDRESSES", "LOGIN", "SshNode", "SshNodes", "make_unix_user", "remove_unix_user"]
+__all__ = ["ADDRESSES", "LOGIN", "SshNode", "SshNodes", "make_unix_user", "remove_unix_user", "sweep_sudo_rules"]
 
 ADDRESSES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
+SUDOERS = Path("/etc/sudoers.d")
 LOGIN = "hgt-login"
 """The unix user as whom the gateway logs in."""
 
@@ -125,6 +127,7 @@ class SshNodes:
         self.key = directory / "key"
         self.known_hosts = directory / "known_hosts"
         self._sudoers: Path | None = None
+        sweep_sudo_rules(SUDOERS)
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o755)
@@ -161,7 +164,7 @@ class SshNodes:
     def sudo_rule(self, python: str, launcher: str, *users: str) -> None:
         """The one rule that the gateway needs: `launcher` is a regular expression of sudoers."""
         name = str(self.directory).strip("/").replace("/", "-").replace(".", "-")
-        path = self._sudoers = Path("/etc/sudoers.d") / name
+        path = self._sudoers = SUDOERS / f"hgt-{os.getpid()}-{name}"
         path.write_text(f"{LOGIN} ALL=({', '.join(users)}) NOPASSWD: {python} ^-I {launcher}$\n")
         path.chmod(0o440)
 
@@ -176,6 +179,14 @@ class SshNodes:
         with contextlib.ExitStack() as each:  # all of them, whatever becomes of one
             for node in self.nodes:
                 each.callback(node.stop)
+
+
+def sweep_sudo_rules(directory: Path) -> None:
+    """Remove the rules of tests that were killed; that of a process which lives is in use."""
+    for path in directory.glob("hgt-*"):
+        match = re.match(r"hgt-(\d+)-", path.name)
+        if match is not None and not psutil.pid_exists(int(match[1])):
+            path.unlink(missing_ok=True)
 
 
 def die_with_parent() -> None:

@@ -7,7 +7,7 @@ import pwd
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -101,6 +101,47 @@ class Sudo(LocalProxy):
 
     def _is_root(self) -> bool:
         return False
+
+
+def to_fifo(mark: Path) -> None:
+    mark.unlink()
+    os.mkfifo(mark)
+
+
+def to_link(mark: Path) -> None:
+    mark.rename(mark.with_name("elsewhere"))
+    mark.symlink_to("elsewhere")
+
+
+def to_linked_directory(mark: Path) -> None:
+    mark.parent.rename(mark.parent.parent / "hidden" / "k")
+    mark.parent.symlink_to("hidden/k")
+
+
+def to_large(mark: Path) -> None:
+    mark.write_text(mark.read_text() + " " * tagged.MARK_BYTES)
+
+
+def to_somebody_elses(path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root gives files away")
+    os.chown(path, 65534, -1)
+
+
+def to_somebody_elses_directory(mark: Path) -> None:
+    to_somebody_elses(mark.parent)
+
+
+@pytest.mark.parametrize(
+    "change", [to_fifo, to_link, to_linked_directory, to_large, to_somebody_elses, to_somebody_elses_directory]
+)
+def test_only_marks_of_ones_own_are_read(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    (tmp_path / "hidden").mkdir()
+    for kernel_id in ("good", "bad"):
+        (tmp_path / kernel_id).mkdir()
+        tagged.mark(tmp_path / kernel_id, "g", kernel_id, 4)
+    change(tmp_path / "bad" / tagged.MARK)
+    assert list(tagged.marked(tmp_path, "g")) == [(tmp_path / "good", "good", 4)]
 
 
 async def test_nobody_can_take_the_place_of_another_users_kernels(tmp_path: Path) -> None:

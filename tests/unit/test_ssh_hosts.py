@@ -13,11 +13,12 @@ from traitlets.config import Config
 
 from hub_gateway.kernels.types import Resources
 from hub_gateway.proxies.base import Phase, State
-from hub_gateway.proxies.distributed import DistributedProxy, _phase
+from hub_gateway.proxies.distributed import DistributedProxy
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, Placement, host_of, listed
 from hub_gateway.proxies.ssh_node import Nodes
-from hub_gateway.proxies.ssh_pool import _Place
+from hub_gateway.proxies.ssh_pool import Lane, _Connection, _Place
+from hub_gateway.proxies.ssh_reports import phase_of
 
 
 @pytest.mark.parametrize(
@@ -99,13 +100,13 @@ async def test_a_check_leaves_the_connections_of_kernels_alone() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     proxy = DistributedProxy(config=Config(DistributedProxy={"hosts": [f"127.0.0.1:{port}"], "user": "hub"}))
-    used = object()
-    place = proxy.pool._places["127.0.0.1", port, "hub"] = _Place(client=used)
+    used = _Connection(object())
+    place = proxy.pool._places["127.0.0.1", port, "hub", Lane.LOOK] = _Place(connections=[used])
     with place.lock:
         (finding,) = [one for one in await asyncio.wait_for(proxy.check(), 10) if one.what != "limits"]
     assert finding.level == "error" and "cannot be reached" in finding.message
-    assert place.client is used
-    place.client = None
+    assert place.connections == [used]
+    place.connections.clear()
     await proxy.close()
 
 
@@ -133,4 +134,4 @@ def test_an_agent_whose_user_has_no_name_for_now_is_not_gone(user: str | None, p
     """A host that cannot reach its directory service tells uids; somebody else's process may have the pid."""
     agents = [{"pid": 7, "kernel_id": "k1", "user": user}] if user else []
     state: State = {"host": "a", "pid": 7, "user": "ada"}
-    assert _phase("k1", state, {"agents": agents}, "").phase is phase
+    assert phase_of("k1", state, {"agents": agents}, "").phase is phase
