@@ -14,7 +14,7 @@ from typing import Any
 from hub_gateway.errors import BadRequest
 from hub_gateway.kernels.types import JSON
 
-__all__ = ["KEYS", "Entry", "entries_of", "groups_of", "shown"]
+__all__ = ["KEYS", "OPTIONS", "SEPARATOR", "Entry", "entries_of", "groups_of", "shown"]
 
 SEPARATOR = "--"
 LONGEST = 255

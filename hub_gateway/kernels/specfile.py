@@ -12,7 +12,7 @@ from traitlets import TraitError
 
 from hub_gateway.errors import BadRequest
 
-__all__ = ["NAME", "loaded", "read_document"]
+__all__ = ["NAME", "filled", "loaded", "read_document"]
 
 NAME = re.compile(r"[a-z0-9._-]+")
 """What Jupyter takes for a kernelspec's name; it reads capital letters as small ones."""

@@ -370,5 +370,7 @@ def _words(value: Any) -> frozenset[str]:
 
 def _users(value: Any) -> frozenset[str]:
     """A list, or Enterprise Gateway's comma-separated string."""
-    names = value.split(",") if isinstance(value, str) else value or ()
-    return frozenset(str(name).strip() for name in names)
+    names = value.split(",") if isinstance(value, str) else [] if value is None else value
+    if not isinstance(names, list):
+        raise BadRequest("authorized_users and unauthorized_users are lists of names, or names with commas between.")
+    return frozenset(str(name).strip() for name in names) - {""}

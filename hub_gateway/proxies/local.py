@@ -65,6 +65,7 @@ AGENT_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20), "MALLOC_TRIM_THR
 class LocalProxy(ProcessProxy):
     """Kernels as processes on the gateway's node."""
 
+    config_keys = {}
     identity = IdentityNeed.UNIX_USER
     identifies = ("pid",)
 

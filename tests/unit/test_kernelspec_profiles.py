@@ -296,6 +296,15 @@ def test_how_long_a_launch_may_take(tmp_path: Path) -> None:
         seconds(metadata={"hub_gateway": {"launch_timeout": 0}})
 
 
+def test_an_empty_list_of_users_names_nobody(tmp_path: Path) -> None:
+    """Enterprise Gateway's kernelspecs have it, and mean everybody."""
+    document = {"argv": ["x"], "metadata": {"process_proxy": {"config": {"authorized_users": ""}}}}
+    assert KernelSpecs().spec(Entry("s", document), str(tmp_path)).authorized_users == frozenset()
+    document["metadata"] = {"process_proxy": {"config": {"authorized_users": 3}}}
+    with pytest.raises(BadRequest, match="lists of names"):
+        KernelSpecs().spec(Entry("s", document), str(tmp_path))
+
+
 async def test_a_launch_has_its_own_time(state_dir: Path, db_url: Callable[[], str | None]) -> None:
     silent = ["/bin/sh", "-c", "exec sleep 600", "{connection_file}"]
     write(state_dir, {**SPEC, "argv": silent, "metadata": {"hub_gateway": {"launch_timeout": 1}}})
