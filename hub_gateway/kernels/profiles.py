@@ -25,6 +25,9 @@ OPTIONS = (*SIZES, "gpu_models", "queues", "groups", "cull_idle_timeout", "launc
 KEYS = ("name", "display_name", "image", "config", "env", *OPTIONS)
 """What a profile may say."""
 
+SAME = (frozenset({"image_name", "image"}), frozenset({"hosts", "remote_hosts"}))
+"""Keys of `config` that mean the same: a profile's word for it must not lose against the kernelspec's."""
+
 # Lower case alone, as Jupyter reads the names of folders: two entries never differ by case only.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -100,12 +103,13 @@ def _overridden(document: Mapping[str, Any], called: str, profile: Mapping[str, 
         raise BadRequest(f"The profile {called} has no {', '.join(map(str, unknown))}; it has {', '.join(KEYS)}.")
     metadata = _part(document, "metadata")
     options, stanza = _part(metadata, "hub_gateway"), _part(metadata, "process_proxy")
-    config = {**_part(stanza, "config"), **_object(profile, "config", called)}
+    own = _object(profile, "config", called)
     if (image := profile.get("image")) is not None:
         if not isinstance(image, str) or not image:
             raise BadRequest(f"image of the profile {called} is not the name of an image.")
-        config = {**config, "image_name": image}
-        config.pop("image", None)
+        own["image_name"] = image
+    replaced = {word for words in SAME if words & set(own) for word in words}
+    config = {**{key: value for key, value in _part(stanza, "config").items() if key not in replaced}, **own}
     display = profile.get("display_name", f"{document.get('display_name') or called} ({called})")
     if not isinstance(display, str) or not display.strip():
         raise BadRequest(f"display_name of the profile {called} is not a text.")

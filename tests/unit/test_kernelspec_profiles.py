@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import shutil
@@ -13,12 +14,14 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sqlalchemy import select
 
 from hub_gateway.auth.base import Authenticator, Caller
 from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.errors import BadRequest, NotFound
-from hub_gateway.kernels.profiles import Entry, entries_of
+from hub_gateway.kernels.profiles import KEYS, Entry, entries_of
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.kernels.types import CreateKernel, KernelStatus, Resources
 from hub_gateway.quotas.policies import PolicyStore
@@ -282,6 +285,44 @@ def test_bad_profiles(profile: dict[str, Any], said: str) -> None:
 def test_two_of_a_name() -> None:
     _, first, second = entries_of("s", {"metadata": {"hub_gateway": {"profiles": [{"name": "a"}, {"name": "a"}]}}})
     assert not first.why_not and "two profiles" in second.why_not
+
+
+def test_a_profiles_word_for_it_holds() -> None:
+    """Whatever the kernelspec calls the same thing."""
+    config = {"image_name": "a", "hosts": ["a"], "network": "a"}
+    profiles = [{"name": "b", "config": {"image": "b", "remote_hosts": "b"}}]
+    metadata = {"process_proxy": {"config": config}, "hub_gateway": {"profiles": profiles}}
+    _, entry = entries_of("s", {"metadata": metadata})
+    assert entry.document["metadata"]["process_proxy"]["config"] == {
+        "image": "b",
+        "remote_hosts": "b",
+        "network": "a",
+    }
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["a", "b", "1G"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*KEYS, "cpu", "memory", "gpu", "other"]), inner, max_size=5)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None)
+@given(profiles=JSON)
+def test_no_profile_takes_its_kernelspec_along(profiles: Any) -> None:
+    """Whatever stands there: the kernelspec is offered, and of each profile it is known what it is or why it is not."""
+    metadata = {"hub_gateway": {"resources": {"cpu": 1}, "profiles": profiles}}
+    first, *others = entries_of("s", {"argv": ["x"], "metadata": metadata})
+    assert KernelSpecs().spec(first, "/").name == "s"
+    for entry in others:
+        assert entry.name.startswith("s--")
+        if entry.why_not:
+            continue
+        with contextlib.suppress(BadRequest):
+            assert KernelSpecs().spec(entry, "/").profile == entry.profile
 
 
 def test_how_long_a_launch_may_take(tmp_path: Path) -> None:
