@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from hub_gateway.kernels.speccheck import SpecChecker
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.proxies.base import Finding
 from hub_gateway.proxies.registry import Proxies
+from tests.harness.gateway import ROOT
 from tests.unit.test_cli import command
 
 
@@ -316,3 +319,34 @@ def test_profiles_are_held_against_the_allowed_images(tmp_path: Path) -> None:
 def test_enterprise_gateways_names_are_understood(class_name: str, config: dict[str, Any], tmp_path: Path) -> None:
     document = {**GOOD, "metadata": {"process_proxy": {"class_name": class_name, "config": config}}}
     assert findings(document, tmp_path, DistributedProxy={"hosts": ["node1", "node2"]}) == []
+
+
+# -- the guide
+
+
+def test_the_guide_does_what_it_says(run: Run, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands are run in order; its example is a kernelspec with three entries."""
+    page = (ROOT / "docs" / "howto" / "kernelspecs.md").read_text()
+    folder = site / "my_kernel"
+    folder.mkdir()
+    (folder / "kernel.json").write_text(json.dumps(GOOD))
+    monkeypatch.chdir(site)
+    commands = [
+        shlex.split(text) for text in re.findall(r"^\$ jupyter hubgateway kernelspec (.*)$", page, re.MULTILINE)
+    ]
+    assert {what for what, *_ in commands} == {"create", "install", "list", "validate"}
+    for what, *arguments in commands:
+        done = run(what, *arguments)
+        assert done.returncode == 0, (what, arguments, done.stderr)
+    made = {path.name for path in (site / "kernels").iterdir()}
+    assert made == {"python_docker", "python_distributed", "python_local", "python_ours"}
+    (example,) = (json.loads(text) for text in re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    (site / "kernels" / "python_docker" / "kernel.json").write_text(json.dumps(example))
+    assert run("validate", "python_docker").returncode == 0
+    offered = json.loads(run("list", "--json").stdout)["kernelspecs"]
+    shown = {one["name"]: one["display_name"] for one in offered if one["kernelspec"] == "python_docker"}
+    assert shown == {
+        "python_docker": "Python on Docker",
+        "python_docker--large": "Python on Docker (large)",
+        "python_docker--gpu": "Python with CUDA",
+    }
