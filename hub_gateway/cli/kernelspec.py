@@ -128,7 +128,7 @@ class KernelspecValidate(_Local):
         if os.sep not in given and given in installed:
             return {given: installed[given]}
         if folder.is_dir():
-            return {folder.resolve().name: folder}
+            return {folder.resolve().name.lower(): folder}  # as Jupyter reads it
         base, _, profile = given.partition(SEPARATOR)
         if profile and base in installed:
             return {base: installed[base]}

@@ -39,7 +39,7 @@ class _Writing(Command):
     }
     flags = {
         **Command.flags,
-        "user": ({"_Writing": {"user": True}}, "Into the own account's Jupyter directory."),
+        "user": ({"_Writing": {"user": True}}, "Into your own account's Jupyter directory."),
         "sys-prefix": ({"_Writing": {"sys_prefix": True}}, "Into the Jupyter directory of this Python environment."),
         "replace": ({"_Writing": {"replace": True}}, "Write over a kernelspec that is there."),
     }
@@ -58,7 +58,7 @@ class _Writing(Command):
         install` puts them for all users.
         """
     ).tag(config=True)
-    user = Bool(False, help="Into the own account's Jupyter directory.").tag(config=True)
+    user = Bool(False, help="Into your own account's Jupyter directory.").tag(config=True)
     sys_prefix = Bool(False, help="Into the Jupyter directory of this Python environment.").tag(config=True)
     replace = Bool(False, help="Write over a kernelspec that is there.").tag(config=True)
 
@@ -264,7 +264,8 @@ class KernelspecInstall(_Writing):
         given = self.argument("the name of a sample, or the directory of a kernelspec")
         folder = Path(given).expanduser()
         source = folder.resolve() if (folder / FILE).is_file() else sample_of(given)
-        return self.write(self.kernel_name or source.name, contents_of(source), read_document(source), source)
+        name = self.kernel_name or source.name.lower()  # as Jupyter reads it
+        return self.write(name, contents_of(source), read_document(source), source)
 
 
 def sample_of(name: str) -> Path:

@@ -333,9 +333,16 @@ def _unreadable(directory: str) -> str:
 
 def _launch_seconds(options: Mapping[str, Any], env: Mapping[str, Any]) -> float | None:
     """How long a launch may take; Enterprise Gateway's kernelspecs say it in their environment."""
-    written = options.get("launch_timeout", env.get("KERNEL_LAUNCH_TIMEOUT"))
+    written = options.get("launch_timeout")
     if written is None:
+        # There it is a variable like any other: one that says nothing of use keeps no kernelspec from being offered.
+        with contextlib.suppress(BadRequest):
+            return _seconds(env["KERNEL_LAUNCH_TIMEOUT"]) if "KERNEL_LAUNCH_TIMEOUT" in env else None
         return None
+    return _seconds(written)
+
+
+def _seconds(written: object) -> float:
     seconds = rate("launch_timeout", written)
     if not 0 < seconds <= LONGEST_LAUNCH:
         raise BadRequest(f"launch_timeout {written!r} is no number of seconds from 1 to {LONGEST_LAUNCH:.0f}.")

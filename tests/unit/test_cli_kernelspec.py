@@ -188,6 +188,10 @@ def test_a_folder_is_installed_with_its_files(run: Run, site: Path) -> None:
     assert run("install", str(target), "--name=ours").returncode == 0
     assert (site / "kernels" / "ours" / "logo-64x64.png").read_bytes() == b"png"
     assert run("install", str(target), "--name=ours").returncode == 1
+    (site / "R_Local").mkdir()
+    (site / "R_Local" / "kernel.json").write_text(json.dumps({**GOOD, "language": "R"}))
+    assert run("validate", str(site / "R_Local")).returncode == 0
+    assert run("install", str(site / "R_Local")).returncode == 0 and (site / "kernels" / "r_local").is_dir()
     nothing = run("install", "nothing")
     assert nothing.returncode == 1 and "python_docker" in nothing.stderr, "it names the samples"
     (target / "kernel.json").write_text("{")

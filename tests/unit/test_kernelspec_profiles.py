@@ -333,6 +333,7 @@ def test_how_long_a_launch_may_take(tmp_path: Path) -> None:
     assert seconds() is None
     assert seconds(metadata={"hub_gateway": {"launch_timeout": 300}}) == 300
     assert seconds(env={"KERNEL_LAUNCH_TIMEOUT": "40"}) == 40
+    assert seconds(env={"KERNEL_LAUNCH_TIMEOUT": "${LONG}"}) is None
     with pytest.raises(BadRequest, match="launch_timeout"):
         seconds(metadata={"hub_gateway": {"launch_timeout": 0}})
 
