@@ -7,6 +7,10 @@ __all__ = ["subcommands"]
 subcommands: dict[str, tuple[str, str]] = {
     "check": ("hub_gateway.cli.check.Check", "Say what is wrong with this set-up, and what to do about it."),
     "kernels": ("hub_gateway.cli.kernels.Kernels", "List, show and stop your kernels."),
+    "kernelspec": (
+        "hub_gateway.cli.kernelspec.Kernelspec",
+        "Kernelspecs: list, create, install and check what kernels are started from.",
+    ),
     "quota": ("hub_gateway.cli.quota.Quota", "Limits: yours, and those of users and groups."),
     "usage": ("hub_gateway.cli.usage.Usage", "Report what was used and what it cost; prices, months, corrections."),
     "audit": ("hub_gateway.cli.audit.Audit", "Read the audit trail, and check that it is whole."),

@@ -272,6 +272,9 @@ async def kernelspecs(gateway: HubGateway) -> AsyncIterator[Finding]:
             "name their directories: c.KernelSpecManager.kernel_dirs = [...]",
         )
         return
+    _, broken = await catalogue.everything()
+    for name, why in sorted(broken.items()):
+        yield Finding("warning", "kernelspecs", f"{name} is left out: {why}", "jupyter hubgateway kernelspec validate")
     programs = {name: entry["spec"]["argv"][0] for name, entry in found.items()}
     missing = {name: program for name, program in programs.items() if not _runnable(program)}
     for name, program in missing.items():

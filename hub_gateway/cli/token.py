@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 from datetime import datetime, timedelta, timezone
@@ -15,6 +14,7 @@ import yaml
 from traitlets import Bool, Float, List, Unicode
 
 from hub_gateway.cli.base import Command
+from hub_gateway.cli.files import write_file
 from hub_gateway.errors import BadRequest
 
 __all__ = ["Token", "add_entry"]
@@ -83,14 +83,7 @@ def add_entry(
         text = json.dumps(document, indent=2) + "\n"
     else:
         text = yaml.safe_dump(document, sort_keys=False)
-    # Written aside: a gateway that reads the file meanwhile sees the old one or the new one.
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    write_file(path, text.encode(), 0o600)
 
 
 def _entries(path: Path) -> list[Any]:

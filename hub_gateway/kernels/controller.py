@@ -68,7 +68,8 @@ class Controller(LoggingConfigurable):
 
         The time begins anew whenever the launch tells of progress, as while an image is fetched. It
         holds for a resource manager that does not answer, too: the launch is broken off. What the kernel
-        reserved is given back when it is certain that nothing of it runs.
+        reserved is given back when it is certain that nothing of it runs. A kernelspec may have its own time
+        (`metadata.hub_gateway.launch_timeout`).
         """,
     ).tag(config=True)
     shutdown_seconds = Float(

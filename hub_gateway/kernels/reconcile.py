@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import case
 
 from hub_gateway.db.models import Kernel, utcnow
+from hub_gateway.db.secrets import VaultError
 from hub_gateway.deadlines import within
-from hub_gateway.errors import GatewayError, Unavailable
+from hub_gateway.errors import GatewayError, NotFound, Unavailable
 from hub_gateway.kernels import failpoints
 from hub_gateway.kernels.leases import Lease, LeaseLost, Leases
 from hub_gateway.kernels.links import Links
@@ -73,6 +74,8 @@ class _Memory:
     epoch: int
     began: float
     deadline: float
+    allowed: float = 0.0
+    """How long (seconds) the launch may take."""
     launched: bool = False
     launching: asyncio.Task[None] | None = None
     broken_off: bool = False
@@ -188,7 +191,8 @@ class Reconciler:
         now = asyncio.get_running_loop().time()
         memory = self._memory.get(record.id)
         if memory is None or memory.epoch != lease.epoch:
-            heard, memory = memory, _Memory(lease.epoch, now, now + self.timing.start)
+            allowed = await self._allowed(record)
+            heard, memory = self._memory.get(record.id), _Memory(lease.epoch, now, now + allowed, allowed)
             if heard is not None and record.registration is not None:  # else it was about an earlier launch
                 memory.exit, memory.report = heard.exit, heard.report
             self._memory[record.id] = memory
@@ -199,7 +203,7 @@ class Reconciler:
         if memory.exit is None and report is not None and report.phase is Phase.GONE:
             memory.exit = await self._post_mortem(record, report, "before it was ready")
         if memory.exit is None and left <= 0:
-            memory.exit = await self._too_slow(record)
+            memory.exit = await self._too_slow(record, memory.allowed)
         if memory.exit is not None:
             return await self._fail(record, lease, memory.exit)
         if report is not None and report.reason:
@@ -207,6 +211,14 @@ class Reconciler:
         if record.registration is None:
             return min(left, 5.0)
         return await self._await_ready(record, lease, memory, left)
+
+    async def _allowed(self, record: KernelRecord) -> float:
+        """How long (seconds) the kernel's launch may take."""
+        try:
+            plan, _, _ = await self.store.plan(record.id)
+        except (NotFound, VaultError):  # the launch meets the same, and says it when its time is over
+            return self.timing.start
+        return plan.start_seconds or self.timing.start
 
     async def _await_ready(self, record: KernelRecord, lease: Lease, memory: _Memory, left: float) -> float | None:
         facts = (await self.store.link_facts([record.id])).get(record.id)
@@ -263,7 +275,7 @@ class Reconciler:
             if asyncio.get_running_loop().time() < memory.deadline:
                 raise
             record = await self.store.get(record.id) or record
-            return await self._fail(record, lease, await self._too_slow(record))
+            return await self._fail(record, lease, await self._too_slow(record, memory.allowed))
         except GatewayError as error:
             record = await self.store.get(record.id) or record
             return await self._fail(record, lease, Exit(storable(error.message)))
@@ -275,6 +287,7 @@ class Reconciler:
         plan, token, public = await self.store.plan(record.id)
         if record.launch_epoch != lease.epoch:
             await self.leases.update(lease, launch_epoch=lease.epoch)
+        agent = self.agent(record.id, token, public)
         request = LaunchRequest(
             kernel_id=record.id,
             gateway_id=self.gateway_id,
@@ -284,7 +297,10 @@ class Reconciler:
             argv=plan.argv,
             env=plan.env,
             agent=replace(
-                self.agent(record.id, token, public), transport=plan.transport, kernel_encryption=plan.encryption
+                agent,
+                transport=plan.transport,
+                kernel_encryption=plan.encryption,
+                start_seconds=plan.start_seconds or agent.start_seconds,
             ),
             cwd=plan.cwd,
             unix_user=record.unix_user,
@@ -305,7 +321,7 @@ class Reconciler:
                     memory.progress = storable(progress)
                     self.links.relay(record.id).announce(progress)
                     # An image may take longer to fetch than a kernel to start.
-                    memory.deadline = asyncio.get_running_loop().time() + self.timing.start
+                    memory.deadline = asyncio.get_running_loop().time() + memory.allowed
                 if target is not KernelTarget.RUNNING:
                     return
 
@@ -417,17 +433,17 @@ class Reconciler:
         reason = f": {report.reason}" if report.reason else ""
         return await self._last_words(record, f"The kernel ended {when}{reason.rstrip('.')}.", report.exit_code)
 
-    async def _too_slow(self, record: KernelRecord) -> Exit:
+    async def _too_slow(self, record: KernelRecord, allowed: float) -> Exit:
         what = "did not register" if record.registration is None else "did not answer"
         return await self._last_words(
-            record, f"The kernel {what} within {self.timing.start:.0f} seconds of its launch; start it again.", None
+            record, f"The kernel {what} within {allowed:.0f} seconds of its launch; start it again.", None
         )
 
     async def _hung(self, record: KernelRecord, memory: _Memory) -> Exit:
         said = f" It last said: {memory.progress.rstrip('.')}." if memory.progress else ""
         return await self._last_words(
             record,
-            f"The resource manager ({record.proxy}) did not finish the launch within {self.timing.start:.0f} seconds."
+            f"The resource manager ({record.proxy}) did not finish the launch within {memory.allowed:.0f} seconds."
             f"{said} Start the kernel again later, or ask your administrator whether the cluster works.",
             None,
         )

@@ -136,7 +136,7 @@ class KernelService(LoggingConfigurable):
         username = caller.name
         client = client_environment(wanted.env, allowed=self.client_envs, username=username)
         key = _kernel_id(kernel_id or client.pop("KERNEL_ID", None))
-        spec = await self.specs.get(wanted.name, username)
+        spec = await self.specs.get(wanted.name, username, caller.groups)
         proxy = self.controller.proxies.resolve(spec.proxy)
         identity = await self.identity.map(caller, need=self.controller.proxies.get(proxy).identity)
         resources, queue = wished(spec.bounds, spec.name, client)
@@ -282,11 +282,13 @@ class KernelService(LoggingConfigurable):
 
     async def kernelspecs(self, caller: Caller) -> dict[str, JSON]:
         """The kernelspecs that the caller may use, in Jupyter's form."""
-        return await self.specs.catalogue(caller.name)
+        return await self.specs.catalogue(caller.name, caller.groups)
 
     async def kernelspec_resource(self, name: str, path: str, caller: Caller | None = None) -> Path:
         """A file of a kernelspec (its logo). Raises `NotFound`."""
-        return await self.specs.resource(name, path, None if caller is None else caller.name)
+        if caller is None:
+            return await self.specs.resource(name, path, None)
+        return await self.specs.resource(name, path, caller.name, caller.groups)
 
     # Sessions
 
@@ -478,4 +480,5 @@ def _plan(spec: Spec, wanted: CreateKernel, client: Mapping[str, str], *, kernel
         config=spec.proxy_config,
         transport=spec.transport,
         encryption=spec.encryption,
+        start_seconds=spec.launch_seconds,
     )

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,16 +18,22 @@ from traitlets.config import LoggingConfigurable
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import BadRequest, Forbidden, NotFound
+from hub_gateway.kernels.profiles import Entry, entries_of, groups_of, shown
 from hub_gateway.kernels.resources import Bounds, bounds_of
+from hub_gateway.kernels.specfile import loaded
 from hub_gateway.kernels.types import JSON
-from hub_gateway.quotas.amounts import resources_of
+from hub_gateway.quotas.amounts import rate, resources_of
 
 __all__ = ["KernelSpecFiles", "KernelSpecs", "Spec"]
 
 
+NOBODY: frozenset[str] = frozenset()
+LONGEST_LAUNCH = 86400.0
+
+
 @dataclass(frozen=True)
 class Spec:
-    """One kernelspec, with what its metadata says to the gateway."""
+    """One kernelspec, or one profile of it, with what its metadata says to the gateway."""
 
     name: str
     resource_dir: str
@@ -46,8 +52,18 @@ class Spec:
     bounds: Bounds = field(default_factory=Bounds)
     authorized_users: frozenset[str] = frozenset()
     unauthorized_users: frozenset[str] = frozenset()
+    groups: frozenset[str] | None = None
+    """To whom it is offered; for everybody else it does not exist. None is everybody."""
+    profile: str = ""
+    """Name of the profile; empty for the kernelspec itself."""
+    launch_seconds: float | None = None
+    """How long a launch may take; None is the gateway's usual."""
     model: Mapping[str, JSON] = field(default_factory=dict)
     """The entry of `GET /api/kernelspecs`."""
+
+    def offered(self, groups: Collection[str]) -> bool:
+        """Whether it exists for a member of these groups."""
+        return self.groups is None or not self.groups.isdisjoint(groups)
 
     def number(self, name: str) -> float | None:
         """A number from `metadata.hub_gateway`, None where it is missing or none."""
@@ -58,6 +74,7 @@ class Spec:
 @dataclass(frozen=True)
 class _Catalogue:
     specs: Mapping[str, Spec]
+    broken: Mapping[str, str]
     stamp: tuple[tuple[str, int], ...]
     read_at: float
 
@@ -84,6 +101,7 @@ class KernelSpecs(LoggingConfigurable):
         Unicode(),
         help="""Names of the kernelspecs that may be used; empty allows all that are found.
 
+        A kernelspec's name allows all of its profiles; the name of a profile (`python_docker--large`) allows that one.
         Where they are found is `KernelSpecManager.kernel_dirs`.
         """,
     ).tag(config=True)
@@ -132,18 +150,19 @@ class KernelSpecs(LoggingConfigurable):
             raise TraitError(error.message) from error
         return proposal["value"]
 
-    async def get(self, name: str | None, user: str) -> Spec:
+    async def get(self, name: str | None, user: str, groups: Collection[str] = NOBODY) -> Spec:
         """The kernelspec of that name (None: the default). Raises `NotFound`, `Forbidden`."""
         specs = await self._specs()
+        visible = {name: spec for name, spec in specs.items() if self._visible(spec, user, groups)}
         if name is None or name == "":
-            name = self._default(specs)
+            name = self._default(visible)
+        if name in visible:
+            return visible[name]
         found = specs.get(name)
-        if found is None:
-            known = ", ".join(sorted(n for n, s in specs.items() if self._visible(s, user))) or "none"
+        if found is None or found.profile or not found.offered(groups):
+            known = ", ".join(sorted(visible)) or "none"
             raise NotFound(f"There is no kernelspec {name[:100]!r} on this gateway; available: {known}.")
-        if not self._visible(found, user):
-            raise Forbidden(f"{user} may not use the kernelspec {name!r}; ask the administrator of the gateway.")
-        return found
+        raise Forbidden(f"{user} may not use the kernelspec {name!r}; ask the administrator of the gateway.")
 
     async def bounds(self) -> dict[str, tuple[str | None, Bounds]]:
         """The process proxy and the resources of every kernelspec, by name."""
@@ -153,21 +172,26 @@ class KernelSpecs(LoggingConfigurable):
         """The kernelspec of that name, whoever may use it."""
         return (await self._specs()).get(name)
 
-    async def catalogue(self, user: str) -> dict[str, Any]:
+    async def everything(self) -> tuple[Mapping[str, Spec], Mapping[str, str]]:
+        """Every kernelspec and profile by name, whoever may use it; and of those that are left out, why."""
+        await self._specs()
+        assert self._catalogue is not None
+        return self._catalogue.specs, self._catalogue.broken
+
+    async def catalogue(self, user: str, groups: Collection[str] = NOBODY) -> dict[str, Any]:
         """What `GET /api/kernelspecs` answers to that user: `{"default", "kernelspecs": {name: model}}`."""
         specs = await self._specs()
-        visible = {name: spec.model for name, spec in specs.items() if self._visible(spec, user)}
-        default = self._default(specs)
+        visible = {name: spec for name, spec in specs.items() if self._visible(spec, user, groups)}
         return {
-            "default": default if default in visible or not visible else next(iter(visible)),
-            "kernelspecs": visible,
+            "default": self._default(visible or specs),
+            "kernelspecs": {name: spec.model for name, spec in visible.items()},
         }
 
-    async def resource(self, name: str, path: str, user: str | None) -> Path:
+    async def resource(self, name: str, path: str, user: str | None, groups: Collection[str] = NOBODY) -> Path:
         """A file of a kernelspec's directory, for a user or (None) for whoever asks. Raises `NotFound`."""
         specs = await self._specs()
         spec = specs.get(name)
-        if spec is None or (user is not None and not self._visible(spec, user)):
+        if spec is None or (user is not None and not self._visible(spec, user, groups)):
             raise NotFound(f"There is no kernelspec {name[:100]!r}.")
 
         def find() -> Path | None:
@@ -180,8 +204,8 @@ class KernelSpecs(LoggingConfigurable):
             raise NotFound(f"The kernelspec {name!r} has no file {path[:200]!r}.")
         return found
 
-    def _visible(self, spec: Spec, user: str) -> bool:
-        if user in self.unauthorized_users or user in spec.unauthorized_users:
+    def _visible(self, spec: Spec, user: str, groups: Collection[str]) -> bool:
+        if not spec.offered(groups) or user in self.unauthorized_users or user in spec.unauthorized_users:
             return False
         return all(not some or user in some for some in (self.authorized_users, spec.authorized_users))
 
@@ -213,16 +237,35 @@ class KernelSpecs(LoggingConfigurable):
     def _read(self, kept: _Catalogue | None) -> _Catalogue:
         stamp = self._stamp()
         if kept is not None and kept.stamp == stamp:
-            return _Catalogue(kept.specs, stamp, time.monotonic())
-        specs = {}
-        for name, entry in sorted(self.manager.get_all_specs().items()):
-            if self.allowed_kernelspecs and name not in self.allowed_kernelspecs:
-                continue
-            try:
-                specs[name] = self._spec(name, entry["resource_dir"], entry["spec"])
-            except (BadRequest, KeyError, TypeError, ValueError) as error:
-                self.log.warning("The kernelspec %s is left out: %s", name, error)
-        return _Catalogue(specs, stamp, time.monotonic())
+            return _Catalogue(kept.specs, kept.broken, stamp, time.monotonic())
+        found = self.manager.get_all_specs()
+        specs: dict[str, Spec] = {}
+        broken = {
+            name: _unreadable(directory)
+            for name, directory in self.manager.find_kernel_specs().items()
+            if name not in found and self._allowed(name, name)
+        }
+        for name, entry in sorted(found.items()):
+            for one in entries_of(name, entry["spec"]):
+                if not self._allowed(one.name, name):
+                    continue
+                try:
+                    specs[one.name] = self._profile(one, entry["resource_dir"], found)
+                except (BadRequest, KeyError, TypeError, ValueError) as error:
+                    broken[one.name] = str(error)
+        for name, why in sorted(broken.items()):
+            self.log.warning("The kernelspec %s is left out: %s", name, why)
+        return _Catalogue(dict(sorted(specs.items())), broken, stamp, time.monotonic())
+
+    def _allowed(self, name: str, kernelspec: str) -> bool:
+        return not self.allowed_kernelspecs or not {name, kernelspec}.isdisjoint(self.allowed_kernelspecs)
+
+    def _profile(self, entry: Entry, directory: str, folders: Collection[str]) -> Spec:
+        if entry.why_not:
+            raise BadRequest(entry.why_not)
+        if entry.profile and entry.name in folders:
+            raise BadRequest("A folder has that name, and is used in place of the profile; rename one of them.")
+        return self.spec(entry, directory)
 
     def _stamp(self) -> tuple[tuple[str, int], ...]:
         found = []
@@ -233,7 +276,9 @@ class KernelSpecs(LoggingConfigurable):
                     found.append((f"{name}:{path}", path.stat().st_mtime_ns))
         return tuple(found)
 
-    def _spec(self, name: str, directory: str, found: dict[str, Any]) -> Spec:
+    def spec(self, entry: Entry, directory: str) -> Spec:
+        """What the gateway makes of an entry. Raises `BadRequest`, `KeyError`, `TypeError`, `ValueError`."""
+        name, found = entry.name, entry.document
         metadata = _mapping(found.get("metadata") or {}, "metadata")
         stanza = _mapping(metadata.get("process_proxy") or {}, "metadata.process_proxy")
         config = _mapping(stanza.get("config") or {}, "metadata.process_proxy.config")
@@ -260,7 +305,10 @@ class KernelSpecs(LoggingConfigurable):
             bounds=bounds_of(options, resources_of(self.default_resources, "default_resources")),
             authorized_users=_users(config.get("authorized_users")),
             unauthorized_users=_users(config.get("unauthorized_users")),
-            model={"name": name, "spec": found, "resources": self._resources(name, Path(directory))},
+            groups=groups_of(options),
+            profile=entry.profile,
+            launch_seconds=_launch_seconds(options, found.get("env") or {}),
+            model={"name": name, "spec": shown(found), "resources": self._resources(name, Path(directory))},
         )
 
     def _resources(self, name: str, directory: Path) -> dict[str, JSON]:
@@ -272,6 +320,33 @@ class KernelSpecs(LoggingConfigurable):
         for logo in sorted(directory.glob("logo-*")):
             found[logo.stem] = prefix + quote(logo.name)
         return found
+
+
+def _unreadable(directory: str) -> str:
+    """Why jupyter_client leaves a folder out."""
+    try:
+        loaded(Path(directory))
+    except BadRequest as error:
+        return error.message
+    return "Jupyter cannot load it; the gateway's log has its reason."
+
+
+def _launch_seconds(options: Mapping[str, Any], env: Mapping[str, Any]) -> float | None:
+    """How long a launch may take; Enterprise Gateway's kernelspecs say it in their environment."""
+    written = options.get("launch_timeout")
+    if written is None:
+        # There it is a variable like any other: one that says nothing of use keeps no kernelspec from being offered.
+        with contextlib.suppress(BadRequest):
+            return _seconds(env["KERNEL_LAUNCH_TIMEOUT"]) if "KERNEL_LAUNCH_TIMEOUT" in env else None
+        return None
+    return _seconds(written)
+
+
+def _seconds(written: object) -> float:
+    seconds = rate("launch_timeout", written)
+    if not 0 < seconds <= LONGEST_LAUNCH:
+        raise BadRequest(f"launch_timeout {written!r} is no number of seconds from 1 to {LONGEST_LAUNCH:.0f}.")
+    return seconds
 
 
 def _filled(argument: str, directory: str) -> str:
@@ -302,5 +377,7 @@ def _words(value: Any) -> frozenset[str]:
 
 def _users(value: Any) -> frozenset[str]:
     """A list, or Enterprise Gateway's comma-separated string."""
-    names = value.split(",") if isinstance(value, str) else value or ()
-    return frozenset(str(name).strip() for name in names)
+    names = value.split(",") if isinstance(value, str) else [] if value is None else value
+    if not isinstance(names, list):
+        raise BadRequest("authorized_users and unauthorized_users are lists of names, or names with commas between.")
+    return frozenset(str(name).strip() for name in names) - {""}

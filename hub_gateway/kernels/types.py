@@ -142,6 +142,8 @@ class LaunchPlan:
     transport: Literal["auto", "ipc", "tcp"] = "auto"
     encryption: Literal["none", "curve"] = "none"
     """What the kernel understands."""
+    start_seconds: float | None = None
+    """How long its launch may take; None is the gateway's usual."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from traitlets.config import LoggingConfigurable
 from traitlets.traitlets import MetaHasTraits
 
 from hub_gateway.kernels.types import JSON, Registration, Resources
+from hub_gateway.proxies.specconfig import Check
 
 __all__ = [
     "AgentSettings",
@@ -156,6 +157,8 @@ class ProcessProxy(LoggingConfigurable, metaclass=_Meta):
     """The keys of a state that tell one cluster object of a kernel from another (a pid, an application id)."""
     wanted: bool = False
     """Whether anything speaks for it: an option, a kernelspec, a kernel. A cluster that nobody wants may be missing."""
+    config_keys: ClassVar[Mapping[str, Check] | None] = None
+    """What a kernelspec's `metadata.process_proxy.config` may hold for it; None: it does not say."""
 
     @abc.abstractmethod
     def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
@@ -199,6 +202,13 @@ class ProcessProxy(LoggingConfigurable, metaclass=_Meta):
     @abc.abstractmethod
     async def check(self) -> Sequence[Finding]:
         """Whether the cluster can be reached and used, and what to do where not."""
+
+    def check_config(self, config: Mapping[str, JSON]) -> Iterator[Finding]:
+        """What is wrong with a kernelspec's `metadata.process_proxy.config`, by this gateway's configuration.
+
+        The types are as `config_keys` has them. May block.
+        """
+        yield from ()
 
     async def close(self) -> None:
         """Release clients and pools."""

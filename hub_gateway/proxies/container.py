@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import os
 import pwd
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from traitlets.config import Configurable
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import LaunchFailed, LaunchRefused, Unavailable
+from hub_gateway.kernels.types import JSON
 from hub_gateway.proxies.agent_config import shutdown_option
 from hub_gateway.proxies.base import ClusterObject, Finding, IdentityNeed, LaunchRequest, ProcessProxy
 from hub_gateway.proxies.docker_client import DockerDaemon, errors
@@ -27,6 +28,7 @@ from hub_gateway.proxies.docker_spec import (
     object_name,
     working_directory,
 )
+from hub_gateway.proxies.specconfig import mounts, text
 
 __all__ = ["ContainerProxy", "listed"]
 
@@ -38,6 +40,7 @@ class ContainerProxy(ProcessProxy):
 
     identity = IdentityNeed.UNIX_USER
     enforces = frozenset({"cpu", "memory", "gpu"})
+    config_keys = {"image_name": text, "image": text, "network": text, "volumes": mounts}
 
     url = Unicode(
         help="""Where the Docker daemon is reached.
@@ -233,6 +236,29 @@ class ContainerProxy(ProcessProxy):
             init=self.init,
         )
 
+    def check_config(self, config: Mapping[str, JSON]) -> Iterator[Finding]:
+        image = config.get("image_name") or config.get("image") or self.image
+        if not image:
+            yield Finding(
+                "error", "image_name", "it names no image", f"name one, or set {self.__class__.__name__}.image"
+            )
+        elif self.allowed_images and not self._allows(str(image)):
+            known = ", ".join(self.allowed_images)
+            yield Finding(
+                "error", "image_name", f"{image} may not run here", f"choose one of allowed_images ({known}), or add it"
+            )
+        if _foreign(str(config.get("network") or "")):
+            yield Finding("error", "network", "kernels need a network of their own", "name one that was made for them")
+        volumes: Any = config.get("volumes") or []
+        for one in volumes:
+            try:
+                mount_of(one, {"username": "user"}, tuple(self.allowed_host_roots))
+            except LaunchFailed as error:
+                yield Finding("error", "volumes", error.message, error.hint)
+
+    def _allows(self, image: str) -> bool:
+        return any(fnmatchcase(image, pattern) for pattern in self.allowed_images)
+
     def _image(self, request: LaunchRequest) -> str:
         """The image of a launch; `image_name` and KERNEL_IMAGE are Enterprise Gateway's words."""
         named = str(request.config.get("image_name") or request.config.get("image") or self.image)
@@ -242,8 +268,7 @@ class ContainerProxy(ProcessProxy):
                 f"The kernelspec {request.kernelspec} names no image for its kernels; ask the administrator.",
                 hint="set image_name in metadata.process_proxy.config, or the proxy's `image`",
             )
-        allowed = any(fnmatchcase(wished, pattern) for pattern in self.allowed_images)
-        if not allowed and (self.allowed_images or wished != named):
+        if not self._allows(wished) and (self.allowed_images or wished != named):
             known = ", ".join(self.allowed_images) or named
             raise LaunchRefused(
                 f"The image {wished[:200]!r} is not one that kernels may run here; allowed: {known}. "

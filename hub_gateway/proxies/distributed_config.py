@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import pwd
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from traitlets import Bool, Dict, Enum, Float, Integer, List, TraitError, Unicode, Union, default, validate
 from traitlets.config import LoggingConfigurable
 
-from hub_gateway.kernels.types import Resources
+from hub_gateway.kernels.types import JSON, Resources
 from hub_gateway.proxies.agent_config import shutdown_option
+from hub_gateway.proxies.base import Finding
 from hub_gateway.proxies.names import NAMES, DirectoryNames
-from hub_gateway.proxies.ssh_hosts import Host, Placement, host_of
+from hub_gateway.proxies.specconfig import Check, names, ports
+from hub_gateway.proxies.ssh_hosts import Host, Placement, host_of, listed
 from hub_gateway.proxies.ssh_node import NodeOptions
 from hub_gateway.proxies.ssh_pool import SshOptions
 
@@ -217,6 +219,25 @@ class DistributedOptions(LoggingConfigurable):
         if proposal["value"] and not _named(proposal["value"]):
             raise TraitError("DistributedProxy.limit_command names no resource: {memory}, {cpu} or {cpu_percent}")
         return proposal["value"]
+
+    # What kernelspecs say
+
+    config_keys: ClassVar[Mapping[str, Check] | None] = {"hosts": names, "remote_hosts": names, "port_range": ports}
+
+    def check_config(self, config: Mapping[str, JSON]) -> Iterator[Finding]:
+        """What is wrong with a kernelspec's `metadata.process_proxy.config`, see `ProcessProxy`."""
+        known = self.configured_hosts()
+        if not known:
+            yield Finding("warning", "hosts", "this gateway has no hosts yet", "set DistributedProxy.hosts")
+            return
+        unknown = [name for name in listed(config.get("hosts") or config.get("remote_hosts")) if name not in known]
+        if unknown:
+            yield Finding(
+                "error",
+                "hosts",
+                f"this gateway has no host {', '.join(unknown)}",
+                f"name some of {', '.join(known)}, or add them to DistributedProxy.hosts",
+            )
 
     # What they come to
 

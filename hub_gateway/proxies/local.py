@@ -58,6 +58,7 @@ AGAIN_SECONDS = 1.0
 class LocalProxy(ProcessProxy):
     """Kernels as processes on the gateway's node."""
 
+    config_keys = {}
     identity = IdentityNeed.UNIX_USER
     identifies = ("pid",)
 

@@ -24,6 +24,7 @@ from hub_gateway.proxies.container import ContainerProxy, listed
 from hub_gateway.proxies.docker_check import check_daemon
 from hub_gateway.proxies.docker_client import errors, last_words, refusal, said
 from hub_gateway.proxies.docker_spec import EPOCH, GATEWAY, KERNEL, ContainerPlan, agent_document
+from hub_gateway.proxies.specconfig import texts
 from hub_gateway.proxies.swarm_spec import Placement, phase_of, service_spec
 
 __all__ = ["SwarmProxy"]
@@ -35,6 +36,7 @@ REMOVAL_SECONDS = 20.0
 class SwarmProxy(ContainerProxy):
     """Kernels as services of a Docker swarm."""
 
+    config_keys = {**ContainerProxy.config_keys, "constraints": texts}
     identifies = ("service",)
 
     reach = Enum(

@@ -221,8 +221,8 @@ class QuotaService(LoggingConfigurable):
         if kernelspec is None:
             return Demand(owner, owner_kind, frozenset(groups), "", "")
         spec = await self.specs.find(kernelspec)
-        if spec is None:
-            raise NotFound(f"There is no kernelspec {kernelspec[:100]!r} on this gateway.")
+        if spec is None or not spec.offered(groups):
+            raise NotFound(f"There is no kernelspec {kernelspec[:100]!r} on this gateway for {owner}.")
         try:
             proxy = self.proxies.resolve(spec.proxy)
         except BadRequest:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from tornado.web import authenticated
 
+from hub_gateway.auth.base import Caller
 from hub_gateway.auth.people import GroupInfo, PeoplePage, Person
 from hub_gateway.auth.scopes import QUOTAS_READ, QUOTAS_WRITE, powers
 from hub_gateway.auth.scopes import require as require_scope
@@ -204,7 +205,7 @@ class PersonHandler(ConsoleHandler):
             limits=limits,
             explained=explained,
             spec=spec,
-            specs=await self._specs(),
+            specs=await self._specs(person),
             readable=await self.authority().may_read(),
             choices=self._choices(limits),
             typed=typed or {"policy": "", "amount": "", "until": soon, "reason": ""},
@@ -225,8 +226,10 @@ class PersonHandler(ConsoleHandler):
             return False
         return power.everything or person.name != self.owner
 
-    async def _specs(self) -> list[str]:
-        catalogue: Any = await self.services.kernels.kernelspecs(self.caller)
+    async def _specs(self, person: Person) -> list[str]:
+        """What this person may start."""
+        somebody = Caller(person.name, groups=frozenset(person.groups))
+        catalogue: Any = await self.services.kernels.kernelspecs(somebody)
         return sorted(catalogue.get("kernelspecs", {}))
 
 

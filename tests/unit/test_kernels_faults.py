@@ -463,10 +463,14 @@ async def test_what_operators_watch_moves(make_gateway: Callable[..., MiniGatewa
         one = Policy("one", SubjectKind.EVERYONE, counts=Counts.TOGETHER, hard=1, action=Action.QUEUE)
         for policy in (one, Policy("none", SubjectKind.USER, "carol", hard=0)):
             await put(gateway.service.store, policy)
-        await gateway.start(ALICE)
-        assert (await gateway.service.create(BOB, CreateKernel(name="python"))).status is KernelStatus.QUEUED
+        running = await gateway.start(ALICE)
+        waiting = await gateway.service.create(BOB, CreateKernel(name="python"))
+        assert waiting.status is KernelStatus.QUEUED
         with pytest.raises(LaunchRefused):
             await gateway.service.create(Caller("carol"), CreateKernel(name="python"))
         with pytest.raises(NotFound):
             await gateway.service.create(BOB, CreateKernel(name="nothing"))
         assert [after - was for was, after in zip(before, numbers(), strict=True)] == [move for *_, move in MOVES]
+        # First the one that waits, which would be started in the other's place.
+        await gateway.service.shutdown(BOB, waiting.id)
+        await gateway.service.shutdown(ALICE, running.id)
