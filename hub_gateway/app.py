@@ -25,7 +25,7 @@ from hub_gateway import __version__
 from hub_gateway.cli import subcommands
 from hub_gateway.errors import BadRequest, GatewayError
 from hub_gateway.logs import configure_logging
-from hub_gateway.runtime import Runtime
+from hub_gateway.runtime import SWITCH_SECONDS, Runtime
 from hub_gateway.statedir import StateDir
 from hub_gateway.web.server import GatewayServer
 
@@ -279,6 +279,7 @@ class HubGateway(JupyterApp):
 
     def start(self) -> None:
         super().start()  # subcommands, --generate-config
+        sys.setswitchinterval(SWITCH_SECONDS)
         try:
             asyncio.run(self._serve())
         except GatewayError as error:

@@ -43,8 +43,14 @@ if TYPE_CHECKING:
     from hub_gateway.auth.hub import HubService
     from hub_gateway.statedir import StateDir
 
-__all__ = ["Runtime"]
+__all__ = ["SWITCH_SECONDS", "Runtime"]
 
+SWITCH_SECONDS = 0.0005
+"""After how long a thread that computes lets another one of the interpreter go on, if one waits.
+
+A launch asks the database some fifteen times and waits anew each time: Python's own 5 ms would add up to a tenth of a
+second while the enforcer looks at ten thousand kernels in another thread.
+"""
 MAX_SOCKETS = 65536  # one ZeroMQ socket a kernel; the default of 1023 would be the limit of the gateway
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
-from sqlalchemy import Table, Text, bindparam, delete, insert, or_, select, update
+from sqlalchemy import Select, Table, Text, bindparam, delete, insert, or_, select, update
 from sqlalchemy import cast as cast_to
 from sqlalchemy.orm import Session as Transaction
 
@@ -23,7 +23,7 @@ from hub_gateway.quotas.amounts import shown
 from hub_gateway.quotas.holders import in_group
 from hub_gateway.quotas.policies import PolicyIndex
 from hub_gateway.quotas.rates import EPSILON, prices_of, rate_of
-from hub_gateway.quotas.resolve import applicable
+from hub_gateway.quotas.resolve import applicable, slot
 from hub_gateway.quotas.types import Counts, Demand, Policy, SubjectKind
 from hub_gateway.quotas.use import EVERYONE, Holder, held_by, lock, scope_of
 
@@ -36,20 +36,19 @@ _OF = ("of_policy", "of_subject", "of_state")
 _THAT = [_STATES.c[name] == bindparam(of) for name, of in zip(("policy_id", "subject", "state"), _OF, strict=True)]
 _END = delete(_STATES).where(*_THAT)
 _BURST = update(_STATES).where(*_THAT).values(since=bindparam("from"), until=bindparam("to"))
-_SORT = ("owner", "owner_kind", "kernelspec", "proxy", "queue", "cpu", "memory", "gpu", "gpu_model")
-_HELD = (
-    select(
-        _OPEN.c.kernel_id,
-        _OPEN.c.price_version,
-        Kernel.target,
-        cast_to(_OPEN.c.groups, Text),
-        *(_OPEN.c[name] for name in _SORT),
-    )
+_SORT = (
+    *(_OPEN.c.owner, _OPEN.c.owner_kind, cast_to(_OPEN.c.groups, Text)),
+    *(_OPEN.c.kernelspec, _OPEN.c.proxy, _OPEN.c.queue),
+)
+"""Groups as they are written: they are parsed once for all who are in the same."""
+_TAKEN = (_OPEN.c.cpu, _OPEN.c.memory, _OPEN.c.gpu, _OPEN.c.gpu_model)
+_HELD: Select[Any] = (
+    select(_OPEN.c.kernel_id, _OPEN.c.price_version, Kernel.target, *_SORT, *_TAKEN)
     .join(Kernel, Kernel.id == _OPEN.c.kernel_id)
     .where(_OPEN.c.released_at.is_(None))
     .order_by(_OPEN.c.created_at, _OPEN.c.kernel_id)
 )
-"""What is held, the oldest first. Groups as they are written: they are parsed once for all who are in the same."""
+"""What is held, the oldest first."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,12 @@ class _Changes:
         return bool(self.made or self.ended or self.burst or self.notices or self.stops)
 
 
-@dataclass(frozen=True)
-class _Held:
+class _Held(NamedTuple):
+    """A kernel: not a dataclass, of which a look would make ten thousands."""
+
     id: str
-    demand: Demand
+    owner: str
+    resources: Resources
     price: int
     """The version of the price list by which it is billed."""
     going: bool
@@ -201,23 +202,31 @@ def _lines(
 ) -> dict[Line, list[_Held]]:
     """The kernels that count in each line that time does something to."""
     held: dict[Line, list[_Held]] = defaultdict(list)
-    if not any(_watched(policy) for policy in index.by_name.values()):
+    watched = [policy for policy in index.by_name.values() if _watched(policy)]
+    if not watched:
         return held
-    prices = prices_of(tx, index.by_name.values())
-    known: dict[tuple[object, ...], list[tuple[Policy, Holder]]] = {}
-    for kernel in _kernels(tx, None if lines is None else {scope for _, scope in lines}):
-        one = kernel.demand
-        key = (one.owner, one.groups, one.kernelspec, one.proxy, one.queue)
-        if key not in known:
-            known[key] = [
-                (policy, scope_of(policy, one.owner, one.owner_kind))
-                for policy in applicable(index.of(one), one, now)
-                if _watched(policy)
-            ]
-        for policy, scope in known[key]:
-            line = (policy.name, scope)
-            wanted = lines is None or line in lines
-            if wanted and rate_of(policy, one.resources, prices(kernel.price)) > EPSILON:
+    prices = prices_of(tx, watched)
+    # One that nobody watches may count in the place of one that is watched.
+    slots = {slot(policy) for policy in watched}
+    rivals = index.only(lambda policy: slot(policy) in slots)
+    groups_of: dict[str | None, frozenset[str]] = {}
+    known: dict[tuple[object, ...], list[tuple[Policy, Line]]] = {}
+    for key, price, target, *rest in _kernels(tx, None if lines is None else {scope for _, scope in lines}):
+        # Kernels of one sort meet the same policies.
+        sort, taken = tuple(rest[: len(_SORT)]), rest[len(_SORT) :]
+        if sort not in known:
+            owner, kind, written, *about = sort
+            if written not in groups_of:
+                groups_of[written] = frozenset(json.loads(written or "null") or ())
+            one = Demand(owner, SubjectKind(kind), groups_of[written], *about)
+            counting = [policy for policy in applicable(rivals.of(one), one, now) if _watched(policy)]
+            found = [(policy, (policy.name, scope_of(policy, owner, one.owner_kind))) for policy in counting]
+            known[sort] = [(policy, line) for policy, line in found if lines is None or line in lines]
+        if not known[sort]:
+            continue
+        kernel = _Held(key, sort[0], Resources(*taken), price, target != KernelTarget.RUNNING.value)
+        for policy, line in known[sort]:
+            if rate_of(policy, kernel.resources, prices(kernel.price)) > EPSILON:
                 held[line].append(kernel)
     return held
 
@@ -240,25 +249,20 @@ def _watched(policy: Policy) -> bool:
     return policy.soft is not None or limited
 
 
-def _kernels(tx: Transaction, scopes: Collection[Holder] | None) -> Iterator[_Held]:
+def _kernels(tx: Transaction, scopes: Collection[Holder] | None) -> Iterable[Sequence[Any]]:
     """What is held, by anybody or by these, the oldest first."""
     wanted = _HELD
     if scopes is not None and (SubjectKind.EVERYONE.value, EVERYONE) not in scopes:
         owners = [name for kind, name in scopes if kind != SubjectKind.GROUP.value]
         groups = [in_group(tx, name, number) for number, (kind, name) in enumerate(scopes) if kind == "group"]
         wanted = _HELD.where(or_(_OPEN.c.owner.in_(owners), *groups))
-    groups_of: dict[str | None, frozenset[str]] = {}
-    for key, price, target, written, owner, kind, kernelspec, proxy, queue, *taken in tx.connection().execute(wanted):
-        if written not in groups_of:
-            groups_of[written] = frozenset(json.loads(written or "null") or ())
-        demand = Demand(owner, SubjectKind(kind), groups_of[written], kernelspec, proxy, queue, Resources(*taken))
-        yield _Held(key, demand, price, target != KernelTarget.RUNNING.value)
+    return tx.connection().execute(wanted)
 
 
 def _by_owner(kernels: Sequence[_Held]) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = defaultdict(list)
     for kernel in kernels:
-        found[kernel.demand.owner].append(kernel.id)
+        found[kernel.owner].append(kernel.id)
     return {owner: tuple(ids) for owner, ids in found.items()}
 
 
@@ -319,7 +323,7 @@ def _over(
 ) -> None:
     staying = [kernel for kernel in kernels if not kernel.going]
     if not policy.resource.timed:
-        used -= sum(rate_of(policy, kernel.demand.resources) for kernel in kernels if kernel.going)
+        used -= sum(rate_of(policy, kernel.resources) for kernel in kernels if kernel.going)
     over = limit is not None and (used >= limit - EPSILON if policy.resource.timed else used > limit + EPSILON)
     if policy.grace_seconds is None or limit is None or not over or not staying:
         if known is not None:
@@ -348,8 +352,8 @@ def _over(
         if not policy.resource.timed:
             if used <= limit + EPSILON:
                 break
-            used -= rate_of(policy, kernel.demand.resources)
+            used -= rate_of(policy, kernel.resources)
         sentence = (
             f"This kernel was stopped: {what}, for longer than the grace of {sentences.span(policy.grace_seconds)}."
         )
-        changes.stops.append(Stop(kernel.id, kernel.demand.owner, policy.name, sentence))
+        changes.stops.append(Stop(kernel.id, kernel.owner, policy.name, sentence))

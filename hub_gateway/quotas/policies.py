@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any
@@ -82,6 +82,11 @@ class PolicyIndex:
     by_subject: Mapping[tuple[SubjectKind, str], tuple[Policy, ...]]
     metered: Mapping[int, Policy] = field(default_factory=dict)
     """Those that count what is used up in a calendar window, by id."""
+
+    def only(self, wanted: Callable[[Policy], bool]) -> PolicyIndex:
+        """Some of them, by whom they are about; no longer by name."""
+        some = {key: tuple(filter(wanted, found)) for key, found in self.by_subject.items()}
+        return PolicyIndex(self.version, {}, {key: found for key, found in some.items() if found})
 
     def about(self, owner: str, owner_kind: SubjectKind, groups: frozenset[str]) -> Iterator[Policy]:
         """The policies about an owner: theirs, their groups', everyone's."""

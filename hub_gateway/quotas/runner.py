@@ -146,6 +146,8 @@ class QuotaRunner(LoggingConfigurable):
         return found
 
     def _look(self, tx: Transaction) -> _Look:
+        # Policies that were changed are read here, and not by the next launch while all the others wait for it.
+        self.store.admission.policies.index(tx)
         rows = tx.execute(_WAITING).all()
         if not rows:
             return _Look()
