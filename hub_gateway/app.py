@@ -23,6 +23,7 @@ from traitlets import Bool, CaselessStrEnum, Float, Integer, List, TraitError, U
 
 from hub_gateway import __version__
 from hub_gateway.cli import subcommands
+from hub_gateway.deadlines import within
 from hub_gateway.errors import BadRequest, GatewayError
 from hub_gateway.logs import configure_logging
 from hub_gateway.runtime import Runtime
@@ -359,7 +360,7 @@ class HubGateway(JupyterApp):
             runtime.drain()
             server.stop()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(server.close_all_connections(), self.drain_timeout)
+                await within(server.close_all_connections(), self.drain_timeout)
         finally:
             await runtime.close()
             state.unlock()
@@ -377,7 +378,7 @@ class HubGateway(JupyterApp):
                     "stop it, or give this one a state_dir of its own",
                 )
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(stop.wait(), 0.2)
+                await within(stop.wait(), 0.2)
 
     async def _watch_parent(self, stop: asyncio.Event) -> None:
         """End when whoever started this service is gone (a killed Hub leaves its services behind)."""
