@@ -23,6 +23,7 @@ from traitlets import Bool, CaselessStrEnum, Float, Integer, List, TraitError, U
 
 from hub_gateway import __version__
 from hub_gateway.cli import subcommands
+from hub_gateway.cli.strict import StrictApp
 from hub_gateway.deadlines import within
 from hub_gateway.errors import BadRequest, GatewayError
 from hub_gateway.logs import configure_logging
@@ -44,7 +45,7 @@ ALIASES = {
 }
 
 
-class HubGateway(JupyterApp):
+class HubGateway(StrictApp):
     """A multi-tenant gateway for remote Jupyter kernels.
 
     It runs as a JupyterHub service (started by the Hub, or by anything else with the same

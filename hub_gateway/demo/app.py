@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jupyter_core.application import JupyterApp
 from sqlalchemy import select
 from traitlets import Bool, Integer, Unicode, default
 
 from hub_gateway import __version__
+from hub_gateway.cli.strict import StrictApp
 from hub_gateway.db.engine import Database
 from hub_gateway.db.models import Kernel
 from hub_gateway.demo.drive import drive, step
@@ -32,7 +32,7 @@ __all__ = ["Demo"]
 ENDED = (KernelStatus.STOPPED.value, KernelStatus.FAILED.value)
 
 
-class Demo(JupyterApp):
+class Demo(StrictApp):
     """Run a JupyterHub with the gateway on this machine: alice, bob and admin, JupyterLab, local kernels.
 
     It listens on the loopback interface only, and needs neither root nor Docker. Ctrl-C ends it. Kernels
