@@ -81,5 +81,5 @@ env-docs:
 	@$(INSTALL) $(VENV) demo docs project
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) .venv-agent-* $(REPORTS) node_modules build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) .venv-agent-* .venv-wheel-* $(REPORTS) node_modules build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

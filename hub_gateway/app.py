@@ -23,6 +23,8 @@ from traitlets import Bool, CaselessStrEnum, Float, Integer, List, TraitError, U
 
 from hub_gateway import __version__
 from hub_gateway.cli import subcommands
+from hub_gateway.cli.strict import StrictApp
+from hub_gateway.deadlines import within
 from hub_gateway.errors import BadRequest, GatewayError
 from hub_gateway.logs import configure_logging
 from hub_gateway.runtime import SWITCH_SECONDS, Runtime
@@ -43,7 +45,7 @@ ALIASES = {
 }
 
 
-class HubGateway(JupyterApp):
+class HubGateway(StrictApp):
     """A multi-tenant gateway for remote Jupyter kernels.
 
     It runs as a JupyterHub service (started by the Hub, or by anything else with the same
@@ -360,7 +362,7 @@ class HubGateway(JupyterApp):
             runtime.drain()
             server.stop()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(server.close_all_connections(), self.drain_timeout)
+                await within(server.close_all_connections(), self.drain_timeout)
         finally:
             await runtime.close()
             state.unlock()
@@ -378,7 +380,7 @@ class HubGateway(JupyterApp):
                     "stop it, or give this one a state_dir of its own",
                 )
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(stop.wait(), 0.2)
+                await within(stop.wait(), 0.2)
 
     async def _watch_parent(self, stop: asyncio.Event) -> None:
         """End when whoever started this service is gone (a killed Hub leaves its services behind)."""

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from hashlib import sha256
 from typing import Any, cast
 
-from sqlalchemy import Table, delete, func, insert, select
+from sqlalchemy import Table, bindparam, delete, func, insert, select, update
 from sqlalchemy.orm import Session as Transaction
 from traitlets import Float
 from traitlets.config import LoggingConfigurable
@@ -35,6 +35,12 @@ ANCHOR = "audit_anchor"
 NOTHING = "0" * 64
 PAGE = 10_000
 _TABLE = cast(Table, AuditEntry.__table__)
+_SETTINGS = cast(Table, Setting.__table__)
+# Made once, and not objects of the session: each launch writes a line.
+_GET = select(_SETTINGS.c.value).where(_SETTINGS.c.key == bindparam("of"))
+_CHANGE = update(_SETTINGS).where(_SETTINGS.c.key == bindparam("of")).values(value=bindparam("to"))
+_MAKE = insert(_SETTINGS)
+_ADD = insert(_TABLE)
 
 
 @dataclass(frozen=True)
@@ -73,21 +79,17 @@ def _moment(at: datetime) -> str:
 
 def _setting(tx: Transaction, key: str) -> tuple[int, str]:
     """The number and the hash that a setting holds."""
-    found = tx.get(Setting, key)
+    found = tx.connection().execute(_GET, {"of": key}).scalar_one_or_none()
     if found is None:
         return 0, NOTHING
-    number, _, value = found.value.partition(":")
+    number, _, value = found.partition(":")
     return int(number), value
 
 
 def _set(tx: Transaction, key: str, number: int, value: str) -> None:
-    found = tx.get(Setting, key)
     text = f"{number}:{value}"
-    if found is None:
-        tx.add(Setting(key=key, value=text))
-        tx.flush()
-    else:
-        found.value = text
+    if not tx.connection().execute(_CHANGE, {"of": key, "to": text}).rowcount:
+        tx.connection().execute(_MAKE, {"key": key, "value": text})
 
 
 def append(
@@ -107,17 +109,18 @@ def append(
     actor, subject = actor[:255], subject[:255]
     made = _hash(number, _moment(at), actor, action, subject, outcome, text, before)
     tx.connection().execute(
-        insert(_TABLE).values(
-            id=number,
-            at=at,
-            actor=actor,
-            action=action,
-            subject=subject,
-            outcome=outcome,
-            detail=text,
-            previous=before,
-            hash=made,
-        )
+        _ADD,
+        {
+            "id": number,
+            "at": at,
+            "actor": actor,
+            "action": action,
+            "subject": subject,
+            "outcome": outcome,
+            "detail": text,
+            "previous": before,
+            "hash": made,
+        },
     )
     _set(tx, HEAD, number, made)
     METRICS.audit_entries.inc()

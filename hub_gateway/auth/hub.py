@@ -27,6 +27,7 @@ from hub_gateway.auth.base import Authenticator, Caller
 from hub_gateway.auth.cache import LookupCache
 from hub_gateway.auth.hub_people import HubPeople
 from hub_gateway.auth.oauth import GatewayOAuth, Model
+from hub_gateway.deadlines import within
 from hub_gateway.errors import BadRequest, Forbidden, TooManyRequests, Unavailable
 from hub_gateway.kernels.types import JSON
 from hub_gateway.metrics import METRICS
@@ -148,7 +149,7 @@ class HubAuthenticator(Authenticator):
         async def ask() -> Model | None:
             try:
                 answer = self.hub_auth.user_for_token(token, use_cache=False, sync=False)
-                model = _checked(await asyncio.wait_for(answer, self.hub_timeout))
+                model = _checked(await within(answer, self.hub_timeout))
             except (HTTPError, ClientError, OSError, AttributeError, ValueError, asyncio.TimeoutError) as error:
                 # ClientError: an answer that breaks off, which jupyterhub 6 reads outside of what it guards.
                 # AttributeError: how jupyterhub 6 answers an unusual status (it reads `.code` of an aiohttp response).
@@ -238,7 +239,7 @@ class HubService(LoggingConfigurable):
         url = f"{self.oauth.api_url}/users/{quote(user, safe='')}/activity"
         request = self.oauth._api_request("POST", url, json=dict(body))  # type: ignore[no-untyped-call]
         try:
-            await asyncio.wait_for(request, self.authenticator.hub_timeout)
+            await within(request, self.authenticator.hub_timeout)
         except ValueError:
             # A good answer: it is empty, which jupyterhub tries to read as JSON.
             return

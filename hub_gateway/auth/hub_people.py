@@ -17,6 +17,7 @@ from traitlets.config import LoggingConfigurable
 from hub_gateway.auth.base import AbstractMeta
 from hub_gateway.auth.cache import LookupCache
 from hub_gateway.auth.people import GroupInfo, People, PeoplePage, Person
+from hub_gateway.deadlines import within
 from hub_gateway.errors import Unavailable
 from hub_gateway.kernels.types import JSON
 
@@ -120,7 +121,7 @@ class HubPeople(LoggingConfigurable, People, metaclass=AbstractMeta):
             options["ssl"] = make_ssl_context(hub.keyfile, hub.certfile, cafile=hub.client_ca)
         headers = {"Authorization": f"token {hub.api_token}", "Accept": PAGED}
         try:
-            return await asyncio.wait_for(self._fetch(f"{hub.api_url}/{path}", headers, options), self.request_timeout)
+            return await within(self._fetch(f"{hub.api_url}/{path}", headers, options), self.request_timeout)
         except (OSError, ClientError, ValueError, KeyError, TypeError, asyncio.TimeoutError) as error:
             raise Unavailable(
                 "The JupyterHub cannot be asked for its users and groups at the moment; try again in a few seconds.",

@@ -10,12 +10,13 @@ from traitlets import TraitError, default
 
 from hub_gateway import __version__
 from hub_gateway.app import ALIASES, HubGateway
+from hub_gateway.cli.strict import StrictApp
 from hub_gateway.errors import GatewayError
 
 __all__ = ["Command", "Group"]
 
 
-class Command(JupyterApp):
+class Command(StrictApp):
     """A subcommand that reads the same configuration file and options as the gateway.
 
     `run` does the work and returns the exit code; a `GatewayError` from it is said in one line.
@@ -69,7 +70,7 @@ class Command(JupyterApp):
         return str(self.extra_args[0])
 
 
-class Group(JupyterApp):
+class Group(StrictApp):
     """A subcommand that has subcommands."""
 
     version = __version__

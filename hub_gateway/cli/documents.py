@@ -18,6 +18,8 @@ DIFFERS = 3
 class _File(Client):
     """A command that reads a file of policies."""
 
+    takes_arguments = True
+
     def document(self) -> str:
         """Its text."""
         return text_of(self.argument("a file of policies, or - for standard input"))

@@ -17,6 +17,7 @@ class IdentityExplain(Client):
 
     name = "jupyter-hubgateway-identity-explain"
     description = __doc__
+    takes_arguments = True
 
     def run(self) -> int:
         """Every rule that was tried, and what came out."""
@@ -34,6 +35,7 @@ class IdentityRelease(Client):
 
     name = "jupyter-hubgateway-identity-release"
     description = __doc__
+    takes_arguments = True
 
     def run(self) -> int:
         """It is in the audit trail."""

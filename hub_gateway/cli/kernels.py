@@ -42,6 +42,7 @@ class KernelsShow(Client):
 
     name = "jupyter-hubgateway-kernels-show"
     description = __doc__
+    takes_arguments = True
 
     def run(self) -> int:
         """Print what the gateway tells of it, one fact a line, or JSON."""
@@ -59,6 +60,7 @@ class KernelsStop(Client):
 
     name = "jupyter-hubgateway-kernels-stop"
     description = __doc__
+    takes_arguments = True
     flags = {
         **Client.flags,
         "all": ({"KernelsStop": {"all_mine": True}}, "Stop all of your kernels."),

@@ -39,6 +39,7 @@ class MaintenanceOn(_Maintenance):
 
     name = "jupyter-hubgateway-maintenance-on"
     description = __doc__
+    takes_arguments = True
 
     def run(self) -> int:
         """Kernels that run are left alone."""

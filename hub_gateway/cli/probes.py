@@ -25,6 +25,7 @@ from hub_gateway.db import migrate
 from hub_gateway.db.engine import Database
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.secrets import Vault, VaultError
+from hub_gateway.deadlines import within
 from hub_gateway.errors import GatewayError
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.proxies.base import Finding
@@ -343,7 +344,7 @@ async def agent(python: str) -> Finding:
     process = await asyncio.create_subprocess_exec(
         python, "-I", "-c", program, str(file), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    out, err = await asyncio.wait_for(process.communicate(), 60)
+    out, err = await within(process.communicate(), 60)
     if process.returncode:
         last = err.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
         return Finding("error", "agent", f"{python} cannot run it: {last[0]}", f"{python} -m pip install pyzmq")

@@ -175,6 +175,7 @@ class QuotaSet(_Policy):
 
     name = "jupyter-hubgateway-quota-set"
     description = __doc__
+    takes_arguments = True
 
     def run(self) -> int:
         """Read it as it is, and send it with its version, so that nobody else's change is lost."""
@@ -190,6 +191,7 @@ class QuotaGrant(_Policy):
 
     name = "jupyter-hubgateway-quota-grant"
     description = __doc__
+    takes_arguments = True
 
     def run(self) -> int:
         """A grant's name says whom it is for and of what."""
@@ -210,6 +212,7 @@ class QuotaDelete(Client):
 
     name = "jupyter-hubgateway-quota-delete"
     description = __doc__
+    takes_arguments = True
 
     def run(self) -> int:
         """What it limited is limited by the next one, or not at all."""
@@ -224,6 +227,7 @@ class QuotaShow(Client):
 
     name = "jupyter-hubgateway-quota-show"
     description = __doc__
+    takes_arguments = True
 
     def run(self) -> int:
         """A table, or one fact a line."""
@@ -284,6 +288,7 @@ class QuotaExplain(Client):
 
     name = "jupyter-hubgateway-quota-explain"
     description = __doc__
+    takes_arguments = True
     aliases = {**Client.aliases, "kernelspec": "QuotaExplain.kernelspec"}
     kernelspec = Unicode(help="For which kernelspec; by default for any.").tag(config=True)
 

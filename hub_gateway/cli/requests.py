@@ -25,6 +25,7 @@ class QuotaAsk(Client):
 
     name = "jupyter-hubgateway-quota-ask"
     description = __doc__
+    takes_arguments = True
     aliases = {
         **Client.aliases,
         **{name: f"QuotaAsk.{name}" for name in ("amount", "until", "reason")},
@@ -69,6 +70,7 @@ class QuotaAnswer(Client):
 
     name = "jupyter-hubgateway-quota-answer"
     description = __doc__
+    takes_arguments = True
     aliases = {
         **Client.aliases,
         **{name: f"QuotaAnswer.{name}" for name in ("amount", "until", "text")},

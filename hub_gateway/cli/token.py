@@ -25,6 +25,7 @@ class Token(Command):
 
     name = "jupyter-hubgateway-token"
     description = __doc__
+    takes_arguments = True
     examples = """
     jupyter hubgateway token alice --file=tokens.yaml
     jupyter hubgateway token ci --file=tokens.yaml --group=robots --days=30

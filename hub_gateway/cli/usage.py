@@ -47,6 +47,7 @@ class UsageClose(Client):
 
     name = "jupyter-hubgateway-usage-close"
     description = __doc__
+    takes_arguments = True
 
     def run(self) -> int:
         """The sums that it was closed with."""
@@ -128,6 +129,7 @@ class UsageCorrect(Client):
 
     name = "jupyter-hubgateway-usage-correct"
     description = __doc__
+    takes_arguments = True
     aliases = {
         **Client.aliases,
         "seconds": "UsageCorrect.seconds",

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jupyter_core.application import JupyterApp
 from sqlalchemy import select
 from traitlets import Bool, Integer, Unicode, default
 
 from hub_gateway import __version__
+from hub_gateway.cli.strict import StrictApp
 from hub_gateway.db.engine import Database
 from hub_gateway.db.models import Kernel
 from hub_gateway.demo.drive import drive, step
@@ -32,7 +32,7 @@ __all__ = ["Demo"]
 ENDED = (KernelStatus.STOPPED.value, KernelStatus.FAILED.value)
 
 
-class Demo(JupyterApp):
+class Demo(StrictApp):
     """Run a JupyterHub with the gateway on this machine: alice, bob and admin, JupyterLab, local kernels.
 
     It listens on the loopback interface only, and needs neither root nor Docker. Ctrl-C ends it. Kernels
@@ -90,7 +90,8 @@ class Demo(JupyterApp):
                 shutil.rmtree(directory, ignore_errors=True)
         demonstration = Demonstration(Path(self.directory).expanduser().absolute())
         if self.stop_kernels:
-            print(f"{await _end_kernels(demonstration)} kernels were ended.")
+            ended = await _end_kernels(demonstration)
+            print("1 kernel was ended." if ended == 1 else f"{ended} kernels were ended.")
             return 0
         return await self._serve(demonstration, self._wait, port=self.port)
 
@@ -206,7 +207,8 @@ def _kernels(demonstration: Demonstration) -> list[tuple[str, str, str]]:
 def _say_what_is_left(demonstration: Demonstration) -> None:
     left = len(_kernels(demonstration))
     if left:
-        print(f"Stopped. {left} kernels go on; end them with: jupyter hubgateway demo --stop-kernels")
+        how_many = "1 kernel goes on" if left == 1 else f"{left} kernels go on"
+        print(f"Stopped. {how_many}; to end what is left: jupyter hubgateway demo --stop-kernels")
     else:
         print("Stopped.")
 

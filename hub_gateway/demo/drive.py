@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from hub_gateway.deadlines import within
 from hub_gateway.demo import limits
 from hub_gateway.demo.browser import Browser, Message, Notebook, StepFailed
 from hub_gateway.demo.processes import until
@@ -33,7 +34,7 @@ async def step(say: Say, what: str, doing: Awaitable[str | None]) -> None:
     """One step: its line, with the time it took. Raises `StepFailed` where it takes too long."""
     started = time.monotonic()
     try:
-        more = await asyncio.wait_for(doing, STEP_SECONDS)
+        more = await within(doing, STEP_SECONDS)
     except asyncio.TimeoutError:
         raise StepFailed(f"{what}: not done within {STEP_SECONDS:.0f} s.") from None
     say(f"{time.monotonic() - started:7.2f} s  {what}{f': {more}' if more else ''}")

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from hub_gateway.deadlines import within
 from hub_gateway.errors import Unavailable
 
 __all__ = ["BlockingCalls"]
@@ -65,7 +66,7 @@ class BlockingCalls:
             return found
 
         try:
-            return await asyncio.wait_for(in_turn(), self.timeout)
+            return await within(in_turn(), self.timeout)
         except asyncio.TimeoutError as error:
             raise Unavailable(
                 f"{self.what} cannot be asked at the moment (no answer within {self.timeout:g} seconds); "

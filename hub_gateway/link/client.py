@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import zmq
 
+from hub_gateway.deadlines import within
 from hub_gateway.errors import Conflict, LaunchFailed, PayloadTooLarge, Unavailable
 from hub_gateway.kernels.types import Registration
 from hub_gateway.link import codec
@@ -151,7 +152,7 @@ class AgentLink:
         """The agent's welcome. Raises Unavailable after `timeout` seconds, Conflict for a stale epoch."""
         assert self._greeting is not None
         try:
-            return await asyncio.wait_for(asyncio.shield(self._greeting), timeout)
+            return await within(asyncio.shield(self._greeting), timeout)
         except asyncio.TimeoutError:
             where = f"{self.registration.host}:{self.registration.port}"
             raise Unavailable(
@@ -214,7 +215,7 @@ class AgentLink:
         self._calls[ident] = future
         try:
             self.tell(op, id=ident, **fields)
-            answer = await asyncio.wait_for(future, timeout)
+            answer = await within(future, timeout)
         except asyncio.TimeoutError:
             raise Unavailable(
                 f"The kernel's agent did not answer to {op} within {timeout:.0f} seconds. Try again."

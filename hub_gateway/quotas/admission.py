@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TypeAlias, cast
 
-from sqlalchemy import Table, delete, insert, select, update
+from sqlalchemy import Table, bindparam, delete, insert, select, update
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.db.models import Kernel, Reservation
@@ -37,6 +37,12 @@ QUEUED = KernelStatus.QUEUED.value
 Burst: TypeAlias = tuple[datetime, datetime | None]
 """Since when use is above a hard limit with a burst, and (where it no longer is) until when it was."""
 _RESERVATIONS = cast(Table, Reservation.__table__)
+_STATES = cast(Table, PolicyState.__table__)
+_BURST_OF = select(_STATES.c.since, _STATES.c.until).where(
+    _STATES.c.policy_id == bindparam("of_policy"),
+    _STATES.c.subject == bindparam("of_subject"),
+    _STATES.c.state == BURST,
+)
 _RESERVE = insert(_RESERVATIONS).values(price_version=prices.CURRENT).returning(_RESERVATIONS.c.price_version)
 
 
@@ -198,8 +204,7 @@ class Admission:
         used = self.used(tx, policy, scope, held.get(scope, ()), now)
         limit = policy.hard
         if limit is not None and policy.burst is not None and used + need > limit:
-            state = tx.get(PolicyState, (policy.id, ":".join(scope), BURST))
-            limit = self.burst_limit(policy, None if state is None else (state.since, state.until), now)
+            limit = self.burst_limit(policy, _burst_of(tx, policy, scope), now)
         return Fit(policy, need, used, limit)
 
     def used(
@@ -422,10 +427,19 @@ class Admission:
         for policy in policies:
             scope = scope_of(policy, demand.owner, demand.owner_kind)
             over = self.used(tx, policy, scope, held.get(scope, ()), now) > (policy.hard or 0.0) + EPSILON
-            state = tx.get(PolicyState, (policy.id, ":".join(scope), BURST))
-            after = burst_after(None if state is None else (state.since, state.until), over, now)
-            if after is not None and state is None:
-                tx.add(PolicyState(policy_id=policy.id, subject=":".join(scope), state=BURST, since=after[0]))
-            elif after is not None and state is not None:
-                state.since, state.until = after
-        tx.flush()
+            before = _burst_of(tx, policy, scope)
+            after = burst_after(before, over, now)
+            if after is None or after == before:
+                continue
+            key = {"policy_id": policy.id, "subject": ":".join(scope), "state": BURST}
+            values = {"since": after[0], "until": after[1]}
+            if before is None:
+                tx.connection().execute(insert(_STATES), {**key, **values})
+            else:
+                of = (_STATES.c[name] == value for name, value in key.items())
+                tx.connection().execute(update(_STATES).where(*of).values(values))
+
+
+def _burst_of(tx: Transaction, policy: Policy, scope: Holder) -> Burst | None:
+    row = tx.connection().execute(_BURST_OF, {"of_policy": policy.id, "of_subject": ":".join(scope)}).one_or_none()
+    return None if row is None else (row[0], row[1])

@@ -12,6 +12,7 @@ from hub_gateway.auth.people import PeoplePage, Person
 from hub_gateway.auth.scopes import KERNELS_READ, KERNELS_STOP, MAINTENANCE_WRITE, QUOTAS_READ, require
 from hub_gateway.db.among import among
 from hub_gateway.db.models import Kernel
+from hub_gateway.deadlines import within
 from hub_gateway.errors import GatewayError, NotFound
 from hub_gateway.kernels.types import KernelStatus
 from hub_gateway.proxies.base import Finding
@@ -98,7 +99,7 @@ async def cluster_findings(services: Services, only: str | None = None) -> dict[
 
     async def check(name: str, proxy: Any) -> tuple[str, list[Finding]]:
         try:
-            return name, list(await asyncio.wait_for(proxy.check(), CHECK_SECONDS))
+            return name, list(await within(proxy.check(), CHECK_SECONDS))
         except asyncio.TimeoutError:
             said = f"It did not answer within {CHECK_SECONDS:g} seconds."
         except GatewayError as error:

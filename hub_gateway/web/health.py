@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from hub_gateway import __version__
+from hub_gateway.deadlines import within
 from hub_gateway.errors import Unavailable
 from hub_gateway.kernels.types import ExecutionState
 from hub_gateway.metrics import CONTENT_TYPE_LATEST, METRICS
@@ -56,7 +57,7 @@ class ReadyHandler(BaseHandler):
             state = "is stopping" if self.services.draining else "is starting"
             raise Unavailable(f"This gateway {state}; try again in a few seconds.", retry_after=1)
         try:
-            await asyncio.wait_for(self.services.db.check(), READY_SECONDS)
+            await within(self.services.db.check(), READY_SECONDS)
         except asyncio.TimeoutError as error:
             raise Unavailable("The gateway's database does not answer.") from error
         await self.finish({"ready": True})

@@ -7,6 +7,7 @@ import mimetypes
 from collections.abc import Mapping
 from typing import Any
 
+from hub_gateway.deadlines import within
 from hub_gateway.errors import NotFound, Unavailable
 from hub_gateway.kernels.service import owner_of
 from hub_gateway.metrics import METRICS
@@ -52,7 +53,7 @@ class _CatalogueHandler(APIHandler):
         if known is not None:
             return known[0]
         try:
-            return await asyncio.wait_for(services.rooms.ask(key, ask), ROOM_TIMEOUT)
+            return await within(services.rooms.ask(key, ask), ROOM_TIMEOUT)
         except (Unavailable, asyncio.TimeoutError):
             METRICS.count_swallowed("room")
             return {}

@@ -1,4 +1,4 @@
-"""The wheel, installed in a clean venv outside of the checkout, runs everything."""
+"""The wheel, installed in a clean venv outside of the checkout, runs everything; on each Python that it promises."""
 
 from __future__ import annotations
 
@@ -17,9 +17,18 @@ from hub_gateway.db.revision import HEAD
 from hub_gateway.demo.processes import find_proxy
 from tests.harness.gateway import ROOT
 from tests.harness.notebook import Notebook
+from tests.harness.pythons import OTHERS, gateway_python
 from tests.harness.waiting import until
 
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "PYTHON", "HUB_GATEWAY_", "KERNEL_"))}
+IMPORT_ALL = """
+import importlib, pkgutil, hub_gateway
+names = [module.name for module in pkgutil.walk_packages(hub_gateway.__path__, "hub_gateway.")]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+print(len(names), "modules of", hub_gateway.__file__)
+"""
 
 
 def run(*command: str | Path, cwd: Path, timeout: float = 600) -> str:
@@ -58,6 +67,21 @@ def clean(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python.parent
 
 
+@pytest.fixture(params=["this", *OTHERS])
+def installed(request: pytest.FixtureRequest, dist: Path) -> Path:
+    """The bin directory of an environment with the wheel, for each Python of this machine that it promises."""
+    if request.param == "this":
+        found: Path = request.getfixturevalue("clean")
+        return found
+    if os.environ.get("HUB_GATEWAY_TEST_DB") == "postgresql":
+        pytest.skip("not applicable: other Pythons are put to the test once, on SQLite")
+    python = gateway_python(request.param)
+    again = ("install", "--quiet", "--no-deps", "--no-index", "--force-reinstall")
+    run(python, "-m", "pip", "--disable-pip-version-check", *again, next(dist.glob("*.whl")), cwd=dist)
+    run(python, "-m", "pip", "check", cwd=dist)
+    return python.parent
+
+
 def test_what_lies_at_the_top_travels_in_both(dist: Path) -> None:
     wheel = set(zipfile.ZipFile(next(dist.glob("*.whl"))).namelist())
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
@@ -80,10 +104,10 @@ def test_what_lies_at_the_top_travels_in_both(dist: Path) -> None:
     assert not [name for name in wheel if "__pycache__" in name or name.startswith("tests/")]
 
 
-def test_a_gateway_from_the_wheel_runs_a_cell(clean: Path, tmp_path: Path) -> None:
-    command, state = clean / "jupyter-hubgateway", tmp_path / "state"
+def test_a_gateway_from_the_wheel_runs_a_cell(installed: Path, tmp_path: Path) -> None:
+    command, state = installed / "jupyter-hubgateway", tmp_path / "state"
     common = (f"--state-dir={state}", f"--token-file={tmp_path / 'tokens.yaml'}")
-    assert str(ROOT) not in run(clean / "python", "-c", "import hub_gateway; print(hub_gateway.__file__)", cwd=tmp_path)
+    assert f"modules of {installed.parent}" in run(installed / "python", "-c", IMPORT_ALL, cwd=tmp_path)
     token = run(command, "token", "alice", f"--file={tmp_path / 'tokens.yaml'}", cwd=tmp_path).strip()
     assert HEAD in run(command, "db", "upgrade", *common, cwd=tmp_path)
     checked = run(command, "check", *common, cwd=tmp_path)
@@ -108,7 +132,7 @@ def test_a_gateway_from_the_wheel_runs_a_cell(clean: Path, tmp_path: Path) -> No
         assert made.status_code == 201, made.text
         kernel_id = made.json()["id"]
         with Notebook("ws" + url.removeprefix("http"), kernel_id, headers) as notebook:
-            assert str(clean.parent) in notebook.execute("import sys; print(sys.prefix)").text
+            assert str(installed.parent) in notebook.execute("import sys; print(sys.prefix)").text
         assert httpx.delete(f"{url}/api/kernels/{kernel_id}", headers=headers, timeout=30).status_code == 204
     finally:
         gateway.terminate()

@@ -1,20 +1,25 @@
-"""Other Pythons of this machine that can run the agent, which nodes have in all ages."""
+"""Other Pythons of this machine: for the agent, which nodes have in all ages, and those that the gateway promises."""
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-__all__ = ["agent_python"]
+__all__ = ["OTHERS", "agent_python", "gateway_python"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PYZMQ = "pyzmq==26.2.0"
 """The last one with wheels for Python 3.8, and for all that came since."""
+PROMISED = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+OTHERS = [version for version in PROMISED if version != f"{sys.version_info.major}.{sys.version_info.minor}"]
+"""The versions that the package is said to run on, but for the one that runs the tests."""
 
 
 @functools.cache
@@ -36,10 +41,28 @@ def agent_python(version: str) -> str:
     return str(python)
 
 
+def gateway_python(version: str) -> Path:
+    """A Python of that version with what the demonstration's lock says; made once, and again where the lock changes."""
+    base = _found(version)
+    if base is None:
+        pytest.skip(f"not applicable: there is no Python {version}")
+    environment = ROOT / f".venv-wheel-{version}"
+    made = subprocess.run(
+        [base, str(ROOT / "requirements" / "install.py"), str(environment), "demo"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=_clean(),
+        timeout=600,
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    return environment / "bin" / "python"
+
+
 def _found(version: str) -> str | None:
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [shutil.which(f"python{version}"), *(f"{one}/bin/python" for one in pyenv.glob(f"{version}.*"))]
-    what = "import sys, venv; print('%d.%d' % sys.version_info[:2])"
+    what = "import ensurepip, sys, venv; print('%d.%d' % sys.version_info[:2])"
     for candidate in candidates:
         if candidate is not None and _says(candidate, what) == version:
             return candidate
@@ -51,8 +74,11 @@ def _has_zmq(python: Path) -> bool:
 
 
 def _says(python: str, code: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
-        [python, "-I", "-c", code], capture_output=True, text=True, check=False, env=environment, timeout=60
+        [python, "-I", "-c", code], capture_output=True, text=True, check=False, env=_clean(), timeout=60
     )
     return done.stdout.strip()
+
+
+def _clean() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

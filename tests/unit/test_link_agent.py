@@ -88,6 +88,20 @@ async def test_what_a_client_sends_early_is_executed_once_the_kernel_is_up(start
     assert gateway.event("ready") and gateway.relay.ready
 
 
+async def test_a_call_that_is_cancelled_as_its_answer_comes_ends(start: Start) -> None:
+    """Else a loop that asks kernels would go on, and the gateway that it belongs to never end."""
+    gateway = await start().connect()
+    link = gateway.relay._link
+    assert link is not None
+    asking = asyncio.ensure_future(link.call("ping", 20.0))
+    await asyncio.sleep(0)
+    (answer,) = link._calls.values()
+    answer.set_result({"ok": True})
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+
+
 @pytest.mark.parametrize("early", [True, False])
 async def test_what_is_sent_twice_runs_once(start: Start, early: bool) -> None:
     """A gateway that takes over cannot know what the one before has sent. It makes no difference who sends it."""

@@ -460,9 +460,10 @@ async def test_it_opens_for_a_kernel_that_failed_and_says_why(mini: MiniGateway)
 
 @pytest.mark.parametrize("offered", [None, [NUMBERED_SUBPROTOCOL]], ids=["stock", "companion"])
 async def test_a_kernels_death_is_told_once_to_a_client_that_comes_back_at_once(
-    mini: MiniGateway, state_dir: Path, offered: list[str] | None
+    mini: MiniGateway, state_dir: Path, offered: list[str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As JupyterLab does at each `restarting`, with the same session; and at each it tells the user so."""
+    monkeypatch.setattr(framewriter, "PING_SECONDS", 3600.0)  # the only ping is the one for the status
     (state_dir / "kernels" / "python").mkdir()
     spec = {"argv": IPYTHON, "display_name": "Python", "language": "python"}
     (state_dir / "kernels" / "python" / "kernel.json").write_text(json.dumps(spec))
@@ -477,8 +478,12 @@ async def test_a_kernels_death_is_told_once_to_a_client_that_comes_back_at_once(
     async with WebServer(mini.service) as server:
         path = f"/api/kernels/{(await mini.start(Caller('alice'))).id}/channels?session_id=s1"
 
+        pinged: list[bytes] = []
+
         async def opened_again(code: bytes | str) -> WebSocketClientConnection:
             ws = await server.websocket(path, headers=STOCK, subprotocols=offered)
+            pinged.clear()
+            ws.on_ping = pinged.append
             await ws.write_message(code, binary=isinstance(code, bytes))
             return ws
 
@@ -497,6 +502,8 @@ async def test_a_kernels_death_is_told_once_to_a_client_that_comes_back_at_once(
                 now.touch()
             if b'"restarting"' in said[-1]:
                 told += 1
+                # A browser has answered what came with a message by the time that its scripts hear of that.
+                await eventually(lambda: pinged, "the question whether the status has come")
                 ws.close()
                 ws = await opened_again(cell("m2", "pass"))
         assert told == 1
