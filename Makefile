@@ -3,21 +3,25 @@
 #   make demo           a JupyterHub with the gateway on this machine (CHECK=1: drive it once, without a terminal)
 #   make test           lint, documentation, and every suite, on SQLite and on PostgreSQL
 #   make bench          the table of measurements
+#   make engines        SSH servers, a KDC, dockerd and a swarm for use by hand, until Ctrl-C (E=ssh: only that)
+#   make test-engines   what a proxy does on its real engine: E=local, E=ssh or E=docker
 #   make lint | docs | lock | vendor | clean
 #
-# PYTHON chooses the interpreter, VENV where its environment lies, ARGS go to demo, pytest or the benchmarks.
+# PYTHON chooses the interpreter, VENV where its environment lies, ARGS go to demo, pytest or the benchmarks, E names
+# engines.
 
 PYTHON = python3
 VENV = .venv
 BENCH_VENV = .venv-bench-eg
 ARGS =
+E =
 
 IN = PATH="$$PWD/$(VENV)/bin:$$PWD/node_modules/.bin:$$PATH"
 INSTALL = $(PYTHON) requirements/install.py
 REPORTS = .test-reports
 
 .POSIX:
-.PHONY: help demo test lint docs pytest pytest-sqlite pytest-postgresql engines bench lock vendor clean env-demo env-test env-lint env-docs
+.PHONY: help demo test lint docs pytest pytest-sqlite pytest-postgresql packages engines test-engines bench lock vendor clean env-demo env-test env-lint env-docs
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -26,7 +30,7 @@ demo: env-demo
 	@$(IN) $(VENV)/bin/python -m hub_gateway demo --directory=.demo $${CHECK:+--check} $(ARGS)
 
 # In this order: what is quick to fail comes first.
-test: engines env-test
+test: packages env-test
 	@rm -rf $(REPORTS)
 	@$(MAKE) lint docs pytest
 
@@ -44,8 +48,18 @@ pytest-sqlite: env-test
 pytest-postgresql: env-test
 	$(IN) HUB_GATEWAY_TEST_DB=postgresql $(VENV)/bin/python -m pytest --suite-report=$(REPORTS)/postgresql.json $(ARGS)
 
-engines:
+packages:
 	@$(PYTHON) -m tests.engines
+
+# Brought up until Ctrl-C, with a line that says how to reach each: all, or those that E names.
+engines: packages env-test
+	@$(IN) $(VENV)/bin/python -m tests.engines.hand $(E)
+
+# What one engine has to do in the conformance suite, with the table of what ran.
+test-engines: packages env-test
+	@rm -rf $(REPORTS)
+	@status=0; $(MAKE) pytest-sqlite ARGS="tests/contract -k '$(E)' $(ARGS)" || status=1; \
+	$(VENV)/bin/python -m tests.report $(REPORTS); exit $$status
 
 lint: env-lint
 	$(VENV)/bin/ruff check .

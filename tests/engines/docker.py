@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import docker
@@ -280,15 +279,3 @@ def members(directory: Path, name: str = "") -> list[psutil.Process]:
             if any(f"{directory}/" in word for word in words) and name in process.name():
                 found.append(process)
     return found
-
-
-def main(forever: Callable[[], object] = signal.pause) -> None:
-    """Bring one up for use by hand, and say how to reach it: `python -m tests.engines.docker`."""
-    daemon = docker_engine()
-    print(f"DOCKER_HOST={daemon.url}  image {IMAGE}", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        forever()
-
-
-if __name__ == "__main__":
-    main()
