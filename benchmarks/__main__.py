@@ -36,7 +36,9 @@ MEASURES: dict[str, Callable[[Bench], list[Row]]] = {
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--eg-python", help="interpreter of an environment with Enterprise Gateway 3.3.0")
+    parser.add_argument(
+        "--eg-python", type=os.path.abspath, help="interpreter of an environment with Enterprise Gateway 3.3.0"
+    )
     parser.add_argument("--only", default=",".join(MEASURES), help="comma-separated: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a third of the rounds")
     parser.add_argument("--write", action="store_true", help=f"write the table to {PAGE.relative_to(ROOT)}")

@@ -127,6 +127,8 @@ def groups_key(groups: Collection[str]) -> str:
 
 def in_group(tx: Transaction, group: str) -> ColumnElement[bool]:
     """Whether an entry's owner was in a group at launch. Exact also in its case, as LIKE is not on SQLite."""
+    if not group:
+        return false()  # between any two there is a name of no letters
     find = func.instr if _sqlite(tx) else func.strpos
     return find(_LEDGER.c.groups, f"\n{group}\n") > 0
 

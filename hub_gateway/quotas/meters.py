@@ -12,7 +12,7 @@ read from them. Where a new window begins, only the slope goes on. Rolling windo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple, cast
 
 from sqlalchemy import RowMapping, Table, bindparam, select, tuple_, update
@@ -31,6 +31,7 @@ from hub_gateway.quotas.use import Holder, locked, metered_for
 __all__ = ["given_back", "taken", "timed_use", "used"]
 
 HOUR = 3600.0
+YEAR = timedelta(days=366)
 SKEW = 1.0
 """By how much (seconds) the clocks of gateways may differ. Who is further behind than that reads the ledger."""
 _TABLE = cast(Table, Meter.__table__)
@@ -83,7 +84,11 @@ _PUT = {"sqlite": _put(sqlite), "postgresql": _put(postgresql)}
 
 
 def used(tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> float:
-    """What its scope has used up of a policy in its window, in hours or cost units."""
+    """What its scope has used up of a policy in its window, in hours or cost units; never less than nothing."""
+    return max(0.0, _used(tx, policy, scope, now))
+
+
+def _used(tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> float:
     begin, end = window_bounds(policy, now)
     if policy.window is not WindowKind.CALENDAR or policy.id is None:
         return timed_use(tx, policy, scope, begin, now).amount
@@ -92,7 +97,8 @@ def used(tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> float
     row = tx.connection().execute(_OF, {f"of_{name}": value for name, value in key.items()}).one_or_none()
     line = None if row is None else _Line(*row).at(begins)
     if line is None or line.version != policy.version:
-        if not locked(tx):
+        if not locked(tx) or timed_use(tx, policy, scope, end, end + YEAR).latest >= end.timestamp():
+            # What a clock that goes before has written into the next window would not be in this line, nor in the next.
             return timed_use(tx, policy, scope, begin, now).amount
         # As of the window's end all that is open is a straight line.
         found = timed_use(tx, policy, scope, begin, end)
@@ -102,7 +108,7 @@ def used(tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> float
     if line.begins > begins or moment < line.latest - SKEW:
         # The clock was put back, into the window before or before what is known.
         return timed_use(tx, policy, scope, begin, now).amount
-    return max(0.0, line.used(moment))
+    return line.used(moment)
 
 
 def timed_use(tx: Transaction, policy: Policy, scope: Holder, start: datetime, end: datetime) -> ledger.TimedUse:

@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.db.models import Reservation
-from hub_gateway.db.tenancy import Use
+from hub_gateway.db.tenancy import Meter, Use
 from hub_gateway.kernels.types import Resources
 from hub_gateway.quotas.types import Counts, Policy, SubjectKind
 
@@ -39,6 +39,7 @@ TOLERANCE = 1e-6
 Holder: TypeAlias = tuple[str, str]
 """Kind and name of who holds something."""
 _TABLE = cast(Table, Use.__table__)
+_METERS = cast(Table, Meter.__table__)
 _RESERVATIONS = cast(Table, Reservation.__table__)
 
 
@@ -148,8 +149,9 @@ def change(
 
 
 def recount(tx: Transaction) -> int:
-    """Sum up anew from the open reservations; how many rows were wrong."""
+    """Sum up anew from the open reservations; how many rows were wrong. Meters are read anew when asked for."""
     lock(tx)
+    tx.connection().execute(delete(_METERS))
     right: dict[tuple[str, ...], list[float]] = defaultdict(lambda: [0.0] * len(AMOUNTS))
     columns = _RESERVATIONS.c
     for row in tx.connection().execute(select(_RESERVATIONS).where(columns.released_at.is_(None))).mappings():

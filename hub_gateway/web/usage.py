@@ -12,7 +12,7 @@ from hub_gateway.db.models import utcnow
 from hub_gateway.errors import BadRequest, NotFound
 from hub_gateway.kernels.service import owner_of
 from hub_gateway.quotas.fields import Body
-from hub_gateway.quotas.ledger import entries
+from hub_gateway.quotas.ledger import Entry, entries
 from hub_gateway.web.plain import plain
 from hub_gateway.web.tenancy import TenancyHandler, cursor, read_cursor
 
@@ -174,7 +174,15 @@ class EntriesHandler(TenancyHandler):
             lambda tx: entries(tx, owner=scoped.owner, groups=scoped.groups, before=before, limit=limit + 1)
         )
         following = cursor(found[limit - 1].id) if len(found) > limit else None
+        if scoped.groups is not None:
+            found = [_of_groups(one, scoped.groups) for one in found]
         self.write_json({"entries": plain(found[:limit]), "next": following})
+
+
+def _of_groups(entry: Entry, groups: tuple[str, ...]) -> Entry:
+    """An entry as a lead of these groups sees it: as whom it ran, and the other groups, is not their business."""
+    shown = tuple(group for group in entry.groups if group in groups)
+    return replace(entry, groups=shown, principal=None, unix_user=None)
 
 
 class CorrectionsHandler(TenancyHandler):

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from hub_gateway.db.models import Reservation
 from hub_gateway.db.tenancy import LedgerEntry, Meter
@@ -17,7 +17,7 @@ from hub_gateway.quotas import ledger, meters, prices
 from hub_gateway.quotas.resolve import window_bounds
 from hub_gateway.quotas.types import Counts, ObjectKind, Period, Policy, Resource, SubjectKind, WindowKind
 from hub_gateway.quotas.use import EVERYONE, Holder, lock
-from tests.harness.quotas import new, put, release
+from tests.harness.quotas import drift, new, put, release
 
 MONTH = {"window": WindowKind.CALENDAR, "period": Period.MONTH, "hard": 1e6}
 TOGETHER = {**MONTH, "counts": Counts.TOGETHER}
@@ -162,6 +162,47 @@ async def test_a_clock_that_was_put_back_is_told_the_truth(quota_store: KernelSt
     assert await told(quota_store, policy, LAB, at(5)) == pytest.approx(72.0)
 
 
+async def test_what_a_faster_clock_has_written_into_the_next_month_counts_there(
+    quota_store: KernelStore, clock: Clock
+) -> None:
+    """A line that is read anew by a clock that is still in the old month would not know of it."""
+    policy = await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=Resource.KERNEL_HOURS, **TOGETHER))
+    midnight = at(1, month=4)
+    await admit(quota_store, clock, 1, midnight + timedelta(milliseconds=200))
+    await admit(quota_store, clock, 2, at(1))
+    await release(quota_store, "k2", at(2))
+    [entry] = await quota_store.db.read(lambda tx: tx.scalars(select(LedgerEntry.id)).all())
+    await quota_store.write(
+        lambda tx: ledger.correct(tx, entry, 36000, "late", "admin", now=midnight + timedelta(milliseconds=300))
+    )
+    behind = midnight - timedelta(milliseconds=100)
+    assert await told(quota_store, policy, LAB, behind, admitting=True) == pytest.approx(24.0)
+    assert await kept(quota_store) == 0
+    noon = at(1.5, month=4)
+    assert await told(quota_store, policy, LAB, noon, admitting=True) == pytest.approx(22.0, abs=1e-3)
+    assert await kept(quota_store) == 1
+
+
+async def test_less_than_nothing_is_not_shown(quota_store: KernelStore, clock: Clock) -> None:
+    policy = await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=Resource.KERNEL_HOURS, **TOGETHER))
+    await admit(quota_store, clock, 1, at(1, month=2))
+    await release(quota_store, "k1", at(2, month=2))
+    [entry] = await quota_store.db.read(lambda tx: tx.scalars(select(LedgerEntry.id)).all())
+    await quota_store.write(lambda tx: ledger.correct(tx, entry, -3600, "the Hub was away", "admin", now=at(4)))
+    for admitting in (False, True, False):
+        assert await told(quota_store, policy, LAB, at(5), admitting=admitting) == 0.0
+
+
+async def test_a_start_reads_meters_anew(quota_store: KernelStore, clock: Clock) -> None:
+    """Whatever has made them wrong: a table that was restored, or a hand."""
+    policy = await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=Resource.KERNEL_HOURS, **TOGETHER))
+    await admit(quota_store, clock, 1, at(2))
+    await quota_store.write(lambda tx: tx.execute(update(Meter).values(slope=7.0)) and None)
+    assert await told(quota_store, policy, LAB, at(3), admitting=True) != pytest.approx(24.0)
+    await drift(quota_store)
+    assert await told(quota_store, policy, LAB, at(3), admitting=True) == pytest.approx(24.0)
+
+
 async def test_launches_do_not_read_the_ledger_each_time(
     quota_store: KernelStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +214,7 @@ async def test_launches_do_not_read_the_ledger_each_time(
     for number in range(5):
         await admit(quota_store, clock, number, at(2 + number))
         await release(quota_store, f"k{number}", at(2.5 + number))
-    assert len(read) == 1
+    assert len(read) == 2, "what is in this month, and whether anything is in the next"
     held = await quota_store.db.read(
         lambda tx: tx.scalars(select(Reservation.kernel_id).where(Reservation.released_at.is_(None))).all()
     )

@@ -705,12 +705,20 @@ async def test_a_real_report_is_safe_for_a_spreadsheet(server: WebServer, mini: 
         (1, owner, ["analysts"], "2023-11-14T22:13:20")
     ]
     assert rest["next"] is None
-    assert len((await ask("lea", "GET", "/api/ledger/entries")).json()["entries"]) == 4
+    await mini.db.write(
+        lambda tx: tx.add(
+            LedgerEntry(owner="bob", **hour, **{**who, "groups": "\nanalysts\n\nsecret\n"}, **kept, unix_user="bob")
+        )
+    )
+    [bobs, *others] = (await ask("lea", "GET", "/api/ledger/entries")).json()["entries"]
+    assert (bobs["groups"], bobs["unix_user"]) == (["analysts"], None), "a lead's business is her own group"
+    assert len(others) == 4
+    [bobs] = (await ask("bob", "GET", "/api/ledger/entries")).json()["entries"]
+    assert (bobs["groups"], bobs["unix_user"]) == (["analysts", "secret"], "bob")
     assert (await ask("otto", "GET", "/api/ledger/entries")).json()["entries"] == []
-    assert (await ask("bob", "GET", "/api/ledger/entries")).json()["entries"] == [], "he sees his own"
     is_error(await ask("bob", "GET", "/api/ledger/entries?user=lea"), 404)
     closed = await ask("admin", "POST", "/api/ledger/close", json={"month": "2023-11"})
-    assert closed.status_code == 200 and closed.json()["entries"] == 1
+    assert closed.status_code == 200 and closed.json()["entries"] == 2
     is_error(await ask("admin", "POST", "/api/ledger/close", json={"month": "2023-11"}), 409)
 
 
