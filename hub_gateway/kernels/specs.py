@@ -29,6 +29,9 @@ __all__ = ["KernelSpecFiles", "KernelSpecs", "Spec"]
 
 NOBODY: frozenset[str] = frozenset()
 LONGEST_LAUNCH = 86400.0
+SCRIPTS = ("kernel.js", "kernel.css")
+LOGOS = "logo-"
+"""What Jupyter's clients fetch of a kernelspec's folder: these scripts, and what begins like this."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,10 @@ class KernelSpecs(LoggingConfigurable):
         }
 
     async def resource(self, name: str, path: str, user: str | None, groups: Collection[str] = NOBODY) -> Path:
-        """A file of a kernelspec's directory, for a user or (None) for whoever asks. Raises `NotFound`."""
+        """A file of a kernelspec that its `resources` name, for a user or (None) for whoever asks. Raises `NotFound`.
+
+        No other file is served: `kernel.json` tells who else gets which profiles, and with what environment.
+        """
         specs = await self._specs()
         spec = specs.get(name)
         if spec is None or (user is not None and not self._visible(spec, user, groups)):
@@ -199,7 +205,7 @@ class KernelSpecs(LoggingConfigurable):
             file = (root / path).resolve()
             return file if file.is_relative_to(root) and file.is_file() else None
 
-        found = None if "\0" in path else await asyncio.to_thread(find)
+        found = await asyncio.to_thread(find) if _resource(path) else None
         if found is None:
             raise NotFound(f"The kernelspec {name!r} has no file {path[:200]!r}.")
         return found
@@ -314,12 +320,17 @@ class KernelSpecs(LoggingConfigurable):
     def _resources(self, name: str, directory: Path) -> dict[str, JSON]:
         prefix = f"{self.base_url.rstrip('/')}/kernelspecs/{quote(name)}/"
         found: dict[str, JSON] = {}
-        for file in ("kernel.js", "kernel.css"):
+        for file in SCRIPTS:
             if (directory / file).is_file():
                 found[file] = prefix + file
-        for logo in sorted(directory.glob("logo-*")):
+        for logo in sorted(directory.glob(f"{LOGOS}*")):
             found[logo.stem] = prefix + quote(logo.name)
         return found
+
+
+def _resource(path: str) -> bool:
+    """Whether it is the name of a file such as `resources` lists."""
+    return path in SCRIPTS or (path.startswith(LOGOS) and not {"/", "\0"} & set(path))
 
 
 def _unreadable(directory: str) -> str:

@@ -136,6 +136,9 @@ async def test_each_is_offered_what_their_groups_may_have(alice: httpx.AsyncClie
     assert other["metadata"]["process_proxy"]["config"] == {"image_name": "other:2", "network": "else"}
     text = (await bob.get("/api/kernelspecs")).text
     assert "analysts" not in text and "large" not in text, "who gets what is nobody's business"
+    file, none = await bob.get("/kernelspecs/sleep/kernel.json"), await bob.get("/kernelspecs/sleep/none.json")
+    assert file.status_code == none.status_code == 404
+    assert file.json()["message"].replace("kernel.json", "none.json") == none.json()["message"]
 
 
 async def test_a_profile_that_one_may_not_have_is_unknown(alice: httpx.AsyncClient, bob: httpx.AsyncClient) -> None:
