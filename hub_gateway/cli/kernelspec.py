@@ -129,7 +129,7 @@ class KernelspecValidate(_Local):
             return {given: installed[given]}
         if folder.is_dir():
             return {folder.resolve().name.lower(): folder}  # as Jupyter reads it
-        base, _, profile = given.partition(SEPARATOR)
+        base, _, profile = given.rpartition(SEPARATOR)
         if profile and base in installed:
             return {base: installed[base]}
         raise NotFound(

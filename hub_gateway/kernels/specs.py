@@ -18,7 +18,7 @@ from traitlets.config import LoggingConfigurable
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import BadRequest, Forbidden, NotFound
-from hub_gateway.kernels.profiles import Entry, entries_of, groups_of, shown
+from hub_gateway.kernels.profiles import Entry, clash, entries_of, groups_of, shown
 from hub_gateway.kernels.resources import Bounds, bounds_of
 from hub_gateway.kernels.specfile import loaded
 from hub_gateway.kernels.types import JSON
@@ -244,11 +244,12 @@ class KernelSpecs(LoggingConfigurable):
         stamp = self._stamp()
         if kept is not None and kept.stamp == stamp:
             return _Catalogue(kept.specs, kept.broken, stamp, time.monotonic())
-        found = self.manager.get_all_specs()
+        found, folders = self.manager.get_all_specs(), self.manager.find_kernel_specs()
         specs: dict[str, Spec] = {}
+        taken = set(folders)
         broken = {
             name: _unreadable(directory)
-            for name, directory in self.manager.find_kernel_specs().items()
+            for name, directory in folders.items()
             if name not in found and self._allowed(name, name)
         }
         for name, entry in sorted(found.items()):
@@ -256,9 +257,10 @@ class KernelSpecs(LoggingConfigurable):
                 if not self._allowed(one.name, name):
                     continue
                 try:
-                    specs[one.name] = self._profile(one, entry["resource_dir"], found)
+                    specs[one.name] = self._profile(one, entry["resource_dir"], taken)
+                    taken.add(one.name)
                 except (BadRequest, KeyError, TypeError, ValueError) as error:
-                    broken[one.name] = str(error)
+                    broken[one.name] = " ".join(filter(None, (broken.get(one.name), str(error))))
         for name, why in sorted(broken.items()):
             self.log.warning("The kernelspec %s is left out: %s", name, why)
         return _Catalogue(dict(sorted(specs.items())), broken, stamp, time.monotonic())
@@ -266,11 +268,9 @@ class KernelSpecs(LoggingConfigurable):
     def _allowed(self, name: str, kernelspec: str) -> bool:
         return not self.allowed_kernelspecs or not {name, kernelspec}.isdisjoint(self.allowed_kernelspecs)
 
-    def _profile(self, entry: Entry, directory: str, folders: Collection[str]) -> Spec:
-        if entry.why_not:
-            raise BadRequest(entry.why_not)
-        if entry.profile and entry.name in folders:
-            raise BadRequest("A folder has that name, and is used in place of the profile; rename one of them.")
+    def _profile(self, entry: Entry, directory: str, taken: Collection[str]) -> Spec:
+        if why_not := entry.why_not or clash(entry, taken):
+            raise BadRequest(why_not)
         return self.spec(entry, directory)
 
     def _stamp(self) -> tuple[tuple[str, int], ...]:

@@ -211,6 +211,17 @@ def test_as_an_administrator_calls_it(site: Path) -> None:
     assert command("kernelspec").returncode == 2
 
 
+def test_a_profile_whose_name_a_folder_has(run: Run, site: Path) -> None:
+    """Also one that cannot be read: `validate` and `list` say so, and the profile is not used in its place."""
+    for name, text in (("k", json.dumps(options(profiles=[{"name": "p"}]))), ("k--p", "{")):
+        (site / "kernels" / name).mkdir(parents=True)
+        (site / "kernels" / name / "kernel.json").write_text(text)
+    done = run("validate", "k")
+    assert done.returncode == 1 and "error   k--p: profile: A folder" in done.stdout
+    found = json.loads(run("list", "--json").stdout)
+    assert [one["name"] for one in found["kernelspecs"]] == ["k"] and "A folder" in found["broken"]["k--p"]
+
+
 # -- files
 
 

@@ -219,6 +219,24 @@ async def test_what_is_broken_is_left_out_and_said(
         assert f"The kernelspec {name} is left out: {why}" in caplog.text
 
 
+async def test_a_name_is_of_one_kernelspec_alone(state_dir: Path) -> None:
+    """Two kernelspecs must not make the same entry, one of which is for everybody; nor what a folder is called."""
+
+    def profiles(*found: dict[str, Any]) -> dict[str, Any]:
+        return {**SPEC, "metadata": {"hub_gateway": {"profiles": list(found)}}}
+
+    write(state_dir, profiles({"name": "b--c", "groups": ["x"]}), "a")
+    write(state_dir, profiles({"name": "c"}), "a--b")
+    write(state_dir, profiles({"name": "p"}), "k")
+    (write(state_dir, SPEC, "k--p") / "kernel.json").write_text("{")
+    specs = KernelSpecs()
+    specs.manager.kernel_dirs, specs.manager.ensure_native_kernel = [str(state_dir / "kernels")], False
+    found, broken = await specs.everything()
+    assert set(found) == {"a", "a--b", "a--b--c", "k"} and found["a--b--c"].groups is None
+    assert set(broken) == {"a--1", "k--p"} and "two hyphens" in broken["a--1"]
+    assert "line 1" in broken["k--p"] and "A folder" in broken["k--p"]
+
+
 async def test_a_profile_outlives_the_gateway_and_its_own_end(
     state_dir: Path, db_url: Callable[[], str | None]
 ) -> None:
@@ -270,6 +288,7 @@ async def test_the_kernelspec_itself_may_be_for_some(state_dir: Path) -> None:
     [
         ({"name": "Large"}, "lower-case"),
         ({"name": "a/b"}, "lower-case"),
+        ({"name": "a--b"}, "two hyphens"),
         ({"name": "x" * 300}, "longer"),
         ({"name": "a", "groups": "analysts"}, "list"),
         ({"name": "a", "groups": []}, "nobody"),
