@@ -25,6 +25,9 @@ OPTIONS = (*SIZES, "gpu_models", "queues", "groups", "cull_idle_timeout", "launc
 KEYS = ("name", "display_name", "image", "config", "env", *OPTIONS)
 """What a profile may say."""
 
+CHOICES = (("gpu_model", "gpu_models"), ("queue", "queues"))
+"""What of `resources` a user may choose, and from which list."""
+
 SAME = (frozenset({"image_name", "image"}), frozenset({"hosts", "remote_hosts"}))
 """Keys of `config` that mean the same: a profile's word for it must not lose against the kernelspec's."""
 
@@ -139,9 +142,13 @@ def _options(options: Mapping[str, Any], called: str, profile: Mapping[str, Any]
     for size in SIZES:
         if own := _object(profile, size, called):
             made[size] = {**_part(options, size), **own}
-    # A size is a size: what the profile sets cannot be wished higher, unless it says so itself.
-    fixed = set(_object(profile, "resources", called)) - set(_object(profile, "resources_max", called))
+    # A size is a size: what the profile sets cannot be wished higher or otherwise, unless it says so itself.
+    own = _object(profile, "resources", called)
+    fixed = set(own) - set(_object(profile, "resources_max", called))
     made["resources_max"] = {key: value for key, value in _part(made, "resources_max").items() if key not in fixed}
+    for one, several in CHOICES:
+        if one in own and several not in profile:
+            made.pop(several, None)
     groups_of(made)
     return {**made, "profile": called}
 

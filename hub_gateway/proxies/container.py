@@ -64,9 +64,9 @@ class ContainerProxy(ProcessProxy):
         Unicode(),
         help="""Patterns of the images that kernels may run, such as `registry.example.org/kernels/*`.
 
-        A `*` stands for anything, slashes and colons included. With patterns, users may choose an image by KERNEL_IMAGE
-        among those that match (`choose_images`), and what a kernelspec names must match too. Empty, the default: what kernelspecs name
-        may run, and nobody may choose.
+        A `*` stands for anything, slashes and colons included. With patterns, what a kernelspec names must match, and
+        users may choose an image by KERNEL_IMAGE among those that match (`choose_images`). Empty, the default: what
+        kernelspecs name may run, and nobody may choose.
         """,
     ).tag(config=True)
     choose_images = Bool(

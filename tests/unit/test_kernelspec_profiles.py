@@ -20,8 +20,9 @@ from sqlalchemy import select
 
 from hub_gateway.auth.base import Authenticator, Caller
 from hub_gateway.db.models import Kernel, Reservation
-from hub_gateway.errors import BadRequest, NotFound
+from hub_gateway.errors import BadRequest, LaunchRefused, NotFound
 from hub_gateway.kernels.profiles import KEYS, Entry, entries_of
+from hub_gateway.kernels.resources import bounds_of, wished
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.kernels.types import CreateKernel, KernelStatus, Resources
 from hub_gateway.quotas.policies import PolicyStore
@@ -320,6 +321,31 @@ def test_a_profiles_word_for_it_holds() -> None:
         "remote_hosts": "b",
         "network": "a",
     }
+
+
+def test_a_model_and_a_queue_that_a_profile_sets_cannot_be_chosen_otherwise() -> None:
+    """The kernelspec's lists are for what the kernelspec sets; the profile may have its own."""
+    resources = {"cpu": 1, "gpu_model": "t4", "queue": "small"}
+    options = {
+        "resources": {"gpu": 1},
+        "gpu_models": ["t4", "a100"],
+        "queues": ["small", "big"],
+        "profiles": [
+            {"name": "as-it-is"},
+            {"name": "set", "resources": resources},
+            {"name": "own", "resources": resources, "gpu_models": ["h100"], "queues": ["night"]},
+        ],
+    }
+    bounds = [
+        bounds_of(one.document["metadata"]["hub_gateway"])
+        for one in entries_of("s", {"metadata": {"hub_gateway": options}})
+    ]
+    assert [one.gpu_models for one in bounds] == [("t4", "a100"), ("t4", "a100"), (), ("h100",)]
+    assert [one.queues for one in bounds] == [("small", "big"), ("small", "big"), (), ("night",)]
+    with pytest.raises(LaunchRefused, match="possible: t4"):
+        wished(bounds[2], "s--set", {"KERNEL_GPU_MODEL": "a100"})
+    with pytest.raises(LaunchRefused, match="possible: small"):
+        wished(bounds[2], "s--set", {"KERNEL_QUEUE": "big"})
 
 
 JSON = st.recursive(
