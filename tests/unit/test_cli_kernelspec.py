@@ -15,7 +15,7 @@ import pytest
 from traitlets.config import Config, Configurable
 
 from hub_gateway._paths import kernelspecs_dir
-from hub_gateway.cli.files import Content, contents_of, write_folder
+from hub_gateway.cli.files import Content, contents_of, write_file, write_folder
 from hub_gateway.cli.kernelspec import Kernelspec
 from hub_gateway.errors import BadRequest, Conflict
 from hub_gateway.kernels.speccheck import SpecChecker
@@ -242,6 +242,20 @@ def test_a_folder_that_is_replaced_is_never_without_its_file(tmp_path: Path) -> 
         write_folder(folder / "kernel.json" / "x", first, last="kernel.json", replace=False)
 
 
+def test_what_is_written_can_be_read_by_the_gateway(tmp_path: Path) -> None:
+    """Whatever the umask of who writes it: the gateway is another account."""
+    files = {"kernel.json": Content(b"1"), "bin/deep/run.sh": Content(b"y", 0o755)}
+    before = os.umask(0o077)
+    try:
+        write_folder(tmp_path / "share" / "kernels" / "spec", files, last="kernel.json", replace=False)
+        write_file(tmp_path / "token", b"t", 0o600)
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes.pop("token") == 0o600 and modes.pop("share/kernels/spec/kernel.json") == 0o644
+    assert len(modes) == 6 and set(modes.values()) == {0o755}
+
+
 def test_half_a_folder_is_taken_back(tmp_path: Path) -> None:
     odd = {"a": Content(b"x"), "a/b": Content(b"y"), "kernel.json": Content(b"1")}
     with pytest.raises(BadRequest):
@@ -255,6 +269,25 @@ def test_links_out_of_a_folder_are_not_followed(tmp_path: Path) -> None:
     (folder / "secret").symlink_to("/etc/passwd")
     with pytest.raises(BadRequest, match="link"):
         contents_of(folder)
+
+
+def test_links_to_folders(tmp_path: Path) -> None:
+    """What is behind one is not left out without a word; and nothing is written through one."""
+    source, target, elsewhere = (tmp_path / name for name in ("source", "target", "elsewhere"))
+    (source / "real").mkdir(parents=True)
+    (source / "real" / "file").write_text("x")
+    (source / "link").symlink_to("real")
+    with pytest.raises(BadRequest, match="which is no file"):
+        contents_of(source)
+    (source / "link").unlink()
+    target.mkdir()
+    elsewhere.mkdir()
+    (target / "kernel.json").write_text("{}")
+    (target / "real").symlink_to(elsewhere)
+    files = {**contents_of(source), "kernel.json": Content(b"1")}
+    write_folder(target, files, last="kernel.json", replace=True)
+    assert contents_of(target) == files and not (target / "real").is_symlink()
+    assert list(elsewhere.iterdir()) == []
 
 
 # -- what is wrong
