@@ -58,7 +58,10 @@ class SpecChecker:
         """What would be written as the `kernel.json` of a folder. Blocks."""
         if not NAME.fullmatch(name):
             yield Finding(
-                "error", name, "it is no name for a kernelspec", "use lower-case letters, digits and . _ - alone"
+                "error",
+                name,
+                "it is no name for a kernelspec",
+                "use lower-case letters, digits and . _ -, not dots alone",
             )
         try:
             whole = filled(document, str(directory))

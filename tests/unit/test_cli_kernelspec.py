@@ -130,6 +130,8 @@ def test_a_kernelspec_is_made_from_options_alone(run: Run, site: Path) -> None:
         (("--proxy=docker", "--image=evil/image"), "may not run here"),
         (("--proxy=distributed", "--hosts=node1,node9"), "no host node9"),
         (("--name=My Kernel",), "no name for a kernelspec"),
+        (("--name=.", "--replace"), "no name for a kernelspec"),
+        (("--name=..", "--replace"), "no name for a kernelspec"),
         (("--image=registry.example.org/x",), "not for kernels of local"),
         (("--proxy=mars",), "no sample"),
         (("--memory=much",), "memory"),
@@ -141,9 +143,10 @@ def test_a_kernelspec_is_made_from_options_alone(run: Run, site: Path) -> None:
     ],
 )
 def test_what_would_be_wrong_is_not_written(run: Run, site: Path, arguments: tuple[str, ...], said: str) -> None:
+    (site / "kernel.json").write_text("{}")
     done = run("create", *arguments)
     assert done.returncode == 1 and said in done.stderr, done.stderr
-    assert not list((site / "kernels").rglob("*"))
+    assert not list((site / "kernels").rglob("*")) and (site / "config.py").is_file()
 
 
 def test_from_a_sample_to_the_list(run: Run, site: Path) -> None:
