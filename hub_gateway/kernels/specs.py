@@ -18,7 +18,7 @@ from traitlets.config import LoggingConfigurable
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import BadRequest, Forbidden, NotFound
-from hub_gateway.kernels.profiles import Entry, clash, entries_of, groups_of, shown
+from hub_gateway.kernels.profiles import SEPARATOR, Entry, clash, entries_of, groups_of, shown
 from hub_gateway.kernels.resources import Bounds, bounds_of
 from hub_gateway.kernels.specfile import loaded
 from hub_gateway.kernels.types import JSON
@@ -182,11 +182,14 @@ class KernelSpecs(LoggingConfigurable):
         return self._catalogue.specs, self._catalogue.broken
 
     async def catalogue(self, user: str, groups: Collection[str] = NOBODY) -> dict[str, Any]:
-        """What `GET /api/kernelspecs` answers to that user: `{"default", "kernelspecs": {name: model}}`."""
+        """What `GET /api/kernelspecs` answers to that user: `{"default", "kernelspecs": {name: model}}`.
+
+        For who may use none, `default` is empty: jupyter_server takes no null, and for an empty name it asks for none.
+        """
         specs = await self._specs()
         visible = {name: spec for name, spec in specs.items() if self._visible(spec, user, groups)}
         return {
-            "default": self._default(visible or specs),
+            "default": self._default(visible) if visible else "",
             "kernelspecs": {name: spec.model for name, spec in visible.items()},
         }
 
@@ -264,6 +267,11 @@ class KernelSpecs(LoggingConfigurable):
         for name, why in sorted(broken.items()):
             self.log.warning("The kernelspec %s is left out: %s", name, why)
         return _Catalogue(dict(sorted(specs.items())), broken, stamp, time.monotonic())
+
+    def offers(self, name: str) -> bool:
+        """Whether `allowed_kernelspecs` lets a kernelspec, or at least a profile of it, be used."""
+        allowed = self.allowed_kernelspecs
+        return not allowed or any(name in (one, one.rpartition(SEPARATOR)[0]) for one in allowed)
 
     def _allowed(self, name: str, kernelspec: str) -> bool:
         return not self.allowed_kernelspecs or not {name, kernelspec}.isdisjoint(self.allowed_kernelspecs)

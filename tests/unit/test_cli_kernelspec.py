@@ -203,6 +203,20 @@ def test_a_folder_is_installed_with_its_files(run: Run, site: Path) -> None:
     assert json.loads((site / "kernels" / "ours" / "kernel.json").read_text())["language"] == "python"
 
 
+def test_it_is_said_where_a_kernelspec_is_not_offered(run: Run, site: Path) -> None:
+    """And not where one of its profiles is."""
+    with (site / "config.py").open("a") as file:
+        file.write("c.KernelSpecs.allowed_kernelspecs = ['a--b--large']\n")
+    (site / "profiles.json").write_text(json.dumps([{"name": "large"}]))
+    for name, said in (("a", True), ("a--b", False)):
+        made = run("create", f"--name={name}", f"--profiles={site / 'profiles.json'}")
+        assert made.returncode == 0 and ("not offered" in made.stderr) is said, made.stderr
+        assert ("not offered" in run("validate", name).stdout) is said
+    checked = run("validate", "a--b--large")
+    assert checked.returncode == 0 and "a--b" in checked.stdout
+    assert [one["name"] for one in json.loads(run("list", "--json").stdout)["kernelspecs"]] == ["a--b--large"]
+
+
 def test_as_an_administrator_calls_it(site: Path) -> None:
     option = f"--config={site / 'config.py'}"
     assert command("kernelspec", "install", "python_local", option).returncode == 0

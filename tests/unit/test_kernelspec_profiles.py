@@ -282,6 +282,7 @@ async def test_the_kernelspec_itself_may_be_for_some(state_dir: Path) -> None:
     assert (await specs.get(None, "x", {"analysts"})).name == "sleep--b"
     with pytest.raises(NotFound):
         await specs.get("sleep", "x")
+    assert await specs.catalogue("x") == {"default": "", "kernelspecs": {}}, "not even its name"
 
 
 @pytest.mark.parametrize(
