@@ -89,6 +89,7 @@ class KernelspecValidate(_Local):
     against the gateway's configuration. The exit code is 1 if there is an error.
     """
 
+    takes_arguments = True
     name = "jupyter-hubgateway-kernelspec-validate"
     description = __doc__
     examples = """

@@ -31,6 +31,7 @@ FILE = "kernel.json"
 class _Writing(Command):
     """A command that writes a kernelspec to where gateways look for them."""
 
+    takes_arguments = True
     aliases = {
         **Command.aliases,
         "name": "_Writing.kernel_name",

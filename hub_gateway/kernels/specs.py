@@ -184,7 +184,7 @@ class KernelSpecs(LoggingConfigurable):
     async def catalogue(self, user: str, groups: Collection[str] = NOBODY) -> dict[str, Any]:
         """What `GET /api/kernelspecs` answers to that user: `{"default", "kernelspecs": {name: model}}`.
 
-        For who may use none, `default` is empty: jupyter_server takes no null, and for an empty name it asks for none.
+        For who may use none, `default` is empty; jupyter_server takes no null for it.
         """
         specs = await self._specs()
         visible = {name: spec for name, spec in specs.items() if self._visible(spec, user, groups)}
