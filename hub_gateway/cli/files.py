@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +24,12 @@ class Content:
 
 
 def write_file(path: Path, data: bytes, mode: int) -> None:
-    """Write a file in one go. Raises `OSError`."""
+    """Write a file in one go, with that mode whatever the umask. Raises `OSError`."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -43,6 +46,8 @@ def contents_of(folder: Path) -> dict[str, Content]:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise BadRequest(f"{path} is a link to {path.resolve()}, outside of the folder; put the file in its place.")
+        if path.is_symlink() and not path.is_file():
+            raise BadRequest(f"{path} is a link to {path.resolve()}, which is no file; put the folder in its place.")
         if not path.is_file() or "__pycache__" in path.parts:
             continue
         try:
@@ -59,11 +64,11 @@ def write_folder(folder: Path, files: Mapping[str, Content], *, last: str, repla
     is removed.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(folder.parent)
         made = _make(folder, last, replace=replace)
         try:
             for name in sorted(files, key=lambda name: name == last):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                _make_below(folder, Path(name).parent)
                 write_file(folder / name, files[name].data, files[name].mode)
         except OSError:
             if made:
@@ -82,7 +87,7 @@ def write_folder(folder: Path, files: Mapping[str, Content], *, last: str, repla
 def _make(folder: Path, last: str, *, replace: bool) -> bool:
     """Whether the folder was made; else it was there, and may be written over."""
     try:
-        folder.mkdir()
+        _mkdir(folder)
     except FileExistsError as error:
         if not replace:
             raise Conflict(
@@ -92,3 +97,25 @@ def _make(folder: Path, last: str, *, replace: bool) -> bool:
             raise Conflict(f"{folder} holds no {last}, so it is left alone; choose another name.") from error
         return False
     return True
+
+
+def _make_below(folder: Path, below: Path) -> None:
+    """Make a sub-folder; a link in its place would lead what is written out of the folder, and is removed."""
+    for part in [*reversed(below.parents), below]:
+        if part.parts and (folder / part).is_symlink():
+            (folder / part).unlink()
+    _make_folders(folder / below)
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder, and those above it that are not there."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # somebody else was quicker
+            _mkdir(path)
+
+
+def _mkdir(folder: Path) -> None:
+    """Make one that the gateway, which may be another account, can read whatever the umask. Raises `OSError`."""
+    folder.mkdir(0o755)
+    folder.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o755)

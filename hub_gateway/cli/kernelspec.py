@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ class KernelspecValidate(_Local):
     against the gateway's configuration. The exit code is 1 if there is an error.
     """
 
+    takes_arguments = True
     name = "jupyter-hubgateway-kernelspec-validate"
     description = __doc__
     examples = """
@@ -105,7 +106,9 @@ class KernelspecValidate(_Local):
         found: list[Finding] = []
         for name, directory in self._wanted(specs).items():
             said = list(checker.directory(directory, name))
-            said += _hidden(specs.allowed_kernelspecs, name) if name in specs.manager.find_kernel_specs() else []
+            if name in specs.manager.find_kernel_specs() and not specs.offers(name):
+                hint = "add it to c.KernelSpecs.allowed_kernelspecs"
+                said.append(Finding("warning", name, "it is not offered", hint))
             found += said or [Finding("ok", name, str(directory))]
         if self.as_json:
             print(json.dumps([asdict(finding) for finding in found], indent=2))
@@ -129,7 +132,7 @@ class KernelspecValidate(_Local):
             return {given: installed[given]}
         if folder.is_dir():
             return {folder.resolve().name.lower(): folder}  # as Jupyter reads it
-        base, _, profile = given.partition(SEPARATOR)
+        base, _, profile = given.rpartition(SEPARATOR)
         if profile and base in installed:
             return {base: installed[base]}
         raise NotFound(
@@ -147,13 +150,6 @@ class Kernelspec(Group):
         cls.name.rpartition("-")[2]: (cls, cls.__doc__)
         for cls in (KernelspecList, KernelspecCreate, KernelspecInstall, KernelspecValidate)
     }
-
-
-def _hidden(allowed: Collection[str], name: str) -> list[Finding]:
-    """That nobody is offered a kernelspec, where that is so."""
-    if not allowed or any(one == name or one.startswith(name + SEPARATOR) for one in allowed):
-        return []
-    return [Finding("warning", name, "it is not offered", "add it to c.KernelSpecs.allowed_kernelspecs")]
 
 
 def _described(spec: Spec, proxy: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ FILE = "kernel.json"
 class _Writing(Command):
     """A command that writes a kernelspec to where gateways look for them."""
 
+    takes_arguments = True
     aliases = {
         **Command.aliases,
         "name": "_Writing.kernel_name",
@@ -99,13 +100,12 @@ class _Writing(Command):
     def _seen(self, gateway: HubGateway, name: str, folder: Path) -> None:
         """Say where the gateway would not find it, or not offer it."""
         there = KernelSpecFiles(parent=gateway).find_kernel_specs().get(name)
-        allowed = KernelSpecs(parent=gateway).allowed_kernelspecs
         if there is None:
             hint = f"c.KernelSpecManager.kernel_dirs = [{str(folder.parent)!r}]"
             print(f"warning: the gateway does not look there -> {hint}", file=sys.stderr)
         elif Path(there).resolve() != folder.resolve():
             print(f"warning: {there} is used in its place, as it is found first -> remove one of them", file=sys.stderr)
-        elif allowed and name not in allowed:
+        elif not KernelSpecs(parent=gateway).offers(name):
             print(f"warning: it is not offered -> add {name} to c.KernelSpecs.allowed_kernelspecs", file=sys.stderr)
 
 

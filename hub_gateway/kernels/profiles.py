@@ -7,14 +7,14 @@ says in its place, so that everything behind it (limits, the ledger, process pro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hub_gateway.errors import BadRequest
 from hub_gateway.kernels.types import JSON
 
-__all__ = ["KEYS", "OPTIONS", "SEPARATOR", "Entry", "entries_of", "groups_of", "shown"]
+__all__ = ["KEYS", "OPTIONS", "SEPARATOR", "Entry", "clash", "entries_of", "groups_of", "shown"]
 
 SEPARATOR = "--"
 LONGEST = 255
@@ -25,11 +25,15 @@ OPTIONS = (*SIZES, "gpu_models", "queues", "groups", "cull_idle_timeout", "launc
 KEYS = ("name", "display_name", "image", "config", "env", *OPTIONS)
 """What a profile may say."""
 
+CHOICES = (("gpu_model", "gpu_models"), ("queue", "queues"))
+"""What of `resources` a user may choose, and from which list."""
+
 SAME = (frozenset({"image_name", "image"}), frozenset({"hosts", "remote_hosts"}))
 """Keys of `config` that mean the same: a profile's word for it must not lose against the kernelspec's."""
 
 # Lower case alone, as Jupyter reads the names of folders: two entries never differ by case only.
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+# No separator in it: the last one of an entry's name says of which kernelspec it is, and no two make the same name.
+_NAME = re.compile(r"(?!.*--)[a-z0-9][a-z0-9._-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -61,7 +65,7 @@ def entries_of(name: str, document: Mapping[str, Any]) -> Iterator[Entry]:
             if called is None:
                 raise BadRequest(
                     f"Profile {number} of metadata.hub_gateway.profiles is no object with a `name` of lower-case "
-                    "letters, digits and . _ -"
+                    "letters, digits and . _ -, without two hyphens in a row."
                 )
             if called in seen:
                 raise BadRequest(f"There are two profiles {called!r}; the first one is used.")
@@ -73,6 +77,16 @@ def entries_of(name: str, document: Mapping[str, Any]) -> Iterator[Entry]:
         else:
             seen.add(called)
             yield Entry(entry, made, called)
+
+
+def clash(entry: Entry, taken: Collection[str]) -> str:
+    """Why a profile cannot have its name, beside those that are taken; empty where it can.
+
+    A folder takes its name also where its `kernel.json` is torn: what has that name must not become something else.
+    """
+    if not entry.profile or entry.name not in taken:
+        return ""
+    return f"A folder or an earlier profile has the name {entry.name}, so the profile is not used; rename one of them."
 
 
 def groups_of(options: Mapping[str, Any]) -> frozenset[str] | None:
@@ -128,9 +142,13 @@ def _options(options: Mapping[str, Any], called: str, profile: Mapping[str, Any]
     for size in SIZES:
         if own := _object(profile, size, called):
             made[size] = {**_part(options, size), **own}
-    # A size is a size: what the profile sets cannot be wished higher, unless it says so itself.
-    fixed = set(_object(profile, "resources", called)) - set(_object(profile, "resources_max", called))
+    # A size is a size: what the profile sets cannot be wished higher or otherwise, unless it says so itself.
+    own = _object(profile, "resources", called)
+    fixed = set(own) - set(_object(profile, "resources_max", called))
     made["resources_max"] = {key: value for key, value in _part(made, "resources_max").items() if key not in fixed}
+    for one, several in CHOICES:
+        if one in own and several not in profile:
+            made.pop(several, None)
     groups_of(made)
     return {**made, "profile": called}
 

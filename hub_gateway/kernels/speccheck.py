@@ -13,7 +13,7 @@ from traitlets import TraitError
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import BadRequest
-from hub_gateway.kernels.profiles import OPTIONS, Entry, entries_of
+from hub_gateway.kernels.profiles import OPTIONS, Entry, clash, entries_of
 from hub_gateway.kernels.specfile import NAME, filled, read_document
 from hub_gateway.kernels.specs import KernelSpecs, Spec
 from hub_gateway.proxies.base import Finding, ProcessProxy
@@ -58,7 +58,10 @@ class SpecChecker:
         """What would be written as the `kernel.json` of a folder. Blocks."""
         if not NAME.fullmatch(name):
             yield Finding(
-                "error", name, "it is no name for a kernelspec", "use lower-case letters, digits and . _ - alone"
+                "error",
+                name,
+                "it is no name for a kernelspec",
+                "use lower-case letters, digits and . _ -, not dots alone",
             )
         try:
             whole = filled(document, str(directory))
@@ -68,7 +71,10 @@ class SpecChecker:
         for finding in (*_fields(document), *_environment(whole["env"]), *_options(whole["metadata"])):
             yield replace(finding, what=f"{name}: {finding.what}")
         said: set[tuple[str, str, str]] = set()
+        folders = self.specs.manager.find_kernel_specs()
         for entry in entries_of(name, whole):
+            if not entry.why_not:
+                entry = replace(entry, why_not=clash(entry, folders))
             for finding in self._entry(entry, directory):
                 # What the kernelspec itself does wrong is not said again for each of its profiles.
                 key = (finding.level, finding.what, finding.message)

@@ -14,8 +14,8 @@ from hub_gateway.errors import BadRequest
 
 __all__ = ["NAME", "filled", "loaded", "read_document"]
 
-NAME = re.compile(r"[a-z0-9._-]+")
-"""What Jupyter takes for a kernelspec's name; it reads capital letters as small ones."""
+NAME = re.compile(r"(?!\.+\Z)[a-z0-9._-]+")
+"""What Jupyter takes for a kernelspec's name, of dots alone excepted; it reads capital letters as small ones."""
 
 
 def read_document(directory: Path) -> dict[str, Any]:

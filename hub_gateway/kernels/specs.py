@@ -18,7 +18,7 @@ from traitlets.config import LoggingConfigurable
 
 from hub_gateway._paths import launchers_dir
 from hub_gateway.errors import BadRequest, Forbidden, NotFound
-from hub_gateway.kernels.profiles import Entry, entries_of, groups_of, shown
+from hub_gateway.kernels.profiles import SEPARATOR, Entry, clash, entries_of, groups_of, shown
 from hub_gateway.kernels.resources import Bounds, bounds_of
 from hub_gateway.kernels.specfile import loaded
 from hub_gateway.kernels.types import JSON
@@ -29,6 +29,9 @@ __all__ = ["KernelSpecFiles", "KernelSpecs", "Spec"]
 
 NOBODY: frozenset[str] = frozenset()
 LONGEST_LAUNCH = 86400.0
+SCRIPTS = ("kernel.js", "kernel.css")
+LOGOS = "logo-"
+"""What Jupyter's clients fetch of a kernelspec's folder: these scripts, and what begins like this."""
 
 
 @dataclass(frozen=True)
@@ -179,16 +182,22 @@ class KernelSpecs(LoggingConfigurable):
         return self._catalogue.specs, self._catalogue.broken
 
     async def catalogue(self, user: str, groups: Collection[str] = NOBODY) -> dict[str, Any]:
-        """What `GET /api/kernelspecs` answers to that user: `{"default", "kernelspecs": {name: model}}`."""
+        """What `GET /api/kernelspecs` answers to that user: `{"default", "kernelspecs": {name: model}}`.
+
+        For who may use none, `default` is empty; jupyter_server takes no null for it.
+        """
         specs = await self._specs()
         visible = {name: spec for name, spec in specs.items() if self._visible(spec, user, groups)}
         return {
-            "default": self._default(visible or specs),
+            "default": self._default(visible) if visible else "",
             "kernelspecs": {name: spec.model for name, spec in visible.items()},
         }
 
     async def resource(self, name: str, path: str, user: str | None, groups: Collection[str] = NOBODY) -> Path:
-        """A file of a kernelspec's directory, for a user or (None) for whoever asks. Raises `NotFound`."""
+        """A file of a kernelspec that its `resources` name, for a user or (None) for whoever asks. Raises `NotFound`.
+
+        No other file is served: `kernel.json` tells who else gets which profiles, and with what environment.
+        """
         specs = await self._specs()
         spec = specs.get(name)
         if spec is None or (user is not None and not self._visible(spec, user, groups)):
@@ -199,7 +208,7 @@ class KernelSpecs(LoggingConfigurable):
             file = (root / path).resolve()
             return file if file.is_relative_to(root) and file.is_file() else None
 
-        found = None if "\0" in path else await asyncio.to_thread(find)
+        found = await asyncio.to_thread(find) if _resource(path) else None
         if found is None:
             raise NotFound(f"The kernelspec {name!r} has no file {path[:200]!r}.")
         return found
@@ -238,11 +247,12 @@ class KernelSpecs(LoggingConfigurable):
         stamp = self._stamp()
         if kept is not None and kept.stamp == stamp:
             return _Catalogue(kept.specs, kept.broken, stamp, time.monotonic())
-        found = self.manager.get_all_specs()
+        found, folders = self.manager.get_all_specs(), self.manager.find_kernel_specs()
         specs: dict[str, Spec] = {}
+        taken = set(folders)
         broken = {
             name: _unreadable(directory)
-            for name, directory in self.manager.find_kernel_specs().items()
+            for name, directory in folders.items()
             if name not in found and self._allowed(name, name)
         }
         for name, entry in sorted(found.items()):
@@ -250,21 +260,25 @@ class KernelSpecs(LoggingConfigurable):
                 if not self._allowed(one.name, name):
                     continue
                 try:
-                    specs[one.name] = self._profile(one, entry["resource_dir"], found)
+                    specs[one.name] = self._profile(one, entry["resource_dir"], taken)
+                    taken.add(one.name)
                 except (BadRequest, KeyError, TypeError, ValueError) as error:
-                    broken[one.name] = str(error)
+                    broken[one.name] = " ".join(filter(None, (broken.get(one.name), str(error))))
         for name, why in sorted(broken.items()):
             self.log.warning("The kernelspec %s is left out: %s", name, why)
         return _Catalogue(dict(sorted(specs.items())), broken, stamp, time.monotonic())
 
+    def offers(self, name: str) -> bool:
+        """Whether `allowed_kernelspecs` lets a kernelspec, or at least a profile of it, be used."""
+        allowed = self.allowed_kernelspecs
+        return not allowed or any(name in (one, one.rpartition(SEPARATOR)[0]) for one in allowed)
+
     def _allowed(self, name: str, kernelspec: str) -> bool:
         return not self.allowed_kernelspecs or not {name, kernelspec}.isdisjoint(self.allowed_kernelspecs)
 
-    def _profile(self, entry: Entry, directory: str, folders: Collection[str]) -> Spec:
-        if entry.why_not:
-            raise BadRequest(entry.why_not)
-        if entry.profile and entry.name in folders:
-            raise BadRequest("A folder has that name, and is used in place of the profile; rename one of them.")
+    def _profile(self, entry: Entry, directory: str, taken: Collection[str]) -> Spec:
+        if why_not := entry.why_not or clash(entry, taken):
+            raise BadRequest(why_not)
         return self.spec(entry, directory)
 
     def _stamp(self) -> tuple[tuple[str, int], ...]:
@@ -314,12 +328,17 @@ class KernelSpecs(LoggingConfigurable):
     def _resources(self, name: str, directory: Path) -> dict[str, JSON]:
         prefix = f"{self.base_url.rstrip('/')}/kernelspecs/{quote(name)}/"
         found: dict[str, JSON] = {}
-        for file in ("kernel.js", "kernel.css"):
+        for file in SCRIPTS:
             if (directory / file).is_file():
                 found[file] = prefix + file
-        for logo in sorted(directory.glob("logo-*")):
+        for logo in sorted(directory.glob(f"{LOGOS}*")):
             found[logo.stem] = prefix + quote(logo.name)
         return found
+
+
+def _resource(path: str) -> bool:
+    """Whether it is the name of a file such as `resources` lists."""
+    return path in SCRIPTS or (path.startswith(LOGOS) and not {"/", "\0"} & set(path))
 
 
 def _unreadable(directory: str) -> str:

@@ -64,9 +64,17 @@ class ContainerProxy(ProcessProxy):
         Unicode(),
         help="""Patterns of the images that kernels may run, such as `registry.example.org/kernels/*`.
 
-        A `*` stands for anything, slashes and colons included. With patterns, users may choose an image by KERNEL_IMAGE
-        among those that match, and what a kernelspec names must match too. Empty, the default: what kernelspecs name
-        may run, and nobody may choose.
+        A `*` stands for anything, slashes and colons included. With patterns, what a kernelspec names must match, and
+        users may choose an image by KERNEL_IMAGE among those that match (`choose_images`). Empty, the default: what
+        kernelspecs name may run, and nobody may choose.
+        """,
+    ).tag(config=True)
+    choose_images = Bool(
+        True,
+        help="""Whether users may choose among `allowed_images` by KERNEL_IMAGE.
+
+        Such a choice knows no groups: an image that only a profile for a group names can be had by everybody who may
+        start any kernel in a container, where it matches. With False kernels run what their kernelspecs name.
         """,
     ).tag(config=True)
     pull = Bool(
@@ -259,6 +267,11 @@ class ContainerProxy(ProcessProxy):
     def _allows(self, image: str) -> bool:
         return any(fnmatchcase(image, pattern) for pattern in self.allowed_images)
 
+    @property
+    def _choice(self) -> bool:
+        """Whether KERNEL_IMAGE may name another image than the kernelspec does."""
+        return bool(self.allowed_images) and self.choose_images
+
     def _image(self, request: LaunchRequest) -> str:
         """The image of a launch; `image_name` and KERNEL_IMAGE are Enterprise Gateway's words."""
         named = str(request.config.get("image_name") or request.config.get("image") or self.image)
@@ -268,8 +281,9 @@ class ContainerProxy(ProcessProxy):
                 f"The kernelspec {request.kernelspec} names no image for its kernels; ask the administrator.",
                 hint="set image_name in metadata.process_proxy.config, or the proxy's `image`",
             )
-        if not self._allows(wished) and (self.allowed_images or wished != named):
-            known = ", ".join(self.allowed_images) or named
+        chosen = wished != named
+        if (self.allowed_images and not self._allows(wished)) or (chosen and not self._choice):
+            known = named if chosen and not self._choice else ", ".join(self.allowed_images)
             raise LaunchRefused(
                 f"The image {wished[:200]!r} is not one that kernels may run here; allowed: {known}. "
                 "Choose another one, or ask the administrator."

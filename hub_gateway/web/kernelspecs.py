@@ -96,7 +96,7 @@ class KernelSpecHandler(_CatalogueHandler):
 
 
 class ResourceHandler(APIHandler):
-    """A file of a kernelspec, such as its logo."""
+    """A file that a kernelspec's `resources` name, such as its logo."""
 
     async def get(self, name: str, path: str) -> None:
         file = await self.services.kernels.kernelspec_resource(name, path, self.caller)

@@ -15,7 +15,7 @@ import pytest
 from traitlets.config import Config, Configurable
 
 from hub_gateway._paths import kernelspecs_dir
-from hub_gateway.cli.files import Content, contents_of, write_folder
+from hub_gateway.cli.files import Content, contents_of, write_file, write_folder
 from hub_gateway.cli.kernelspec import Kernelspec
 from hub_gateway.errors import BadRequest, Conflict
 from hub_gateway.kernels.speccheck import SpecChecker
@@ -130,6 +130,8 @@ def test_a_kernelspec_is_made_from_options_alone(run: Run, site: Path) -> None:
         (("--proxy=docker", "--image=evil/image"), "may not run here"),
         (("--proxy=distributed", "--hosts=node1,node9"), "no host node9"),
         (("--name=My Kernel",), "no name for a kernelspec"),
+        (("--name=.", "--replace"), "no name for a kernelspec"),
+        (("--name=..", "--replace"), "no name for a kernelspec"),
         (("--image=registry.example.org/x",), "not for kernels of local"),
         (("--proxy=mars",), "no sample"),
         (("--memory=much",), "memory"),
@@ -141,9 +143,10 @@ def test_a_kernelspec_is_made_from_options_alone(run: Run, site: Path) -> None:
     ],
 )
 def test_what_would_be_wrong_is_not_written(run: Run, site: Path, arguments: tuple[str, ...], said: str) -> None:
+    (site / "kernel.json").write_text("{}")
     done = run("create", *arguments)
     assert done.returncode == 1 and said in done.stderr, done.stderr
-    assert not list((site / "kernels").rglob("*"))
+    assert not list((site / "kernels").rglob("*")) and (site / "config.py").is_file()
 
 
 def test_from_a_sample_to_the_list(run: Run, site: Path) -> None:
@@ -200,6 +203,20 @@ def test_a_folder_is_installed_with_its_files(run: Run, site: Path) -> None:
     assert json.loads((site / "kernels" / "ours" / "kernel.json").read_text())["language"] == "python"
 
 
+def test_it_is_said_where_a_kernelspec_is_not_offered(run: Run, site: Path) -> None:
+    """And not where one of its profiles is."""
+    with (site / "config.py").open("a") as file:
+        file.write("c.KernelSpecs.allowed_kernelspecs = ['a--b--large']\n")
+    (site / "profiles.json").write_text(json.dumps([{"name": "large"}]))
+    for name, said in (("a", True), ("a--b", False)):
+        made = run("create", f"--name={name}", f"--profiles={site / 'profiles.json'}")
+        assert made.returncode == 0 and ("not offered" in made.stderr) is said, made.stderr
+        assert ("not offered" in run("validate", name).stdout) is said
+    checked = run("validate", "a--b--large")
+    assert checked.returncode == 0 and "a--b" in checked.stdout
+    assert [one["name"] for one in json.loads(run("list", "--json").stdout)["kernelspecs"]] == ["a--b--large"]
+
+
 def test_as_an_administrator_calls_it(site: Path) -> None:
     option = f"--config={site / 'config.py'}"
     assert command("kernelspec", "install", "python_local", option).returncode == 0
@@ -209,6 +226,17 @@ def test_as_an_administrator_calls_it(site: Path) -> None:
     listed = command("kernelspec", "list", option)
     assert "line 1" in listed.stdout and not listed.stderr, "no traceback, nothing twice"
     assert command("kernelspec").returncode == 2
+
+
+def test_a_profile_whose_name_a_folder_has(run: Run, site: Path) -> None:
+    """Also one that cannot be read: `validate` and `list` say so, and the profile is not used in its place."""
+    for name, text in (("k", json.dumps(options(profiles=[{"name": "p"}]))), ("k--p", "{")):
+        (site / "kernels" / name).mkdir(parents=True)
+        (site / "kernels" / name / "kernel.json").write_text(text)
+    done = run("validate", "k")
+    assert done.returncode == 1 and "error   k--p: profile: A folder" in done.stdout
+    found = json.loads(run("list", "--json").stdout)
+    assert [one["name"] for one in found["kernelspecs"]] == ["k"] and "A folder" in found["broken"]["k--p"]
 
 
 # -- files
@@ -231,6 +259,20 @@ def test_a_folder_that_is_replaced_is_never_without_its_file(tmp_path: Path) -> 
         write_folder(folder / "kernel.json" / "x", first, last="kernel.json", replace=False)
 
 
+def test_what_is_written_can_be_read_by_the_gateway(tmp_path: Path) -> None:
+    """Whatever the umask of who writes it: the gateway is another account."""
+    files = {"kernel.json": Content(b"1"), "bin/deep/run.sh": Content(b"y", 0o755)}
+    before = os.umask(0o077)
+    try:
+        write_folder(tmp_path / "share" / "kernels" / "spec", files, last="kernel.json", replace=False)
+        write_file(tmp_path / "token", b"t", 0o600)
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes.pop("token") == 0o600 and modes.pop("share/kernels/spec/kernel.json") == 0o644
+    assert len(modes) == 6 and set(modes.values()) == {0o755}
+
+
 def test_half_a_folder_is_taken_back(tmp_path: Path) -> None:
     odd = {"a": Content(b"x"), "a/b": Content(b"y"), "kernel.json": Content(b"1")}
     with pytest.raises(BadRequest):
@@ -244,6 +286,25 @@ def test_links_out_of_a_folder_are_not_followed(tmp_path: Path) -> None:
     (folder / "secret").symlink_to("/etc/passwd")
     with pytest.raises(BadRequest, match="link"):
         contents_of(folder)
+
+
+def test_links_to_folders(tmp_path: Path) -> None:
+    """What is behind one is not left out without a word; and nothing is written through one."""
+    source, target, elsewhere = (tmp_path / name for name in ("source", "target", "elsewhere"))
+    (source / "real").mkdir(parents=True)
+    (source / "real" / "file").write_text("x")
+    (source / "link").symlink_to("real")
+    with pytest.raises(BadRequest, match="which is no file"):
+        contents_of(source)
+    (source / "link").unlink()
+    target.mkdir()
+    elsewhere.mkdir()
+    (target / "kernel.json").write_text("{}")
+    (target / "real").symlink_to(elsewhere)
+    files = {**contents_of(source), "kernel.json": Content(b"1")}
+    write_folder(target, files, last="kernel.json", replace=True)
+    assert contents_of(target) == files and not (target / "real").is_symlink()
+    assert list(elsewhere.iterdir()) == []
 
 
 # -- what is wrong

@@ -134,6 +134,12 @@ def test_images() -> None:
     assert proxy.plan(request(env={"KERNEL_IMAGE": "localhost/other:1"})).image == "localhost/other:1"
     with pytest.raises(LaunchRefused):
         proxy.plan(request(config={"image_name": "elsewhere/image"}))
+    proxy.choose_images = False
+    with pytest.raises(LaunchRefused, match="allowed: localhost/image"):
+        proxy.plan(request(env={"KERNEL_IMAGE": "localhost/other:1"}))
+    assert proxy.plan(request(env={"KERNEL_IMAGE": "localhost/image"})).image == "localhost/image"
+    with pytest.raises(LaunchRefused, match=r"allowed: localhost/\*"):
+        proxy.plan(request(config={"image_name": "elsewhere/image"}))
 
 
 def test_networks_that_are_not_the_kernels_own() -> None:

@@ -147,6 +147,8 @@ async def test_kernelspec_files(gateway: MiniGateway) -> None:
         ("sleep", "/etc/passwd"),
         ("sleep", "nothing.png"),
         ("sleep", "a\0b"),
+        ("sleep", "kernel.json"),
+        ("sleep", "logo-64x64.png/../kernel.json"),
         ("private", "kernel.json"),
         ("..", "secret_keys"),
     ):

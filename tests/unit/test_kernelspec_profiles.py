@@ -20,8 +20,9 @@ from sqlalchemy import select
 
 from hub_gateway.auth.base import Authenticator, Caller
 from hub_gateway.db.models import Kernel, Reservation
-from hub_gateway.errors import BadRequest, NotFound
+from hub_gateway.errors import BadRequest, LaunchRefused, NotFound
 from hub_gateway.kernels.profiles import KEYS, Entry, entries_of
+from hub_gateway.kernels.resources import bounds_of, wished
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.kernels.types import CreateKernel, KernelStatus, Resources
 from hub_gateway.quotas.policies import PolicyStore
@@ -136,6 +137,9 @@ async def test_each_is_offered_what_their_groups_may_have(alice: httpx.AsyncClie
     assert other["metadata"]["process_proxy"]["config"] == {"image_name": "other:2", "network": "else"}
     text = (await bob.get("/api/kernelspecs")).text
     assert "analysts" not in text and "large" not in text, "who gets what is nobody's business"
+    file, none = await bob.get("/kernelspecs/sleep/kernel.json"), await bob.get("/kernelspecs/sleep/none.json")
+    assert file.status_code == none.status_code == 404
+    assert file.json()["message"].replace("kernel.json", "none.json") == none.json()["message"]
 
 
 async def test_a_profile_that_one_may_not_have_is_unknown(alice: httpx.AsyncClient, bob: httpx.AsyncClient) -> None:
@@ -216,6 +220,24 @@ async def test_what_is_broken_is_left_out_and_said(
         assert f"The kernelspec {name} is left out: {why}" in caplog.text
 
 
+async def test_a_name_is_of_one_kernelspec_alone(state_dir: Path) -> None:
+    """Two kernelspecs must not make the same entry, one of which is for everybody; nor what a folder is called."""
+
+    def profiles(*found: dict[str, Any]) -> dict[str, Any]:
+        return {**SPEC, "metadata": {"hub_gateway": {"profiles": list(found)}}}
+
+    write(state_dir, profiles({"name": "b--c", "groups": ["x"]}), "a")
+    write(state_dir, profiles({"name": "c"}), "a--b")
+    write(state_dir, profiles({"name": "p"}), "k")
+    (write(state_dir, SPEC, "k--p") / "kernel.json").write_text("{")
+    specs = KernelSpecs()
+    specs.manager.kernel_dirs, specs.manager.ensure_native_kernel = [str(state_dir / "kernels")], False
+    found, broken = await specs.everything()
+    assert set(found) == {"a", "a--b", "a--b--c", "k"} and found["a--b--c"].groups is None
+    assert set(broken) == {"a--1", "k--p"} and "two hyphens" in broken["a--1"]
+    assert "line 1" in broken["k--p"] and "A folder" in broken["k--p"]
+
+
 async def test_a_profile_outlives_the_gateway_and_its_own_end(
     state_dir: Path, db_url: Callable[[], str | None]
 ) -> None:
@@ -260,6 +282,7 @@ async def test_the_kernelspec_itself_may_be_for_some(state_dir: Path) -> None:
     assert (await specs.get(None, "x", {"analysts"})).name == "sleep--b"
     with pytest.raises(NotFound):
         await specs.get("sleep", "x")
+    assert await specs.catalogue("x") == {"default": "", "kernelspecs": {}}, "not even its name"
 
 
 @pytest.mark.parametrize(
@@ -267,6 +290,7 @@ async def test_the_kernelspec_itself_may_be_for_some(state_dir: Path) -> None:
     [
         ({"name": "Large"}, "lower-case"),
         ({"name": "a/b"}, "lower-case"),
+        ({"name": "a--b"}, "two hyphens"),
         ({"name": "x" * 300}, "longer"),
         ({"name": "a", "groups": "analysts"}, "list"),
         ({"name": "a", "groups": []}, "nobody"),
@@ -298,6 +322,31 @@ def test_a_profiles_word_for_it_holds() -> None:
         "remote_hosts": "b",
         "network": "a",
     }
+
+
+def test_a_model_and_a_queue_that_a_profile_sets_cannot_be_chosen_otherwise() -> None:
+    """The kernelspec's lists are for what the kernelspec sets; the profile may have its own."""
+    resources = {"cpu": 1, "gpu_model": "t4", "queue": "small"}
+    options = {
+        "resources": {"gpu": 1},
+        "gpu_models": ["t4", "a100"],
+        "queues": ["small", "big"],
+        "profiles": [
+            {"name": "as-it-is"},
+            {"name": "set", "resources": resources},
+            {"name": "own", "resources": resources, "gpu_models": ["h100"], "queues": ["night"]},
+        ],
+    }
+    bounds = [
+        bounds_of(one.document["metadata"]["hub_gateway"])
+        for one in entries_of("s", {"metadata": {"hub_gateway": options}})
+    ]
+    assert [one.gpu_models for one in bounds] == [("t4", "a100"), ("t4", "a100"), (), ("h100",)]
+    assert [one.queues for one in bounds] == [("small", "big"), ("small", "big"), (), ("night",)]
+    with pytest.raises(LaunchRefused, match="possible: t4"):
+        wished(bounds[2], "s--set", {"KERNEL_GPU_MODEL": "a100"})
+    with pytest.raises(LaunchRefused, match="possible: small"):
+        wished(bounds[2], "s--set", {"KERNEL_QUEUE": "big"})
 
 
 JSON = st.recursive(
