@@ -61,6 +61,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         self.tunnels = Tunnels()
         self._names_taken: dict[tuple[str, str], int] = {}
         """By host and user, how many names of directories are somebody else's there."""
+        self._refreshing: dict[str, asyncio.Task[Any]] = {}
 
     @cached_property
     def known(self) -> Hosts:
@@ -333,7 +334,17 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         return found, ""
 
     async def _refresh(self, names: Iterable[str]) -> None:
-        await asyncio.gather(*(self._find(self.known.hosts[name], "") for name in names))
+        """Learn how hosts are. Launches that ask the same host at the same time share one question.
+
+        A poll shares none: an answer that was under way before a kernel was there would tell that it is gone.
+        """
+        asked = []
+        for name in names:
+            task = self._refreshing.get(name)
+            if task is None or task.done():
+                task = self._refreshing[name] = asyncio.ensure_future(self._find(self.known.hosts[name], ""))
+            asked.append(asyncio.shield(task))  # whoever gives up leaves it to the others
+        await asyncio.gather(*asked)
 
     async def _effect(self, host: Host, action: str, user: str, request: Mapping[str, Any]) -> None:
         """Have something done, to its end. Raises `Unavailable`."""
