@@ -302,7 +302,7 @@ class SshPool:
             if self._closed:
                 raise SshError(Problem.UNREACHABLE, "the gateway is ending")
             client = connect(host, login, self.options)
-            made = _Connection(client, str(client.get_transport().sock.getpeername()[0]), opening=1)
+            made = _Connection(client, _address(client), opening=1)
         except SshError as error:
             place.failed, place.failed_at = error, time.monotonic()
             raise
@@ -336,6 +336,18 @@ class SshPool:
                     over.append(one)
         for one in over:
             one.client.close()
+
+
+def _address(client: Any) -> str:
+    """At which address the host is. Raises `SshError`, and closes the client, where the host has hung up at once."""
+    try:
+        transport = client.get_transport()
+        if transport is None:
+            raise EOFError("it was closed")
+        return str(transport.sock.getpeername()[0])
+    except (OSError, EOFError) as error:
+        client.close()
+        raise SshError(Problem.UNREACHABLE, f"the connection broke off ({error})") from error
 
 
 def _refused(error: Exception) -> bool:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from traitlets import TraitError
 from traitlets.config import Config
 
 from hub_gateway.kernels.types import Resources
+from hub_gateway.proxies import ssh_pool
 from hub_gateway.proxies.base import AgentSettings, LaunchRequest, Phase, State
 from hub_gateway.proxies.distributed import DistributedProxy
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, Placement, host_of, listed
 from hub_gateway.proxies.ssh_node import Nodes
-from hub_gateway.proxies.ssh_pool import Lane, _Connection, _Place
+from hub_gateway.proxies.ssh_pool import Lane, Problem, SshError, _Connection, _Place
 from hub_gateway.proxies.ssh_reports import phase_of
 from tests.harness.waiting import eventually
 
@@ -180,4 +182,36 @@ async def test_a_burst_of_launches_asks_each_host_once(monkeypatch: pytest.Monke
     proxy.known.of("b").at = 1e-9  # long ago
     await proxy._candidates(request_of("k100"), {})
     assert asked == {"a": 1, "b": 2}
+    await proxy.close()
+
+
+class Client:
+    """A login at a host that hung up at once: as paramiko has it then."""
+
+    def __init__(self, transport: Callable[[], Any]) -> None:
+        self.get_transport = transport
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Gone:
+    """What is left of its connection."""
+
+    def __init__(self) -> None:
+        self.sock = socket.socket()
+        self.sock.close()
+
+
+@pytest.mark.parametrize("transport", [Gone, lambda: None])
+async def test_a_host_that_hangs_up_at_once_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch, transport: Callable[[], Any]
+) -> None:
+    client = Client(transport)
+    monkeypatch.setattr(ssh_pool, "connect", lambda *_: client)
+    proxy = DistributedProxy(config=Config(DistributedProxy={"hosts": ["a"], "user": "hub"}))
+    with pytest.raises(SshError, match="the connection broke off") as caught:
+        await asyncio.to_thread(proxy.pool.command, Host("a", "a"), "hub", ["true"], b"", 5.0)
+    assert caught.value.problem is Problem.UNREACHABLE and client.closed
     await proxy.close()
