@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,6 +183,35 @@ async def test_a_burst_of_launches_asks_each_host_once(monkeypatch: pytest.Monke
     proxy.known.of("b").at = 1e-9  # long ago
     await proxy._candidates(request_of("k100"), {})
     assert asked == {"a": 1, "b": 2}
+    await proxy.close()
+
+
+async def test_launches_that_meet_the_same_taken_name_go_on_to_the_same_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody has taken the first; each of the others is left for when that one is taken as well."""
+    proxy = DistributedProxy(config=Config(DistributedProxy={"hosts": ["a"], "user": "hub"}))
+    taken = Path(proxy._path("g", "k", proxy.known.hosts["a"], "ada", 0)).parent
+    met, all_met = 0, asyncio.Event()
+
+    async def launch_on(self: DistributedProxy, host: Host, request: LaunchRequest, state: State) -> dict[str, Any]:
+        nonlocal met
+        if Path(str(state["runtime_dir"])).parent != taken:
+            return {}
+        met += 1
+        if met == 5:
+            all_met.set()
+        await all_met.wait()
+        return {"taken": "it exists"}
+
+    async def launch(kernel_id: str) -> Path:
+        states = [state async for state in proxy.launch(request_of(kernel_id))]
+        return Path(str(states[-1]["runtime_dir"])).parent
+
+    monkeypatch.setattr(DistributedProxy, "_launch_on", launch_on)
+    monkeypatch.setattr(DistributedProxy, "_registered", lambda *_: {})
+    places = await asyncio.gather(*(launch(f"k{number}") for number in range(5)))
+    assert {*places, await launch("k5")} == {Path(proxy._path("g", "k", proxy.known.hosts["a"], "ada", 1)).parent}
     await proxy.close()
 
 
