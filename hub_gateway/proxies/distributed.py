@@ -61,6 +61,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         self.tunnels = Tunnels()
         self._names_taken: dict[tuple[str, str], int] = {}
         """By host and user, how many names of directories are somebody else's there."""
+        self._refreshing: dict[str, asyncio.Task[Any]] = {}
 
     @cached_property
     def known(self) -> Hosts:
@@ -77,12 +78,16 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         user = self._user(request.unix_user)
         refused: dict[str, str] = {}
         pinned = "host" in (request.previous or {})  # to where an interrupted launch may have left something
-        todo = deque((name, 0) for name in await self._candidates(request, refused))
+        todo = deque((name, 0, 0) for name in await self._candidates(request, refused))
         while todo:
-            name, attempt = todo.popleft()
+            name, attempt, free = todo.popleft()
             host = self._host(name, request.previous)
+            number = max(free, self._number(host, user))  # other launches may have found more names taken meanwhile
+            directory = (request.previous or {}).get("runtime_dir")
+            if not isinstance(directory, str) or attempt:  # else it is perhaps of another gateway, with other names
+                directory = self._path(request.gateway_id, request.kernel_id, host, user, number)
             where: State = {"host": host.name, "address": host.address, "port": host.port}
-            state: State = {**where, "user": user, "runtime_dir": self._directory(request, host, user, attempt)}
+            state: State = {**where, "user": user, "runtime_dir": directory}
             # The intent is recorded before anything is done: whatever follows can be found by it.
             yield {**state, "progress": f"starting on {host.name}"}
             try:
@@ -100,12 +105,12 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             if made.get("taken"):
                 refused[name] = f"somebody there has taken the place of the kernels of {user} ({made['taken']})"
                 if attempt < NAMES:
-                    todo.appendleft((name, attempt + 1))
+                    todo.appendleft((name, attempt + 1, number + 1))
                 continue
             if made.get("drained"):
                 self.known.of(name).drained = refused[name] = str(made["drained"])
                 continue
-            self._names_taken[host.name, user] = self._names_taken.get((host.name, user), 0) + attempt
+            self._names_taken[host.name, user] = max(number, self._number(host, user))
             yield {**state, **self._registered(host, request, made)}
             return
         yield {"nowhere": True}  # there is nothing to end, on hosts that could not even be asked
@@ -237,7 +242,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         if not isinstance(name, str) or name in self.lost_hosts:
             return  # nothing was begun, or nothing of it is left
         host, user = self._host(name, state), self._user(state.get("user") or state.get("unix_user"))
-        directory = state.get("runtime_dir") or self._path(gateway_id, kernel_id, host, user)
+        directory = state.get("runtime_dir") or self._path(gateway_id, kernel_id, host, user, self._number(host, user))
         request = self._names({**state, "runtime_dir": directory}, gateway_id, kernel_id)
         if "only_pid" in state:
             request["pid"] = state["pid"]
@@ -333,7 +338,17 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         return found, ""
 
     async def _refresh(self, names: Iterable[str]) -> None:
-        await asyncio.gather(*(self._find(self.known.hosts[name], "") for name in names))
+        """Learn how hosts are. Launches that ask the same host at the same time share one question.
+
+        A poll shares none: an answer that was under way before a kernel was there would tell that it is gone.
+        """
+        asked = []
+        for name in names:
+            task = self._refreshing.get(name)
+            if task is None or task.done():
+                task = self._refreshing[name] = asyncio.ensure_future(self._find(self.known.hosts[name], ""))
+            asked.append(asyncio.shield(task))  # whoever gives up leaves it to the others
+        await asyncio.gather(*asked)
 
     async def _effect(self, host: Host, action: str, user: str, request: Mapping[str, Any]) -> None:
         """Have something done, to its end. Raises `Unavailable`."""
@@ -388,16 +403,13 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         if user == self.user or not theirs:
             self.known.failed(host.name, error.text)
 
-    def _directory(self, request: LaunchRequest, host: Host, user: str, attempt: int) -> str:
-        recorded = (request.previous or {}).get("runtime_dir")
-        if isinstance(recorded, str) and not attempt:
-            return recorded  # perhaps by another gateway, which has other names
-        return self._path(request.gateway_id, request.kernel_id, host, user, attempt)
+    def _number(self, host: Host, user: str) -> int:
+        """The first name of a directory there that is not known to be somebody else's."""
+        return self._names_taken.get((host.name, user), 0)
 
-    def _path(self, gateway_id: str, kernel_id: str, host: Host, user: str, attempt: int = 0) -> str:
+    def _path(self, gateway_id: str, kernel_id: str, host: Host, user: str, number: int) -> str:
         # Hashed: kernel ids may come from clients, and the path must be short and the kernel's alone.
         name = hashlib.sha256(f"{gateway_id}/{kernel_id}/{host.name}".encode()).hexdigest()[:16]
-        number = self._names_taken.get((host.name, user), 0) + attempt
         return f"{self.runtime_root}/{self.names.name(user, f'{user}@{host.name}/{number}')}/{name}"
 
 

@@ -132,6 +132,7 @@ class SshPool:
         Calls for nobody in particular (empty) are as many as fit on one connection. Who is cancelled while waiting
         has done nothing. Raises what `call` does, and `SshError` where earlier calls of `who` all hang.
         """
+        loop = asyncio.get_running_loop()
         at_once = LOOKS if lane is Lane.LOOK else self.options.calls_per_user if who else SESSIONS
         async with self._turns.take((host.address, host.port, lane, who), at_once) as line:
 
@@ -140,7 +141,8 @@ class SshPool:
                     return call()
                 except SshError as error:
                     if error.hanging is not None:
-                        line.hanging.append(error.hanging)
+                        # On the loop, which may just be looking through them; it hears of this before it hears the end.
+                        loop.call_soon_threadsafe(line.hanging.append, error.hanging)
                     raise
 
             key = (host.address, host.port, lane)
@@ -148,7 +150,7 @@ class SshPool:
             if threads is None:
                 name = f"ssh-{lane.value}-{host.name}"
                 threads = self._threads[key] = ThreadPoolExecutor(THREADS[lane], thread_name_prefix=name)
-            return await to_its_end(asyncio.get_running_loop().run_in_executor(threads, in_turn))
+            return await to_its_end(loop.run_in_executor(threads, in_turn))
 
     def command(
         self, host: Host, login: str, words: Sequence[str], stdin: bytes, seconds: float, lane: Lane = Lane.CALL
@@ -300,7 +302,7 @@ class SshPool:
             if self._closed:
                 raise SshError(Problem.UNREACHABLE, "the gateway is ending")
             client = connect(host, login, self.options)
-            made = _Connection(client, str(client.get_transport().sock.getpeername()[0]), opening=1)
+            made = _Connection(client, _address(client), opening=1)
         except SshError as error:
             place.failed, place.failed_at = error, time.monotonic()
             raise
@@ -334,6 +336,18 @@ class SshPool:
                     over.append(one)
         for one in over:
             one.client.close()
+
+
+def _address(client: Any) -> str:
+    """At which address the host is. Raises `SshError`, and closes the client, where the host has hung up at once."""
+    try:
+        transport = client.get_transport()
+        if transport is None:
+            raise EOFError("it was closed")
+        return str(transport.sock.getpeername()[0])
+    except (OSError, EOFError) as error:
+        client.close()
+        raise SshError(Problem.UNREACHABLE, f"the connection broke off ({error})") from error
 
 
 def _refused(error: Exception) -> bool:

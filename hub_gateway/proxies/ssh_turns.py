@@ -22,6 +22,8 @@ __all__ = ["Line", "Turns"]
 class Line:
     """The calls of one user on one host."""
 
+    inside: int = 0
+    """Who waits, was woken just now, or runs: as long as there is anybody, the line is the one that all go by."""
     running: int = 0
     waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
     hanging: list[Any] = field(default_factory=list)
@@ -41,7 +43,7 @@ class Line:
 
 
 class Turns:
-    """The lines, by whatever tells them apart. Used on the event loop, but for `Line.hanging.append`."""
+    """The lines, by whatever tells them apart. Used on the event loop."""
 
     def __init__(self) -> None:
         self._lines: dict[Hashable, Line] = {}
@@ -57,19 +59,23 @@ class Turns:
     async def take(self, key: Hashable, at_once: int) -> AsyncIterator[Line]:
         """Wait for one's turn, and have it. Raises `SshError` where nothing but what hangs would be waited for."""
         line = self._lines.setdefault(key, Line())
-        while not self._closed and line.full(at_once):
-            if not line.running:
-                raise SshError(Problem.BUSY, f"{at_once} earlier calls for the same user hang there")
-            turn = asyncio.get_running_loop().create_future()
-            line.waiting.append(turn)
-            await turn
-        if self._closed:
-            raise SshError(Problem.UNREACHABLE, "the gateway is ending")
-        line.running += 1
+        line.inside += 1
         try:
-            yield line
+            while not self._closed and line.full(at_once):
+                if not line.running:
+                    raise SshError(Problem.BUSY, f"{at_once} earlier calls for the same user hang there")
+                turn = asyncio.get_running_loop().create_future()
+                line.waiting.append(turn)
+                await turn
+            if self._closed:
+                raise SshError(Problem.UNREACHABLE, "the gateway is ending")
+            line.running += 1
+            try:
+                yield line
+            finally:
+                line.running -= 1
+                line.wake()
         finally:
-            line.running -= 1
-            if not line.waiting and not line.full(1):
-                self._lines.pop(key, None)
-            line.wake()
+            line.inside -= 1
+            if not line.inside and not line.full(1) and self._lines.get(key) is line:
+                del self._lines[key]

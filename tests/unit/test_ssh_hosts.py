@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +16,15 @@ from traitlets import TraitError
 from traitlets.config import Config
 
 from hub_gateway.kernels.types import Resources
-from hub_gateway.proxies.base import Phase, State
+from hub_gateway.proxies import ssh_pool
+from hub_gateway.proxies.base import AgentSettings, LaunchRequest, Phase, State
 from hub_gateway.proxies.distributed import DistributedProxy
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.proxies.ssh_hosts import Host, Hosts, Placement, host_of, listed
 from hub_gateway.proxies.ssh_node import Nodes
-from hub_gateway.proxies.ssh_pool import Lane, _Connection, _Place
+from hub_gateway.proxies.ssh_pool import Lane, Problem, SshError, _Connection, _Place
 from hub_gateway.proxies.ssh_reports import phase_of
+from tests.harness.waiting import eventually
 
 
 @pytest.mark.parametrize(
@@ -135,3 +141,107 @@ def test_an_agent_whose_user_has_no_name_for_now_is_not_gone(user: str | None, p
     agents = [{"pid": 7, "kernel_id": "k1", "user": user}] if user else []
     state: State = {"host": "a", "pid": 7, "user": "ada"}
     assert phase_of("k1", state, {"agents": agents}, "").phase is phase
+
+
+def request_of(kernel_id: str) -> LaunchRequest:
+    """A kernel of Ada's that is to run anywhere."""
+    return LaunchRequest(
+        kernel_id=kernel_id,
+        gateway_id="g",
+        epoch=1,
+        owner="ada",
+        kernelspec="python",
+        argv=("python",),
+        env={},
+        agent=AgentSettings(client_public_key="", launch_token=""),
+        unix_user="ada",
+    )
+
+
+async def test_a_burst_of_launches_asks_each_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those that go on are told, though the one that asked first has been given up."""
+    asked: Counter[str] = Counter()
+    release = threading.Event()
+
+    def call(self: Nodes, host: Host, login: str, action: str, request: dict[str, Any], **more: Any) -> dict[str, Any]:
+        asked[host.name] += 1
+        release.wait()
+        return {"agents": [], "load": 1.0 if host.name == "a" else 0.0}
+
+    monkeypatch.setattr(Nodes, "call", call)
+    traits = {"hosts": ["a", "b"], "user": "hub", "placement": "least-load", "ask_seconds": 60.0}
+    proxy = DistributedProxy(config=Config(DistributedProxy=traits))
+    launches = [asyncio.ensure_future(proxy._candidates(request_of(f"k{number}"), {})) for number in range(100)]
+    try:
+        await eventually(lambda: len(asked) == 2, "both hosts are asked")
+        launches[0].cancel()
+        await asyncio.wait({launches[0]})
+    finally:
+        release.set()
+    assert await asyncio.gather(*launches[1:]) == [["b", "a"]] * 99
+    assert launches[0].cancelled() and asked == {"a": 1, "b": 1}
+    proxy.known.of("b").at = 1e-9  # long ago
+    await proxy._candidates(request_of("k100"), {})
+    assert asked == {"a": 1, "b": 2}
+    await proxy.close()
+
+
+async def test_launches_that_meet_the_same_taken_name_go_on_to_the_same_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody has taken the first; each of the others is left for when that one is taken as well."""
+    proxy = DistributedProxy(config=Config(DistributedProxy={"hosts": ["a"], "user": "hub"}))
+    taken = Path(proxy._path("g", "k", proxy.known.hosts["a"], "ada", 0)).parent
+    met, all_met = 0, asyncio.Event()
+
+    async def launch_on(self: DistributedProxy, host: Host, request: LaunchRequest, state: State) -> dict[str, Any]:
+        nonlocal met
+        if Path(str(state["runtime_dir"])).parent != taken:
+            return {}
+        met += 1
+        if met == 5:
+            all_met.set()
+        await all_met.wait()
+        return {"taken": "it exists"}
+
+    async def launch(kernel_id: str) -> Path:
+        states = [state async for state in proxy.launch(request_of(kernel_id))]
+        return Path(str(states[-1]["runtime_dir"])).parent
+
+    monkeypatch.setattr(DistributedProxy, "_launch_on", launch_on)
+    monkeypatch.setattr(DistributedProxy, "_registered", lambda *_: {})
+    places = await asyncio.gather(*(launch(f"k{number}") for number in range(5)))
+    assert {*places, await launch("k5")} == {Path(proxy._path("g", "k", proxy.known.hosts["a"], "ada", 1)).parent}
+    await proxy.close()
+
+
+class Client:
+    """A login at a host that hung up at once: as paramiko has it then."""
+
+    def __init__(self, transport: Callable[[], Any]) -> None:
+        self.get_transport = transport
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Gone:
+    """What is left of its connection."""
+
+    def __init__(self) -> None:
+        self.sock = socket.socket()
+        self.sock.close()
+
+
+@pytest.mark.parametrize("transport", [Gone, lambda: None])
+async def test_a_host_that_hangs_up_at_once_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch, transport: Callable[[], Any]
+) -> None:
+    client = Client(transport)
+    monkeypatch.setattr(ssh_pool, "connect", lambda *_: client)
+    proxy = DistributedProxy(config=Config(DistributedProxy={"hosts": ["a"], "user": "hub"}))
+    with pytest.raises(SshError, match="the connection broke off") as caught:
+        await asyncio.to_thread(proxy.pool.command, Host("a", "a"), "hub", ["true"], b"", 5.0)
+    assert caught.value.problem is Problem.UNREACHABLE and client.closed
+    await proxy.close()

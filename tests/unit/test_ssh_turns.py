@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import dataclass
 
 import pytest
 
-from hub_gateway.proxies.ssh_connect import Problem, SshError
+from hub_gateway.proxies.ssh_connect import Problem, SshError, SshOptions
+from hub_gateway.proxies.ssh_hosts import Host
+from hub_gateway.proxies.ssh_pool import Lane, SshPool
 from hub_gateway.proxies.ssh_turns import Turns
 
 
@@ -107,3 +110,73 @@ async def test_who_waits_when_the_gateway_ends_is_told() -> None:
         await asyncio.wait_for(second, 10)
     calls.over.set()
     await first
+
+
+async def test_who_was_just_woken_counts_among_those_that_come_then() -> None:
+    """Both calls end in the same turn of the loop: who waited, and who comes after, are in one line."""
+    calls, last = Calls(at_once=2), asyncio.Event()
+
+    async def until_last() -> None:
+        async with calls.turns.take("ada", 2):
+            calls.begun.append("late")
+            await last.wait()
+
+    first = [asyncio.ensure_future(calls.one("ada")) for _ in range(2)]
+    await settle()
+    late = [asyncio.ensure_future(until_last())]
+    await settle()
+    calls.over.set()
+    await asyncio.gather(*first)
+    late += [asyncio.ensure_future(until_last()) for _ in range(2)]
+    await settle()
+    assert calls.begun.count("late") == 2
+    last.set()
+    await asyncio.gather(*late)
+    assert calls.begun.count("late") == 3 and not calls.turns._lines
+
+
+async def test_what_hangs_after_it_has_waited_counts() -> None:
+    calls, channels = Calls(at_once=2), [Channel(), Channel()]
+    first = [asyncio.ensure_future(calls.one("ada")) for _ in range(2)]
+    await settle()
+    waiting = [asyncio.ensure_future(calls.one("ada", hangs=channel)) for channel in channels]
+    await settle()
+    calls.over.set()
+    await asyncio.gather(*first, *waiting)
+    with pytest.raises(SshError, match="2 earlier calls for the same user hang there"):
+        await calls.one("ada")
+
+
+async def test_nothing_is_kept_of_whoever_has_given_up() -> None:
+    calls = Calls(at_once=1)
+    first, second = (asyncio.ensure_future(calls.one("ada")) for _ in range(2))
+    await settle()
+    second.cancel()
+    await asyncio.wait({second})
+    calls.over.set()
+    await first
+    assert second.cancelled() and not calls.turns._lines
+
+
+async def test_what_hangs_is_noted_between_two_steps_of_the_loop() -> None:
+    """A thread must not change what the loop may just be looking through."""
+    pool = SshPool(SshOptions(known_hosts=(), authenticate=lambda login, host: {}))
+    host, hung = Host("a", "a"), Channel()
+    begun, release = threading.Event(), threading.Event()
+
+    def call() -> None:
+        begun.set()
+        release.wait()
+        raise SshError(Problem.UNFINISHED, "it hangs", hanging=hung)
+
+    async with pool._turns.take((host.address, host.port, Lane.CALL, "ada"), 4) as line:
+        running = asyncio.ensure_future(pool.run(host, call, who="ada"))
+        await asyncio.to_thread(begun.wait)
+        release.set()
+        for threads in pool._threads.values():
+            threads.shutdown(wait=True)  # which the loop does not get to hear of here
+        assert line.hanging == []
+        with pytest.raises(SshError, match="it hangs"):
+            await running
+        assert line.hanging == [hung]
+    pool.close()
