@@ -44,6 +44,17 @@ def _no_event(event: Mapping[str, Any]) -> None:
     """Nobody listens."""
 
 
+def _tells_death(channel: int, parts: Sequence[bytes]) -> bool:
+    return channel == _IOPUB and b'"restarting"' in parts[3] and b'"status"' in parts[0]
+
+
+def _deaths(batch: Batch) -> list[int]:
+    """The numbers of the messages that say that the kernel died and is started again."""
+    if b'"restarting"' not in batch.payload:
+        return []
+    return [number for number, channel, parts in batch.messages() if _tells_death(channel, parts)]
+
+
 class KernelRelay:
     """All websockets of one kernel in this process, over one link. Everything happens on the event loop.
 
@@ -94,6 +105,8 @@ class KernelRelay:
         self._lost_until = 0.0
         self._ran = False
         self._attachments = 0
+        self._told: dict[bytes, int] = {}
+        """The last message by which each session was told that the kernel died."""
         self._notices: list[Notice] = []
         """What no notebook has shown yet; whoever comes gets it."""
         self._acknowledging = Acknowledging(self._acknowledge)
@@ -273,6 +286,7 @@ class KernelRelay:
         mark = mark_of(registration.public_key)
         if mark != self._mark:
             self._mark = mark
+            self._told.clear()
             for client in self._clients.values():
                 client.begin_anew()
         link = self._link = AgentLink(
@@ -427,6 +441,7 @@ class KernelRelay:
         """Hand a batch to every client that it is for, encoded once per dialect."""
         encoded: dict[Dialect, bytes] = {}
         try:
+            deaths = _deaths(batch) if batch.replay or not self.ready else []
             if batch.to and self._progress.waiting:
                 for _, channel, parts in batch.messages():
                     self._replied(channel, parts)
@@ -436,18 +451,35 @@ class KernelRelay:
                     continue
                 dialect = client.sink.dialect
                 skip = max(0, delivered - batch.first + 1)
-                if skip or dialect is Dialect.JSON_TEXT_ONLY:
+                if deaths and deaths[0] <= self._told.get(client.key, 0):
+                    data = self._untold(client, batch, batch.first + skip)
+                elif skip or dialect is Dialect.JSON_TEXT_ONLY:
                     data = wire.encode_batch(dialect, batch, skip, client.notes, self._mark)
                 else:
                     known = encoded.get(dialect)
                     data = known if known is not None else wire.encode_batch(dialect, batch, mark=self._mark)
                     encoded[dialect] = data
                 self._write(client, data, batch.last)
-                if self.execution_state is ExecutionState.RESTARTING and b'"restarting"' in batch.payload:
-                    # JupyterLab comes back at once, and is not to be told again.
+                if deaths:
+                    self._told[client.key] = deaths[-1]
                     client.sink.confirm()
         finally:
             self._worked_off(batch.to, batch.last, batch.count, len(batch.payload))
+
+    def _untold(self, client: Client, batch: Batch, start: int) -> bytes:
+        """A batch from a number on, without the deaths of the kernel that its session was told of.
+
+        JupyterLab opens its websocket once more as soon as it hears of one, perhaps before it is known here that it
+        has; told again, it would do all of that again, and tell the user so.
+        """
+        told = self._told[client.key]
+        messages = [
+            one for one in batch.messages() if one[0] >= start and not (one[0] <= told and _tells_death(*one[1:]))
+        ]
+        dialect, notes, mark = client.sink.dialect, client.notes, self._mark
+        return b"".join(
+            wire.encode(dialect, channel, parts, mark + number, notes) for number, channel, parts in messages
+        )
 
     def on_large(self, message: Large) -> None:
         """Hand a large message to every client that it is for, encoded once per dialect."""
@@ -569,6 +601,7 @@ class KernelRelay:
         elif name == "restarting":
             self.ready = False
             self.execution_state = ExecutionState.RESTARTING
+            self._told.clear()  # the next one is another death
             if self._link is not None:
                 # What was sent before was meant for the kernel that died.
                 self._link.tell("noted")

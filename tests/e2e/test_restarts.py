@@ -11,7 +11,7 @@ import pytest
 from tests.harness.hub import RealHub
 from tests.harness.jupyter_server import JupyterServer
 from tests.harness.notebook import Message, Notebook
-from tests.harness.output import numbers, repeated
+from tests.harness.output import printed, repeated
 
 SECONDS = 40
 IN_FLIGHT = 10
@@ -43,7 +43,7 @@ def check_all_of_it(notebook: Notebook, request: str, messages: list[Message]) -
     """Nothing of the cell's output is lost or out of order; no more than was in flight came twice, in one run."""
     result = notebook.collect(request, timeout=SECONDS * 3)
     assert result.status == "ok"
-    again = repeated(numbers([*messages, *result.messages]), SECONDS * 10)
+    again = repeated(printed([*messages, *result.messages]), SECONDS * 10)
     # A line each tenth of a second, and a ping after each: what has no pong yet is little.
     assert again <= IN_FLIGHT, f"{again} lines came twice; at most {IN_FLIGHT} may"
     assert notebook.execute("print(secret)").text == "42\n"

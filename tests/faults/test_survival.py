@@ -14,7 +14,7 @@ from hub_gateway.db.models import WaitingRequest
 from tests.harness.gateway import ROOT, GatewayProcess
 from tests.harness.jupyter_server import JupyterServer
 from tests.harness.notebook import Message, Notebook
-from tests.harness.output import numbers, repeated
+from tests.harness.output import printed, repeated
 from tests.harness.waiting import until
 
 LINES = 20_000
@@ -77,14 +77,14 @@ def test_no_output_is_lost_when_the_gateway_is_killed(
         lines = 0
         while lines < 3000:
             messages.append(notebook.receive())
-            lines += len(numbers(messages[-1:]))
+            lines += printed(messages[-1:]).count("\n")
         gateway.kill()
         assert not ended.exists(), "the cell was at its end before the gateway was killed"
         go.touch()
         gateway.start()
         result = notebook.collect(running, timeout=120)
         assert result.status == "ok"
-        again = repeated(numbers(messages + result.messages), LINES)
+        again = repeated(printed(messages + result.messages), LINES)
         allowed = 0 if server.exactly_once else ONE_BATCH
         assert again <= allowed, f"{again} lines came twice; at most {allowed} may"
         assert notebook.execute("print(secret)").text == "42\n"

@@ -168,9 +168,14 @@ class Collector:
 
     def finished(self, msg_id: str) -> bool:
         """Whether a request has its reply and its idle."""
-        idle = [m for m in self.of(msg_id, "status") if m["content"]["execution_state"] == "idle"]
-        replies = [m for m in self.messages if m["channel"] != "iopub" and m["parent_header"].get("msg_id") == msg_id]
-        return bool(idle and replies)
+        return finished(self.messages, msg_id)
+
+
+def finished(messages: list[dict[str, Any]], msg_id: str) -> bool:
+    """Whether a request has its reply and its idle among these."""
+    answers = [m for m in messages if m["parent_header"].get("msg_id") == msg_id]
+    idle = [m for m in answers if m["header"]["msg_type"] == "status" and m["content"]["execution_state"] == "idle"]
+    return bool(idle) and any(m["channel"] != "iopub" for m in answers)
 
 
 class RunningAgent:

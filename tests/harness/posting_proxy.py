@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ __all__ = ["PostingProxy"]
 class PostingProxy(LocalProxy):
     """LocalProxy without the registration that it reads from the pipe."""
 
-    def _config(self, request: LaunchRequest, directory: Path) -> dict[str, Any]:
-        return {**super()._config(request, directory), "agent": asdict(request.agent)}
+    def _config(
+        self, request: LaunchRequest, directory: Path, env: Mapping[str, str], cwd: str | None
+    ) -> dict[str, Any]:
+        return {**super()._config(request, directory, env, cwd), "agent": asdict(request.agent)}
 
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
         async for state in super().launch(request):
