@@ -103,8 +103,8 @@ class Gateway:
         if self.server is not None:
             self.server.stop()
         for socket in list(self.sockets):
-            assert socket.ws_connection is not None
-            socket.ws_connection.stream.close()
+            if socket.ws_connection is not None:  # one that is closing has none any more
+                socket.ws_connection.stream.close()
         await eventually(lambda: not self.sockets, "the end of all websockets")
 
 
