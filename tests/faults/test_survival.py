@@ -221,15 +221,17 @@ def test_a_client_whose_kernel_was_lost_with_the_gateway_is_not_left_waiting(gat
         until(lambda: notebook.receive()["content"].get("execution_state") == "dead", "to be told", timeout=60)
 
 
-def test_output_waits_for_a_client_that_is_away(gateway: GatewayProcess) -> None:
+def test_output_waits_for_a_client_that_is_away(gateway: GatewayProcess, tmp_path: Path) -> None:
     """What a kernel prints while its gateway is dead and nobody listens is kept, buffers too."""
     kernel_id = start_kernel(gateway)
     with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice"), session="kept", v1=True) as notebook:
-        notebook.execute("from comm import create_comm; import time")
+        notebook.execute("from comm import create_comm; import os")
+        killed, written = tmp_path / "killed", tmp_path / "written"
         code = (
-            "time.sleep(1)\n"
+            f"while not os.path.exists({str(killed)!r}): pass\n"
             "c = create_comm(target_name='t', data={'n': 1}, buffers=[b'\\x00\\xff' * 1000])\n"
-            "print('done', flush=True)"
+            "print('done', flush=True)\n"
+            f"open({str(written)!r}, 'w').close()"
         )
         request = {"code": code, "silent": False, "user_expressions": {}, "allow_stdin": False}
         running = notebook.send("execute_request", request)
@@ -237,6 +239,8 @@ def test_output_waits_for_a_client_that_is_away(gateway: GatewayProcess) -> None
             lambda: any(m["content"].get("execution_state") == "busy" for m in [notebook.receive()]), "the cell to run"
         )
     gateway.kill()
+    killed.touch()
+    until(written.exists, "the output to be written while nobody is there")
     gateway.start()
     with Notebook(gateway.ws_url, kernel_id, gateway.headers("alice"), session="kept", v1=True) as notebook:
         result = notebook.collect(running)
