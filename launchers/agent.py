@@ -1779,6 +1779,8 @@ class Agent:
         if self.phase in ("dead", "stopping"):
             text = self.epitaph() if self.phase == "dead" else "The kernel is being shut down."
             self.conclude(Pending(session, channel, parts[0], msg_type), "error", text)
+            if self.phase == "dead" and not waited and not self.ready_at and msg_type == "execute_request":
+                self.tell_dead({session})
             return
         orphaned = msg_type != "kernel_info_request" and (unaware or self.parting is not None)
         if unaware and orphaned and (self.phase != "running" or self.parting is None):

@@ -425,13 +425,24 @@ async def test_a_restart_that_is_overtaken_by_a_shutdown_has_failed(start: Start
     assert gateway.agent.process.wait(10) == 0
 
 
-async def test_a_kernel_that_dies_at_start_is_reported_and_answered_for(start: Start) -> None:
-    dying = ["/bin/sh", "-c", "echo 'libcudart.so.12: cannot open shared object file' >&2; exit 3", "{connection_file}"]
-    gateway = start(dying)
+@pytest.mark.parametrize("known", ["before the cell is there", "while it waits"])
+async def test_a_kernel_that_dies_at_start_is_reported_and_answered_for(
+    start: Start, known: str, tmp_path: Path
+) -> None:
+    reason = "libcudart.so.12: cannot open shared object file"
+    script = f"until test -e die; do sleep 0.01; done; echo '{reason}' >&2; exit 3"
+    gateway = start(["/bin/sh", "-c", script, "{connection_file}"], cwd=str(tmp_path))
     sink, idle = gateway.attach(Collector()), gateway.attach(Collector())
+    early = known == "before the cell is there"
+    if early:
+        (tmp_path / "die").touch()
+        await eventually(lambda: "ended: " in gateway.agent.log.read_text(), "the kernel to end")
     msg_id = gateway.send(sink, "1 + 1")
     info = gateway.request(idle, "kernel_info_request", {})
     await gateway.connect(ready=False)
+    if not early:
+        await gateway.relay.ping()  # the requests are at the agent, too: they went before
+        (tmp_path / "die").touch()
     await eventually(lambda: sink.finished(msg_id) and idle.finished(info), "the requests to end")
     assert "libcudart.so.12" in "\n".join(sink.of(msg_id, "error")[0]["content"]["traceback"])
     exited = gateway.event("exited") or gateway.relay.welcome["exited"]
