@@ -6,7 +6,8 @@ happen one after the other, through however many processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TypeAlias, cast
@@ -25,7 +26,7 @@ from hub_gateway.quotas.policies import MAINTENANCE, PolicyIndex, PolicyStore
 from hub_gateway.quotas.rates import EPSILON, prices_at, rate_of
 from hub_gateway.quotas.resolve import applicable, covers, window_bounds
 from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind, Verdict, WindowKind
-from hub_gateway.quotas.use import Held, Holder, change, held_by, holders_of, lock, scope_of
+from hub_gateway.quotas.use import Held, Holder, change, held_by, holders_of, lock, locked, metered_for, scope_of
 
 __all__ = ["BURST", "QUEUED", "Admission", "Burst", "Fit", "burst_after"]
 
@@ -186,6 +187,8 @@ class Admission:
         if not policies:
             return []
         held = held_by(tx, holders_of(demand.owner, demand.owner_kind, demand.groups))
+        if locked(tx) and any(one.id in index.metered for one in policies):
+            meters.read(tx, metered_for(demand.owner, demand.groups))
         cost = prices_at(tx, policies, now)
         return [
             self._fit(tx, policy, demand, held, now, rate_of(policy, demand.resources, cost)) for policy in policies
@@ -349,15 +352,15 @@ class Admission:
             tx.connection().execute(delete(_RESERVATIONS).where(_RESERVATIONS.c.kernel_id == kernel_id))
         made = tx.connection().execute(_RESERVE, values).scalar_one()
         meters.taken(tx, self.policies.index(tx), {**values, "price_version": made})
-        change(
-            tx,
-            holders_of(demand.owner, demand.owner_kind, demand.groups),
-            (demand.kernelspec, demand.proxy, demand.queue, taken.gpu_model),
-            kernels=1,
-            starting=1,
-            resources=taken,
-        )
-        self._note_bursts(tx, demand, now)
+        with self._bursts(tx, demand, now):
+            change(
+                tx,
+                holders_of(demand.owner, demand.owner_kind, demand.groups),
+                (demand.kernelspec, demand.proxy, demand.queue, taken.gpu_model),
+                kernels=1,
+                starting=1,
+                resources=taken,
+            )
 
     def release(self, tx: Transaction, kernel_id: str, at: datetime) -> bool:
         """Give back what a kernel holds, and write it into the ledger; whether it held anything."""
@@ -377,18 +380,18 @@ class Admission:
         owner_kind = SubjectKind(row["owner_kind"])
         resources = Resources(row["cpu"], row["memory"], row["gpu"], row["gpu_model"])
         groups = frozenset(row["groups"] or ())
-        change(
-            tx,
-            holders_of(row["owner"], owner_kind, groups),
-            (row["kernelspec"], row["proxy"], row["queue"], row["gpu_model"]),
-            kernels=row["kernels"],
-            starting=int(row["starting"]),
-            resources=resources,
-            sign=-1,
-        )
-        meters.given_back(tx, self.policies.index(tx), row, ledger.close(tx, row, at))
         demand = Demand(row["owner"], owner_kind, groups, row["kernelspec"], row["proxy"], row["queue"], resources)
-        self._note_bursts(tx, demand, at)
+        with self._bursts(tx, demand, at):
+            change(
+                tx,
+                holders_of(row["owner"], owner_kind, groups),
+                (row["kernelspec"], row["proxy"], row["queue"], row["gpu_model"]),
+                kernels=row["kernels"],
+                starting=int(row["starting"]),
+                resources=resources,
+                sign=-1,
+            )
+        meters.given_back(tx, self.policies.index(tx), row, ledger.close(tx, row, at))
         return True
 
     def ready(self, tx: Transaction, kernel_id: str) -> None:
@@ -416,28 +419,43 @@ class Admission:
                 sign=-1,
             )
 
-    def _note_bursts(self, tx: Transaction, demand: Demand, now: datetime) -> None:
-        """Remember when use went above a hard limit with a burst, and when it came back."""
+    @contextmanager
+    def _bursts(self, tx: Transaction, demand: Demand, now: datetime) -> Iterator[None]:
+        """Around a change of what is held: remember when use went above a hard limit with a burst, and came back."""
         index = self.policies.index(tx)
-        if not any(one.burst is not None for one in index.of(demand)):
-            return
-        # Only of what counts: under a grant the policy below it is not in its burst.
-        policies = [one for one in applicable(index.of(demand), demand, now) if one.burst is not None]
+        policies: list[Policy] = []
+        if any(one.burst is not None for one in index.of(demand)):
+            # Only of what counts: under a grant the policy below it is not in its burst.
+            policies = [one for one in applicable(index.of(demand), demand, now) if one.burst is not None]
+        before = self._over(tx, policies, demand, now)
+        yield
+        for policy, was, over in zip(policies, before, self._over(tx, policies, demand, now), strict=True):
+            # What was not above and is not has no burst that goes on, but for a limit that was raised: see `enforce`.
+            if was or over:
+                _note_burst(tx, policy, scope_of(policy, demand.owner, demand.owner_kind), over, now)
+
+    def _over(self, tx: Transaction, policies: Sequence[Policy], demand: Demand, now: datetime) -> list[bool]:
+        """Whether use is above the hard limit of each."""
         held = held_by(tx, holders_of(demand.owner, demand.owner_kind, demand.groups)) if policies else {}
-        for policy in policies:
-            scope = scope_of(policy, demand.owner, demand.owner_kind)
-            over = self.used(tx, policy, scope, held.get(scope, ()), now) > (policy.hard or 0.0) + EPSILON
-            before = _burst_of(tx, policy, scope)
-            after = burst_after(before, over, now)
-            if after is None or after == before:
-                continue
-            key = {"policy_id": policy.id, "subject": ":".join(scope), "state": BURST}
-            values = {"since": after[0], "until": after[1]}
-            if before is None:
-                tx.connection().execute(insert(_STATES), {**key, **values})
-            else:
-                of = (_STATES.c[name] == value for name, value in key.items())
-                tx.connection().execute(update(_STATES).where(*of).values(values))
+        scopes = [scope_of(policy, demand.owner, demand.owner_kind) for policy in policies]
+        return [
+            self.used(tx, policy, scope, held.get(scope, ()), now) > (policy.hard or 0.0) + EPSILON
+            for policy, scope in zip(policies, scopes, strict=True)
+        ]
+
+
+def _note_burst(tx: Transaction, policy: Policy, scope: Holder, over: bool, now: datetime) -> None:
+    before = _burst_of(tx, policy, scope)
+    after = burst_after(before, over, now)
+    if after is None or after == before:
+        return
+    key = {"policy_id": policy.id, "subject": ":".join(scope), "state": BURST}
+    values = {"since": after[0], "until": after[1]}
+    if before is None:
+        tx.connection().execute(insert(_STATES), {**key, **values})
+    else:
+        of = (_STATES.c[name] == value for name, value in key.items())
+        tx.connection().execute(update(_STATES).where(*of).values(values))
 
 
 def _burst_of(tx: Transaction, policy: Policy, scope: Holder) -> Burst | None:

@@ -20,7 +20,6 @@ from sqlalchemy import (
     Table,
     and_,
     case,
-    delete,
     extract,
     false,
     func,
@@ -28,20 +27,19 @@ from sqlalchemy import (
     literal,
     or_,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy import cast as cast_to
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.db.models import Reservation, utcnow
-from hub_gateway.db.tenancy import LedgerEntry, LedgerMonth, Meter
+from hub_gateway.db.tenancy import LedgerEntry, LedgerMonth
 from hub_gateway.errors import BadRequest, Conflict, NotFound
 from hub_gateway.metrics import METRICS
 from hub_gateway.quotas.holders import in_group as reserved_in_group
 from hub_gateway.quotas.prices import all_prices
 from hub_gateway.quotas.types import Resource
-from hub_gateway.quotas.use import lock, metered_for
+from hub_gateway.quotas.use import drop_meters, lock, metered_for
 
 __all__ = [
     "Closed",
@@ -58,7 +56,6 @@ __all__ = [
 
 _LEDGER = cast(Table, LedgerEntry.__table__)
 _OPEN = cast(Table, Reservation.__table__)
-_METERS = cast(Table, Meter.__table__)
 _MONTH = re.compile(r"(\d{4})-(0[1-9]|1[0-2])\Z")
 _COPIED = (
     *("kernel_id", "owner", "cost_center", "principal", "unix_user", "kernelspec", "proxy", "queue"),
@@ -313,8 +310,7 @@ def correct(
     parts = [(to, seconds)] if to == billed_to else [(billed_to, -billed), (to, billed + seconds)]
     copied = {name: found[name] for name in (*_COPIED, "groups")}
     whose = metered_for(found["owner"], filter(None, found["groups"].split("\n")))
-    # They are read anew from here when they are asked for.
-    tx.connection().execute(delete(_METERS).where(tuple_(_METERS.c.subject_kind, _METERS.c.subject).in_(whose)))
+    drop_meters(tx, whose)
     number = 0
     for centre, amount in parts:
         values = {"started": moment, "stopped": moment, "seconds": amount, "corrects": entry, "actor": actor}

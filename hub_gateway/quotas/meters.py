@@ -11,7 +11,7 @@ read from them. Where a new window begins, only the slope goes on. Rolling windo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, cast
 
@@ -26,9 +26,9 @@ from hub_gateway.quotas.policies import PolicyIndex
 from hub_gateway.quotas.rates import prices_of, rate_of
 from hub_gateway.quotas.resolve import covers, window_bounds
 from hub_gateway.quotas.types import Policy, SubjectKind, WindowKind
-from hub_gateway.quotas.use import Holder, locked, metered_for
+from hub_gateway.quotas.use import METERS, Holder, locked, metered_for
 
-__all__ = ["given_back", "taken", "timed_use", "used"]
+__all__ = ["given_back", "read", "taken", "timed_use", "used"]
 
 HOUR = 3600.0
 YEAR = timedelta(days=366)
@@ -93,9 +93,8 @@ def _used(tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> floa
     if policy.window is not WindowKind.CALENDAR or policy.id is None:
         return timed_use(tx, policy, scope, begin, now).amount
     begins, moment = begin.timestamp(), now.timestamp()
-    key = dict(zip(_KEY, (policy.id, *scope), strict=True))
-    row = tx.connection().execute(_OF, {f"of_{name}": value for name, value in key.items()}).one_or_none()
-    line = None if row is None else _Line(*row).at(begins)
+    known = _line(tx, policy.id, scope)
+    line = None if known is None else known.at(begins)
     if line is None or line.version != policy.version:
         if not locked(tx) or timed_use(tx, policy, scope, end, end + YEAR).latest >= end.timestamp():
             # What a clock that goes before has written into the next window would not be in this line, nor in the next.
@@ -105,10 +104,31 @@ def _used(tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> floa
         base = found.amount * HOUR - found.per_hour * (end.timestamp() - begins)
         line = _Line(policy.id, *scope, policy.version, begins, base, found.per_hour, max(found.latest, begins))
         tx.connection().execute(_PUT[tx.get_bind().dialect.name], line._asdict())
+        read(tx, [scope])[scope][policy.id] = line
     if line.begins > begins or moment < line.latest - SKEW:
         # The clock was put back, into the window before or before what is known.
         return timed_use(tx, policy, scope, begin, now).amount
     return line.used(moment)
+
+
+def read(tx: Transaction, holders: Iterable[Holder]) -> dict[Holder, dict[int, _Line]]:
+    """The lines of these by policy, in one statement for all that are not known yet to who holds the lock."""
+    known: dict[Holder, dict[int, _Line]] = tx.info.setdefault(METERS, {})
+    unknown = [holder for holder in holders if holder not in known]
+    if unknown:
+        known.update((holder, {}) for holder in unknown)
+        for row in tx.connection().execute(_ALL_OF, {"holders": unknown}):
+            line = _Line(*row)
+            known[line.subject_kind, line.subject][line.policy_id] = line
+    return known
+
+
+def _line(tx: Transaction, policy_id: int, scope: Holder) -> _Line | None:
+    if locked(tx):
+        return read(tx, [scope])[scope].get(policy_id)
+    key = zip(_KEY, (policy_id, *scope), strict=True)
+    row = tx.connection().execute(_OF, {f"of_{name}": value for name, value in key}).one_or_none()
+    return None if row is None else _Line(*row)
 
 
 def timed_use(tx: Transaction, policy: Policy, scope: Holder, start: datetime, end: datetime) -> ledger.TimedUse:
@@ -143,8 +163,8 @@ def _move(
     if not metered:
         return
     holders = metered_for(reservation["owner"], reservation["groups"] or ())
-    rows = tx.connection().execute(_ALL_OF, {"holders": holders})
-    lines = [line for row in rows if (line := _Line(*row)).policy_id in metered]
+    known = read(tx, holders)
+    lines = [line for holder in holders for line in known[holder].values() if line.policy_id in metered]
     prices = prices_of(tx, (metered[line.policy_id] for line in lines))
     resources = Resources(reservation["cpu"], reservation["memory"], reservation["gpu"], reservation["gpu_model"])
     changed = []
@@ -156,6 +176,7 @@ def _move(
             continue
         rate = rate_of(policy, resources, prices(reservation["price_version"]))
         moved = line.at(window_bounds(policy, at)[0].timestamp()).moved(sign * rate, at.timestamp())
+        known[line.subject_kind, line.subject][line.policy_id] = moved
         changed.append(
             {f"of_{name}": getattr(moved, name) for name in _KEY} | {f"new_{n}": getattr(moved, n) for n in _LINE}
         )

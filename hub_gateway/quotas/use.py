@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
 from sqlalchemy import Table, bindparam, delete, insert, select, text, tuple_
@@ -18,9 +18,11 @@ from hub_gateway.quotas.types import Counts, Policy, SubjectKind
 
 __all__ = [
     "EVERYONE",
+    "METERS",
     "Held",
     "Holder",
     "change",
+    "drop_meters",
     "held_by",
     "holders_of",
     "lock",
@@ -30,6 +32,8 @@ __all__ = [
     "scope_of",
 ]
 
+HELD, METERS = "quota use", "quota meters"
+"""What a transaction has read: nobody else can change it as long as it holds the lock."""
 LOCK = 0x51756F74  # "Quot": everything that admits, gives back or changes a limit, one after the other
 EVERYONE = "*"
 AMOUNTS = ("kernels", "starting", "cpu", "memory", "gpu")
@@ -118,11 +122,14 @@ def scope_of(policy: Policy, owner: str, owner_kind: SubjectKind) -> Holder:
 
 
 def held_by(tx: Transaction, holders: Sequence[Holder]) -> dict[Holder, list[Held]]:
-    """What these hold."""
-    found: dict[Holder, list[Held]] = {holder: [] for holder in holders}
-    for kind, subject, *rest in tx.connection().execute(_HELD_BY, {"holders": list(holders)}):
-        found[kind, subject].append(Held(*rest))
-    return found
+    """What these hold. It is read once in a transaction that holds the lock."""
+    known: dict[Holder, list[Held]] = tx.info.setdefault(HELD, {}) if locked(tx) else {}
+    unknown = [holder for holder in holders if holder not in known]
+    if unknown:
+        known.update((holder, []) for holder in unknown)
+        for kind, subject, *rest in tx.connection().execute(_HELD_BY, {"holders": unknown}):
+            known[kind, subject].append(Held(*rest))
+    return {holder: known[holder] for holder in holders}
 
 
 def change(
@@ -146,12 +153,32 @@ def change(
     }
     rows = [dict(zip(KEYS, (*holder, *kind), strict=True)) | amounts for holder in holders]
     tx.connection().execute(_ADD[tx.get_bind().dialect.name], rows)
+    known: dict[Holder, list[Held]] = tx.info.get(HELD, {})
+    for holder in known.keys() & set(holders):
+        known[holder] = _added(known[holder], kind, amounts)
+
+
+def _added(rows: Iterable[Held], kind: tuple[str, str, str, str], amounts: dict[str, Any]) -> list[Held]:
+    """The rows after the database has added to one of them, or made it."""
+    of = {(row.kernelspec, row.proxy, row.queue, row.gpu_model): row for row in rows}
+    row = of.get(kind) or Held(*kind, kernels=0, starting=0, cpu=0.0, memory=0, gpu=0)
+    of[kind] = replace(row, **{name: getattr(row, name) + amount for name, amount in amounts.items()})
+    return list(of.values())
+
+
+def drop_meters(tx: Transaction, holders: Sequence[Holder] | None = None) -> None:
+    """Have the meters of these (None: of all) read anew when they are asked for."""
+    some = delete(_METERS)
+    if holders is not None:
+        some = some.where(tuple_(_METERS.c.subject_kind, _METERS.c.subject).in_(holders))
+    tx.connection().execute(some)
+    tx.info.pop(METERS, None)
 
 
 def recount(tx: Transaction) -> int:
     """Sum up anew from the open reservations; how many rows were wrong. Meters are read anew when asked for."""
     lock(tx)
-    tx.connection().execute(delete(_METERS))
+    drop_meters(tx)
     right: dict[tuple[str, ...], list[float]] = defaultdict(lambda: [0.0] * len(AMOUNTS))
     columns = _RESERVATIONS.c
     for row in tx.connection().execute(select(_RESERVATIONS).where(columns.released_at.is_(None))).mappings():
@@ -171,4 +198,5 @@ def recount(tx: Transaction) -> int:
     rows = [dict(zip(KEYS, key, strict=True)) | dict(zip(AMOUNTS, sums, strict=True)) for key, sums in right.items()]
     if rows:
         tx.connection().execute(insert(_TABLE), rows)
+    tx.info.pop(HELD, None)
     return wrong
