@@ -422,8 +422,15 @@ class KernelService(LoggingConfigurable):
     async def _still_the_same(self, caller: Caller, record: KernelRecord) -> Identity:
         """The owner of a kernel that failed as they are now.
 
-        Raises `Forbidden` where it would be started again as somebody whom its owner is no more.
+        Raises `Forbidden` where it would be started again as somebody whom its owner is no more, or from a kernelspec
+        that is for others by now; one that is gone does no harm.
         """
+        if await self.specs.find(record.kernelspec) is not None:
+            try:
+                await self.specs.get(record.kernelspec, caller.name, caller.groups)
+            except NotFound as error:
+                name = record.kernelspec
+                raise Forbidden(f"The kernelspec {name} is not offered to you any more; start a new kernel.") from error
         identity = await self.identity.map(caller, need=self.controller.proxies.get(record.proxy).identity)
         if identity.unix_user != record.unix_user:
             raise Forbidden("Your kernels do not run as the unix user of this one any more; start a new kernel.")

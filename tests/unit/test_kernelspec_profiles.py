@@ -20,7 +20,7 @@ from sqlalchemy import select
 
 from hub_gateway.auth.base import Authenticator, Caller
 from hub_gateway.db.models import Kernel, Reservation
-from hub_gateway.errors import BadRequest, LaunchRefused, NotFound
+from hub_gateway.errors import BadRequest, Forbidden, LaunchRefused, NotFound
 from hub_gateway.kernels.profiles import KEYS, Entry, entries_of
 from hub_gateway.kernels.resources import bounds_of, wished
 from hub_gateway.kernels.specs import KernelSpecs
@@ -257,6 +257,20 @@ async def test_a_profile_outlives_the_gateway_and_its_own_end(
         assert again.record.resources == Resources(8, 2 * GIB) and again.record.kernelspec == "sleep--large"
         rows = await gateway.db.read(lambda tx: tx.execute(select(Kernel.kernelspec)).scalars().all())
         assert rows == ["sleep--large"]
+
+
+async def test_who_has_left_its_groups_does_not_start_a_profile_again(
+    state_dir: Path, db_url: Callable[[], str | None]
+) -> None:
+    write(state_dir, {**SPEC, "argv": ["/bin/false", "{connection_file}"]})
+    async with MiniGateway(setup_of(state_dir, db_url())) as gateway:
+        made = await gateway.service.create(
+            Caller("alice", groups=frozenset({"analysts"})), CreateKernel(name="sleep--large")
+        )
+        assert (await gateway.settled(made.id)).status is KernelStatus.FAILED
+        with pytest.raises(Forbidden, match=r"^The kernelspec sleep--large is not offered to you any more; start"):
+            await gateway.service.restart(Caller("alice"), made.id)
+        assert (await gateway.settled(made.id)).status is KernelStatus.FAILED
 
 
 async def test_which_may_be_used_at_all(state_dir: Path) -> None:
