@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks import control, tenancy, traffic
+from benchmarks import control, engines, tenancy, traffic
 from benchmarks.bench import Bench, settle
 from benchmarks.gateways import EnterpriseGateway, HubGateway
 from benchmarks.report import Report, Row, machine
@@ -28,6 +28,9 @@ MEASURES: dict[str, Callable[[Bench], list[Row]]] = {
     "stalls": control.stalls,
     "starts": control.starts,
     "tornado": traffic.with_tornado,
+    "engines": engines.starts,
+    "idle": engines.idle_kernels,
+    "dead": engines.dead_host,
     "admission": tenancy.admission,
     "report": tenancy.usage_report,
     "admin": tenancy.admin_table,

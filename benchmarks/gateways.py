@@ -50,6 +50,7 @@ class Gateway(abc.ABC):
     """A running gateway process and the requests that the measures make to it."""
 
     name = ""
+    user = "bench"
     endpoint: Endpoint
     process: subprocess.Popen[bytes]
 
@@ -70,7 +71,7 @@ class Gateway(abc.ABC):
     def create(self, spec: str) -> str:
         """POST a kernel; its id."""
         with Http(self.endpoint) as http:
-            status, body = http.request("POST", "/api/kernels", {"name": spec, "env": {"KERNEL_USERNAME": "bench"}})
+            status, body = http.request("POST", "/api/kernels", {"name": spec, "env": {"KERNEL_USERNAME": self.user}})
         if status != 201:
             raise RuntimeError(f"{self.name} answered {status}: {body[:500]!r}")
         return str(json.loads(body)["id"])
@@ -171,17 +172,29 @@ class HubGateway(Gateway):
 
     name = "Hub Gateway"
 
-    def __init__(self, root: Path, monitor: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        monitor: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        *,
+        users: Sequence[str] = ("bench",),
+        specs: Mapping[str, Mapping[str, Any]] | None = None,
+        config: str = "",
+    ) -> None:
         class Monitored(GatewayProcess):
             def command(self) -> list[str]:
                 command = super().command()
                 return command if monitor is None else [command[0], str(MONITOR), str(monitor), *command[2:]]
 
-        self.gateway = Monitored(root, users=("bench",), admins=(), kernelspecs=kernelspecs(), env=env)
+        self.user = users[0]
+        self.gateway = Monitored(
+            root, users=users, admins=(), kernelspecs=specs or kernelspecs(), env=env, config=config
+        )
         self.gateway.start()
         assert self.gateway.process is not None
         self.process = self.gateway.process
-        self.endpoint = Endpoint("127.0.0.1", self.gateway.port, self.gateway.headers("bench"))
+        self.endpoint = Endpoint("127.0.0.1", self.gateway.port, self.gateway.headers(self.user))
 
     def close(self) -> None:
         for agent in self.gateway.agents():
