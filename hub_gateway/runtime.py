@@ -131,6 +131,7 @@ class Runtime:
             hints_of=None if people is None else people.auth_state,
         )
         identity.proxies = {name: proxy.identity for name, proxy in self._proxies.all()}
+        identity.ways = {name: proxy.says for name, proxy in self._proxies.all()}
         kernels = KernelService(parent=app, controller=controller, specs=specs, identity=identity)
         self._quotas = QuotaRunner(
             parent=app,

@@ -128,6 +128,8 @@ class IdentityMapper(LoggingConfigurable):
         self.people = people
         self.hints_of = hints_of
         self.proxies: Mapping[str, IdentityNeed] = {}
+        self.ways: Mapping[str, Callable[[str | None, str | None], str]] = {}
+        """`ProcessProxy.says` of the proxies."""
         self._rules = self._read(self.rules)
         self.observe(self._changed, ["rules", "default_realm", "auth_state_keys"])
         self._calls = BlockingCalls("The directory of users", limit=8, timeout=self.timeout)
@@ -275,6 +277,8 @@ class IdentityMapper(LoggingConfigurable):
         if self.credentials is None:
             return Step("credential", decision.rule, "skipped", f"On {proxy}: no credential is handed out.")
         served, sentence = self.credentials.says(suited.identity, need)
+        if need is IdentityNeed.UNIX_USER and (way := self.ways.get(proxy)) is not None:
+            sentence = way(suited.identity.unix_user, suited.identity.principal) or sentence
         return Step("credential", decision.rule, "ok" if served else "unavailable", f"On {proxy}: {sentence}")
 
 

@@ -94,6 +94,8 @@ class LaunchRequest:
     agent: AgentSettings
     cwd: str | None = None
     unix_user: str | None = None
+    principal: str | None = None
+    """The owner's, in Kerberos."""
     interrupt_mode: Literal["signal", "message"] = "signal"
     resources: Resources = field(default_factory=Resources)
     config: Mapping[str, JSON] = field(default_factory=dict)
@@ -209,6 +211,10 @@ class ProcessProxy(LoggingConfigurable, metaclass=_Meta):
         The types are as `config_keys` has them. May block.
         """
         yield from ()
+
+    def says(self, unix_user: str | None, principal: str | None) -> str:
+        """How it acts as a kernel's owner, in a sentence without its capital; empty where that goes without saying."""
+        return ""
 
     async def close(self) -> None:
         """Release clients and pools."""

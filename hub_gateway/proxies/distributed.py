@@ -88,6 +88,9 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
                 directory = self._path(request.gateway_id, request.kernel_id, host, user, number)
             where: State = {"host": host.name, "address": host.address, "port": host.port}
             state: State = {**where, "user": user, "runtime_dir": directory}
+            if request.principal is not None:
+                state["principal"] = request.principal
+            self.remember(state)
             # The intent is recorded before anything is done: whatever follows can be found by it.
             yield {**state, "progress": f"starting on {host.name}"}
             try:
@@ -211,6 +214,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         kernel_id, name = state.get("kernel_id"), state.get("host")
         if not state.get("tunnel") or not isinstance(kernel_id, str) or not isinstance(name, str):
             return registration
+        self.remember(state)
         host, login = self._host(name, state), self._login(str(state.get("user")))
         target = (registration.host, registration.port)
         port = self.tunnels.port(kernel_id, lambda: self.pool.tunnel(host, login, target))
@@ -221,6 +225,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
     async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
         by_host: dict[str, dict[str, State]] = {}
         for kernel_id, state in states.items():
+            self.remember(state)
             by_host.setdefault(str(state.get("host") or ""), {})[kernel_id] = state
         reports: dict[str, PhaseReport] = {}
 
@@ -238,6 +243,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
     async def terminate(self, state: State) -> None:
         kernel_id, gateway_id, name = state.get("kernel_id"), state.get("gateway_id"), state.get("host")
         assert isinstance(kernel_id, str) and isinstance(gateway_id, str)
+        self.remember(state)
         self.tunnels.close_port(kernel_id)
         if not isinstance(name, str) or name in self.lost_hosts:
             return  # nothing was begun, or nothing of it is left
@@ -250,6 +256,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
 
     async def signal(self, state: State, signum: int) -> None:
         kernel_id, gateway_id, name = state.get("kernel_id"), state.get("gateway_id"), state.get("host")
+        self.remember(state)
         if isinstance(name, str) and isinstance(state.get("pid"), int):
             names = self._names(state, str(gateway_id), str(kernel_id))
             user = self._user(state.get("user"))
@@ -293,6 +300,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         name, directory = state.get("host"), state.get("runtime_dir")
         if not isinstance(name, str) or not isinstance(directory, str) or name in self.lost_hosts:
             return ""
+        self.remember(state)
         host, user = self._host(name, state), self._user(state.get("user"))
         call = self._calling(host, "logs", user, READ_SECONDS, {"runtime_dir": directory})
         try:
@@ -389,9 +397,15 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         """The unix user of a kernel."""
         return unix_user if isinstance(unix_user, str) and unix_user else self.user
 
+    def says(self, unix_user: str | None, principal: str | None) -> str:
+        user = self._user(unix_user)
+        if user == self.user:
+            return f"the gateway logs in as {user}, as whom kernels run."
+        return f"the gateway {self.way(user, principal)}."
+
     def _login(self, user: str) -> str:
         """As whom to log in for a kernel of that user."""
-        return user if self.login_as_owner else self.user
+        return user if self.as_owner else self.user
 
     def _who(self, user: str) -> str:
         """Whose turn a call is, of users who must not hold each other up; nobody's where there is but one."""
@@ -399,7 +413,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
 
     def _failed(self, host: Host, user: str, error: SshError) -> None:
         """Remember what is wrong with a host: what one user alone has there keeps nobody else's kernels away."""
-        theirs = not error.problem.of_host or (error.problem is Problem.REFUSED and self.login_as_owner)
+        theirs = not error.problem.of_host or (error.problem is Problem.REFUSED and self.as_owner)
         if user == self.user or not theirs:
             self.known.failed(host.name, error.text)
 

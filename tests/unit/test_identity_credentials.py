@@ -219,6 +219,9 @@ async def test_explain_says_which_credential(store: CredentialStore) -> None:
         "On ssh: nothing serves the need user_tgt; see Credentials.providers.": "unavailable",
         "On yarn: the gateway's own tickets (gw/host@EXAMPLE.TEST) from its keytab, acting for alice.": "ok",
     }
+    mapper.ways = {"local": lambda user, principal: f"as {user} by a way of its own."}
+    said = {step.sentence: step.outcome for step in await mapper.explain("alice", ()) if step.stage == "credential"}
+    assert said["On local: as alice by a way of its own."] == "ok"
     mapper.services = {"gw": {"principal": "GW/host@EXAMPLE.TEST"}}
     assert "a system's principal" in (await mapper.explain("services/gw", ()))[-1].sentence
 
