@@ -2287,12 +2287,12 @@ def has_sockets(directory: str) -> bool:
 
 
 def remove_files(settings: Settings, directory: str) -> None:
-    """Remove connection file, sockets and, where nothing else is in it, the runtime directory."""
+    """Remove connection file, sockets, tickets and, where nothing else is in it, the runtime directory."""
     for folder in {directory, settings.runtime_dir}:
         try:
             for name in os.listdir(folder):
                 path = os.path.join(folder, name)
-                ours = name in ("kernel-%s.json" % settings.kernel_id, "agent.json") or name.startswith("g")
+                ours = name in ("kernel-%s.json" % settings.kernel_id, "agent.json", "krb5cc") or name.startswith("g")
                 if ours and not os.path.isdir(path):
                     os.unlink(path)
             os.rmdir(folder)

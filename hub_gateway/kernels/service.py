@@ -138,7 +138,7 @@ class KernelService(LoggingConfigurable):
         key = _kernel_id(kernel_id or client.pop("KERNEL_ID", None))
         spec = await self.specs.get(wanted.name, username, caller.groups)
         proxy = self.controller.proxies.resolve(spec.proxy)
-        identity = await self.identity.map(caller, need=self.controller.proxies.get(proxy).identity)
+        identity = await self._identity(caller, proxy)
         resources, queue = wished(spec.bounds, spec.name, client)
         new = NewKernel(
             id=key,
@@ -424,10 +424,15 @@ class KernelService(LoggingConfigurable):
 
         Raises `Forbidden` where it would be started again as somebody whom its owner is no more.
         """
-        identity = await self.identity.map(caller, need=self.controller.proxies.get(record.proxy).identity)
+        identity = await self._identity(caller, record.proxy)
         if identity.unix_user != record.unix_user:
             raise Forbidden("Your kernels do not run as the unix user of this one any more; start a new kernel.")
         return identity
+
+    async def _identity(self, caller: Caller, proxy: str) -> Identity:
+        """As whom the caller's kernels run there. Raises `Forbidden`, `Unavailable`."""
+        found = self.controller.proxies.get(proxy)
+        return await self.identity.map(caller, need=found.identity, tickets=found.tickets)
 
 
 class _AlreadyOpen(Exception):

@@ -10,13 +10,16 @@ import abc
 import enum
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from traitlets.config import LoggingConfigurable
 from traitlets.traitlets import MetaHasTraits
 
 from hub_gateway.kernels.types import JSON, Registration, Resources
 from hub_gateway.proxies.specconfig import Check
+
+if TYPE_CHECKING:
+    from hub_gateway.identity.credentials import Credentials
 
 __all__ = [
     "AgentSettings",
@@ -153,6 +156,10 @@ class ProcessProxy(LoggingConfigurable, metaclass=_Meta):
     """
 
     identity: IdentityNeed = IdentityNeed.NONE
+    tickets: IdentityNeed = IdentityNeed.NONE
+    """Which Kerberos tickets its kernels get, beside what it takes to start them: SERVICE_TICKET, USER_TGT or NONE."""
+    credentials: Credentials | None = None
+    """Where tickets are had from."""
     enforces: frozenset[str] = frozenset()
     """Which of cpu, memory, gpu, queue the resource manager enforces."""
     identifies: tuple[str, ...] = ()

@@ -38,10 +38,12 @@ from hub_gateway.proxies.ssh_hosts import Host, Hosts, listed
 from hub_gateway.proxies.ssh_node import Bundle, Nodes, as_error
 from hub_gateway.proxies.ssh_pool import Lane, Problem, SshError, SshPool
 from hub_gateway.proxies.ssh_reports import nowhere, phase_of
+from hub_gateway.proxies.ssh_tickets import CCACHE, KernelTickets, check_tickets
 from hub_gateway.proxies.ssh_tunnel import Tunnels
 
 __all__ = ["DistributedProxy"]
 
+TICKETS = {"none": IdentityNeed.NONE, "services": IdentityNeed.SERVICE_TICKET}
 LAUNCH_SECONDS = 45.0
 READ_SECONDS = 10.0
 FRESH_SECONDS = 10.0
@@ -59,6 +61,8 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         self.pool = SshPool(self.ssh_options())
         self.nodes = Nodes(self.pool, Bundle(Path(launchers_dir())), self.node_options())
         self.tunnels = Tunnels()
+        self.tickets = TICKETS[self.kernel_tickets]
+        self.kernels_tickets = KernelTickets(self.tickets, self._deliver, self.log)
         self._names_taken: dict[tuple[str, str], int] = {}
         """By host and user, how many names of directories are somebody else's there."""
         self._refreshing: dict[str, asyncio.Task[Any]] = {}
@@ -69,6 +73,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         return Hosts(self.configured_hosts(), self.placement_rule(), frozenset(self.drained_hosts), self.retry_seconds)
 
     async def close(self) -> None:
+        self.kernels_tickets.close()
         self.tunnels.close()
         self.pool.close()
 
@@ -76,6 +81,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
 
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
         user = self._user(request.unix_user)
+        tickets = await self.kernels_tickets.first(self.credentials, request)
         refused: dict[str, str] = {}
         pinned = "host" in (request.previous or {})  # to where an interrupted launch may have left something
         todo = deque((name, 0, 0) for name in await self._candidates(request, refused))
@@ -90,11 +96,13 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             state: State = {**where, "user": user, "runtime_dir": directory}
             if request.principal is not None:
                 state["principal"] = request.principal
+            if tickets:
+                state |= {"tickets": self.tickets.value, "owner": request.owner}
             self.remember(state)
             # The intent is recorded before anything is done: whatever follows can be found by it.
             yield {**state, "progress": f"starting on {host.name}"}
             try:
-                made = await self._launch_on(host, request, state)
+                made = await self._launch_on(host, request, state, tickets)
             except SshError as error:
                 self._failed(host, user, error)
                 if error.problem.sent or pinned:
@@ -152,9 +160,12 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             )
         return [chosen]
 
-    async def _launch_on(self, host: Host, request: LaunchRequest, state: State) -> dict[str, Any]:
+    async def _launch_on(self, host: Host, request: LaunchRequest, state: State, tickets: str) -> dict[str, Any]:
         self.known.of(host.name).launched += 1
         user, login = str(state["user"]), self._login(str(state["user"]))
+        env = dict(request.env)
+        if tickets:
+            env["KRB5CCNAME"] = f"FILE:{state['runtime_dir']}/{CCACHE}"
 
         def go() -> dict[str, Any]:
             shelf = self.nodes.shelf(host, login)
@@ -164,7 +175,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
                 argv=self._argv(request, shelf.directory),
                 launchers=Path(shelf.directory),
                 runtime_dir=str(state["runtime_dir"]),
-                env=request.env,
+                env=env,
                 cwd=request.cwd,
                 listen=listen,
                 ports=self.port_limits(request.config),
@@ -176,6 +187,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
                 "command": [self.python, "-I", shelf.agent, *tags, "--host", host.name],
                 "agent_env": {"PATH": self.path, "LANG": "C.UTF-8", **AGENT_ENVIRONMENT},
                 "config": config,
+                "tickets": tickets,
             }
             return self.nodes.call(host, login, "launch", asked, user=user, within=LAUNCH_SECONDS)
 
@@ -238,13 +250,22 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         if "" in by_host:
             reports.update({kernel_id: PhaseReport(Phase.PENDING) for kernel_id in by_host.pop("")})
         await asyncio.gather(*(ask(name, some) for name, some in by_host.items()))
+        running = [key for key, report in reports.items() if report.phase is Phase.RUNNING]
+        self.kernels_tickets.tend(self.credentials, [(key, {**states[key], "kernel_id": key}) for key in running])
         return reports
+
+    async def _deliver(self, state: State, tickets: str) -> None:
+        """Give a kernel that runs newer tickets. Raises `SshError`, `LaunchFailed`."""
+        host, user = self._host(str(state["host"]), state), self._user(state.get("user"))
+        request = {"runtime_dir": state["runtime_dir"], "tickets": tickets}
+        await self.pool.run(host, self._calling(host, "tickets", user, READ_SECONDS, request), who=self._who(user))
 
     async def terminate(self, state: State) -> None:
         kernel_id, gateway_id, name = state.get("kernel_id"), state.get("gateway_id"), state.get("host")
         assert isinstance(kernel_id, str) and isinstance(gateway_id, str)
         self.remember(state)
         self.tunnels.close_port(kernel_id)
+        await self.kernels_tickets.ended(self.credentials, kernel_id)
         if not isinstance(name, str) or name in self.lost_hosts:
             return  # nothing was begun, or nothing of it is left
         host, user = self._host(name, state), self._user(state.get("user") or state.get("unix_user"))
@@ -311,7 +332,10 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
 
     async def check(self) -> Sequence[Finding]:
         checker = Checker(self.nodes.bundle, self, self.configured_hosts)
-        return await checker.run()
+        found = await checker.run()
+        if self.configured_hosts():
+            found += await check_tickets(self.credentials, self.tickets, self.check_user)
+        return found
 
     # Helpers
 

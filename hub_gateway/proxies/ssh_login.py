@@ -69,6 +69,17 @@ class LoginOptions(LoggingConfigurable):
         """,
     ).tag(config=True)
 
+    kernel_tickets = Enum(
+        ("none", "services"),
+        default_value="none",
+        help="""Which Kerberos tickets kernels get, in a file of their own that KRB5CCNAME names.
+
+        `services`: their owner's for the services of `S4UCredential.services`, and no TGT. The gateway gives a kernel
+        newer ones before they end, for as long as it lives. This goes with every way to log in. The owner's principal
+        must be one of the mapping (`IdentityMapper.rules`).
+        """,
+    ).tag(config=True)
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._principals: dict[str, str] = {}

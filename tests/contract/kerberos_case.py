@@ -13,9 +13,21 @@ import pytest
 from tests.contract.ssh_case import USERS, SshCase, distributed, prepare_nodes
 from tests.engines.kdc import Kdc
 from tests.engines.kdc_ldap import LdapKdc
-from tests.engines.ssh import LOGIN
+from tests.engines.ssh import ADDRESSES, LOGIN
 
-__all__ = ["HOST", "KDCS", "PRINCIPAL", "SSH_K5LOGIN", "SSH_S4U", "KerberosCase", "kerberized"]
+__all__ = [
+    "HOST",
+    "KDCS",
+    "PRINCIPAL",
+    "SERVICES",
+    "SSH_K5LOGIN",
+    "SSH_S4U",
+    "WAYS",
+    "KerberosCase",
+    "kerberized",
+    "people",
+    "with_services",
+]
 
 PRINCIPAL = "hub-gateway/localhost"
 HOST = "node.example.test"
@@ -23,6 +35,13 @@ KDCS: dict[Path, Kdc] = {}
 """The KDCs of tests that run, by state directory."""
 ENVIRONMENT: dict[Path, str | None] = {}
 """What KRB5_CONFIG was before, of the same."""
+SERVICES = ("HTTP/rm.example.test", "hdfs/nn.example.test")
+WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "sudo": ({"keys": True}, ()),
+    "k5login": ({"login_as_owner": True}, USERS),
+    "s4u": ({"owner_login": "s4u"}, ()),
+}
+"""How the gateway logs in: options, and as whom by k5login."""
 SSHD = """\
 GSSAPIAuthentication yes
 GSSAPIStrictAcceptorCheck no
@@ -35,8 +54,13 @@ K5LOGIN = """\
 """
 
 
-def kerberized(state_dir: Path, kdc: Kdc, *let_in: str, **traits: Any) -> Mapping[str, Any]:
-    """Hosts that let the gateway's principal in as the login, and as those of `let_in`; each user as themselves."""
+def kerberized(
+    state_dir: Path, kdc: Kdc, *let_in: str, keys: bool = False, hosts: int = 3, **traits: Any
+) -> dict[str, Any]:
+    """Hosts that let the gateway's principal in as the login, and as those of `let_in`; each user as themselves.
+
+    With `keys` they let the gateway's key in as the login, and have a rule of sudo.
+    """
     KDCS[state_dir], ENVIRONMENT[state_dir] = kdc, os.environ.get("KRB5_CONFIG")
     kdc.start()
     os.environ["KRB5_CONFIG"] = str(kdc.krb5_conf)
@@ -52,12 +76,17 @@ def kerberized(state_dir: Path, kdc: Kdc, *let_in: str, **traits: Any) -> Mappin
         "KRB5_KTNAME": str(kdc.keytab("hosts", f"host/{HOST}")),
         "KRB5RCACHENAME": "none:",
     }
-    nodes = prepare_nodes(state_dir, more=SSHD, environment=environment)
+    more = "" if keys else SSHD
+    nodes = prepare_nodes(state_dir, *ADDRESSES[:hosts], more=more, environment=environment)
     config = dict(distributed(nodes, state_dir))
+    gateway = str(kdc.keytab("gateway", PRINCIPAL))
+    if keys:
+        config["DistributedProxy"] = {**config["DistributedProxy"], **traits}
+        return config
     nodes.drop_sudo_rule()
     config["DistributedProxy"] = {
         **config["DistributedProxy"],
-        "gss_keytab": str(kdc.keytab("gateway", PRINCIPAL)),
+        "gss_keytab": gateway,
         "gss_principal": f"{PRINCIPAL}@{kdc.realm}",
         "gss_names": dict.fromkeys(nodes.hosts, HOST),
         **traits,
@@ -81,12 +110,46 @@ def by_s4u(state_dir: Path) -> Mapping[str, Any]:
     return config
 
 
+def with_services(way: str, life: str = "1h") -> Callable[[Path], Mapping[str, Any]]:
+    """One host with one way to log in, whose kernels get tickets for `SERVICES`."""
+
+    def prepare(state_dir: Path) -> Mapping[str, Any]:
+        pytest.importorskip("gssapi")
+        kdc = LdapKdc(state_dir / "kdc", life=life)
+        traits, let_in = WAYS[way]
+        config = kerberized(state_dir, kdc, *let_in, hosts=1, kernel_tickets="services", **traits)
+        for user in USERS:
+            kdc.person(user)
+        kdc.keytab("services", *SERVICES)
+        kdc.change(PRINCIPAL, "+ok_to_auth_as_delegate")
+        kdc.delegates(PRINCIPAL, f"host/{HOST}", *SERVICES)
+        config["IdentityMapper"] = people(kdc)
+        config["S4UCredential"] = {
+            "keytab": str(kdc.directory / "gateway.keytab"),
+            "principal": f"{PRINCIPAL}@{kdc.realm}",
+            "services": list(SERVICES),
+        }
+        return config
+
+    return prepare
+
+
+def people(kdc: Kdc) -> dict[str, Any]:
+    """Each Hub user is the principal and the unix user of that name."""
+    rules = [{"name": "people", "pattern": ".*", "principal": "$0", "unix_user": "$0"}]
+    return {"default_realm": kdc.realm, "rules": rules}
+
+
 @dataclass(frozen=True)
 class KerberosCase(SshCase):
     """Hosts that take no keys."""
 
     needs: tuple[str, ...] = ("ssh", "kerberos", "kerberos-headers")
     refusals: Mapping[str, str] = field(default_factory=lambda: {"nowhere": "nonexistent"})
+
+    def leftovers(self, gateway_id: str, state_dir: Path) -> list[str]:
+        kept = (state_dir / "credentials").glob("*/*")
+        return super().leftovers(gateway_id, state_dir) + [f"{path}" for path in kept]
 
     def clean(self, gateway_ids: set[str], state_dir: Path) -> None:
         super().clean(gateway_ids, state_dir)

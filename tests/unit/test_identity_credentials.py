@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from hub_gateway.errors import Forbidden, NotFound, Unavailable
-from hub_gateway.identity import kerberos
+from hub_gateway.identity import ccachefile, kerberos, s4u
 from hub_gateway.identity.ccaches import CredentialStore
 from hub_gateway.identity.credentials import Credentials, KeytabCredential
 from hub_gateway.identity.mapper import IdentityMapper
@@ -26,6 +26,18 @@ from hub_gateway.proxies.base import IdentityNeed
 from tests.engines.kdc import Kdc
 from tests.harness.waiting import eventually
 
+REALM = b"\0\0\0\x0cEXAMPLE.TEST"
+NAME = b"\0\0\0\x01\0\0\0\x01" + REALM + b"\0\0\0\x05alice"
+TGS = b"\0\0\0\x02\0\0\0\x02" + REALM + b"\0\0\0\x06krbtgt" + REALM
+CCACHE = b"".join(
+    (
+        *(b"\x05\x04\0\0", NAME, NAME, TGS),
+        b"\0\x12\0\0\0\x04keyx",  # the session key
+        *(number.to_bytes(4, "big") for number in (1, 1, 2000, 3000)),
+        b"\0\x40\x80\0\0" + bytes(8) + b"\0\0\0\x03abc" + bytes(4),
+    )
+)
+"""A credential cache with one TGT, as the library writes it."""
 ALICE = Identity("alice", "alice", "rule", "alice@EXAMPLE.TEST", "alice", 1234)
 
 
@@ -196,9 +208,11 @@ async def test_each_need_has_its_credential(store: CredentialStore) -> None:
     assert (await credentials.obtain(ALICE, IdentityNeed.NONE, "k1")).kind == "none"
     became = await credentials.obtain(ALICE, IdentityNeed.UNIX_USER, "k1")
     assert (became.kind, became.unix_user, became.ccache) == ("sudo", "alice", None)
-    for need in (IdentityNeed.SERVICE_TICKET, IdentityNeed.USER_TGT):
-        with pytest.raises(Forbidden, match="no credential of the kind"):
-            await credentials.obtain(ALICE, need, "k1")
+    with pytest.raises(Forbidden, match="no credential of the kind"):
+        await credentials.obtain(ALICE, IdentityNeed.USER_TGT, "k1")
+    with pytest.raises(Unavailable) as without:
+        await credentials.obtain(ALICE, IdentityNeed.SERVICE_TICKET, "k1")
+    assert "set KeytabCredential.keytab" in without.value.hint
     with pytest.raises(Unavailable) as unset:
         await credentials.obtain(ALICE, IdentityNeed.PROXY_USER, "k1")
     assert "set KeytabCredential.keytab" in unset.value.hint
@@ -222,8 +236,42 @@ async def test_explain_says_which_credential(store: CredentialStore) -> None:
     mapper.ways = {"local": lambda user, principal: f"as {user} by a way of its own."}
     said = {step.sentence: step.outcome for step in await mapper.explain("alice", ()) if step.stage == "credential"}
     assert said["On local: as alice by a way of its own."] == "ok"
+    mapper.tickets = {"ssh": IdentityNeed.SERVICE_TICKET}
+    told = [step.sentence for step in await mapper.explain("alice", ()) if step.stage == "credential"]
+    assert "On ssh, for the kernels themselves: set S4UCredential.services" in told
+    services = ["HTTP/rm.example.test"]
+    config.S4UCredential = Config({"services": services})
+    mapper.credentials = Credentials(parent=Configurable(config=config), store=store)
+    told = [step.sentence for step in await mapper.explain("alice", ()) if step.stage == "credential"]
+    assert (
+        "On ssh, for the kernels themselves: tickets of alice@EXAMPLE.TEST for HTTP/rm.example.test alone, by "
+        "constrained delegation (S4U)."
+    ) in told
     mapper.services = {"gw": {"principal": "GW/host@EXAMPLE.TEST"}}
     assert "a system's principal" in (await mapper.explain("services/gw", ()))[-1].sentence
+
+
+# What a ticket is, to a program
+
+
+def test_a_cache_that_is_none_is_refused() -> None:
+    whole = CCACHE
+    parsed = ccachefile.parse(whole)
+    assert parsed.principal == "alice@EXAMPLE.TEST" and parsed.only(parsed.tickets) != b""
+    assert [(one.server, one.granting) for one in parsed.tickets] == [("krbtgt/EXAMPLE.TEST@EXAMPLE.TEST", True)]
+    for broken in (b"", b"\x05\x03", whole[:-3], whole[:40], whole.replace(b"\x00\x00\x00\x05alice", b"\xff" * 9)):
+        with pytest.raises(ValueError, match=r"version 4|in the middle"):
+            ccachefile.parse(broken)
+
+
+@pytest.mark.parametrize("name", ["host/node.example.test", "hdfs/nn@EXAMPLE.TEST", "", "a b", "x@Y@Z", "gw\\@x", "GW"])
+def test_nobody_but_a_person_is_impersonated(name: str) -> None:
+    with pytest.raises(Forbidden, match="gets no tickets of"):
+        s4u.person(name, "EXAMPLE.TEST", "gw@EXAMPLE.TEST")
+
+
+def test_the_realm_of_a_person_is_the_gateways() -> None:
+    assert s4u.person("alice", "EXAMPLE.TEST") == "alice@EXAMPLE.TEST"
 
 
 # A real KDC

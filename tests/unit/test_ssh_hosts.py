@@ -194,7 +194,9 @@ async def test_launches_that_meet_the_same_taken_name_go_on_to_the_same_next_one
     taken = Path(proxy._path("g", "k", proxy.known.hosts["a"], "ada", 0)).parent
     met, all_met = 0, asyncio.Event()
 
-    async def launch_on(self: DistributedProxy, host: Host, request: LaunchRequest, state: State) -> dict[str, Any]:
+    async def launch_on(
+        self: DistributedProxy, host: Host, request: LaunchRequest, state: State, tickets: str
+    ) -> dict[str, Any]:
         nonlocal met
         if Path(str(state["runtime_dir"])).parent != taken:
             return {}

@@ -1,0 +1,143 @@
+"""Kerberos tickets of kernels on hosts: handed over at launch, and newer ones before these end.
+
+Whoever polls a kernel sees to its tickets, so that another replica, or the next process, goes on with them: what is in
+memory here is only what was handed over last. A kernel whose tickets cannot be renewed lives on without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
+from logging import Logger, LoggerAdapter
+from typing import TYPE_CHECKING, Any
+
+from hub_gateway.errors import GatewayError, LaunchFailed
+from hub_gateway.identity.types import Identity
+from hub_gateway.proxies.base import Finding, IdentityNeed, LaunchRequest, State
+from hub_gateway.proxies.ssh_pool import SshError
+
+if TYPE_CHECKING:
+    from hub_gateway.identity.credentials import Credentials
+
+__all__ = ["CCACHE", "KernelTickets", "check_tickets"]
+
+CCACHE = "krb5cc"
+"""The name of the credential cache in a kernel's directory, as `launchers/node.py` has it."""
+RETRY_SECONDS = 30.0
+FORGET_SECONDS = 600.0
+"""A kernel that was not polled for so long is another replica's."""
+
+Deliver = Callable[[State, str], Awaitable[None]]
+"""Put tickets (a credential cache, base64) in the place of those that a kernel has."""
+
+
+@dataclass
+class _Tended:
+    ends: float | None = None
+    """When what the kernel has ends, as far as this process has handed it over."""
+    task: asyncio.Task[None] | None = None
+    not_before: float = 0.0
+    seen: float = 0.0
+
+
+class KernelTickets:
+    """Sees to the tickets of kernels. All methods are for one event loop."""
+
+    def __init__(self, need: IdentityNeed, deliver: Deliver, log: Logger | LoggerAdapter[Any]) -> None:
+        self.need = need
+        self.deliver = deliver
+        self.log = log
+        self._tended: dict[str, _Tended] = {}
+
+    async def first(self, credentials: Credentials | None, request: LaunchRequest) -> str:
+        """The tickets for a kernel that starts (a credential cache, base64); empty where it gets none.
+
+        Raises `LaunchFailed`.
+        """
+        if self.need is IdentityNeed.NONE:
+            return ""
+        if credentials is None:
+            raise LaunchFailed("This gateway has no Kerberos tickets to give. Ask the administrator.")
+        identity = Identity(request.owner, request.owner, principal=request.principal, unix_user=request.unix_user)
+        try:
+            found = await credentials.obtain(identity, self.need, request.kernel_id)
+            text = _text(await credentials.store.read(request.kernel_id))
+        except GatewayError as error:
+            raise LaunchFailed(
+                f"The kernel cannot get the Kerberos tickets that it is to have. {error.message}", hint=error.hint
+            ) from error
+        now = time.monotonic()
+        self._tended[request.kernel_id] = _Tended(found.ends, seen=now)
+        return text
+
+    def tend(self, credentials: Credentials | None, kernels: Collection[tuple[str, State]]) -> None:
+        """Have kernels that run keep tickets; what takes time goes on beside."""
+        now = time.monotonic()
+        for kernel_id, state in kernels:
+            if credentials is None or state.get("tickets") != IdentityNeed.SERVICE_TICKET.value:
+                continue
+            tended = self._tended.setdefault(kernel_id, _Tended())
+            tended.seen = now
+            ends = credentials.store.ends(kernel_id)
+            fresh = ends is not None and ends == tended.ends
+            if fresh or now < tended.not_before or (tended.task is not None and not tended.task.done()):
+                continue
+            tended.task = asyncio.ensure_future(self._renew(credentials, kernel_id, state, tended))
+        for kernel_id, tended in list(self._tended.items()):
+            if now - tended.seen > FORGET_SECONDS and credentials is not None:
+                tended.seen = now
+                tended.task = asyncio.ensure_future(self.ended(credentials, kernel_id))
+
+    async def ended(self, credentials: Credentials | None, kernel_id: str) -> None:
+        """Renew no more, and keep nothing of it here."""
+        tended = self._tended.pop(kernel_id, None)
+        if tended is not None and tended.task is not None and tended.task is not asyncio.current_task():
+            tended.task.cancel()
+        if credentials is not None and self.need is not IdentityNeed.NONE:
+            await credentials.ended(kernel_id)
+
+    def close(self) -> None:
+        """Begin nothing more; what kernels have stays."""
+        for tended in self._tended.values():
+            if tended.task is not None:
+                tended.task.cancel()
+
+    async def _renew(self, credentials: Credentials, kernel_id: str, state: State, tended: _Tended) -> None:
+        try:
+            ends = credentials.store.ends(kernel_id)
+            if ends is None:  # an earlier process had them
+                ends = (await credentials.obtain(_owner(state), self.need, kernel_id)).ends
+            await self.deliver(state, _text(await credentials.store.read(kernel_id)))
+            tended.ends = ends
+        except (GatewayError, SshError) as error:
+            tended.not_before = time.monotonic() + RETRY_SECONDS
+            why = getattr(error, "hint", "") or str(error)
+            self.log.warning("Kernel %s gets no newer Kerberos tickets now: %s", kernel_id, why)
+
+
+async def check_tickets(credentials: Credentials | None, need: IdentityNeed, user: str) -> list[Finding]:
+    """Whether kernels would get their tickets: those of `user`, where one is given."""
+    if need is IdentityNeed.NONE or credentials is None:
+        return []
+    identity = Identity(user, user, principal=user, unix_user=user)
+    try:
+        if user:
+            await credentials.attempt(identity, need)
+        elif why := await asyncio.to_thread(credentials.problem, need):
+            return [Finding("error", "tickets", "kernels would get no Kerberos tickets", why)]
+    except GatewayError as error:
+        return [Finding("error", "tickets", error.message, error.hint)]
+    served, sentence = credentials.says(identity, need)
+    return [Finding("ok" if served else "error", "tickets", f"kernels get {sentence.rstrip('.')}")]
+
+
+def _owner(state: State) -> Identity:
+    owner, principal, user = (str(state[key]) if state.get(key) else None for key in ("owner", "principal", "user"))
+    return Identity(owner or "", owner or "", principal=principal, unix_user=user)
+
+
+def _text(tickets: bytes) -> str:
+    return base64.b64encode(tickets).decode()
