@@ -101,8 +101,11 @@ class Runtime:
                 count=METRICS.count_link,
             )
 
+        people = authenticator.people
         credentials = self._credentials = Credentials(
-            parent=app, store=CredentialStore(parent=app, state_dir=self.state.path)
+            parent=app,
+            store=CredentialStore(parent=app, state_dir=self.state.path),
+            auth_state=None if people is None else people.auth_state,
         )
         self._proxies = Proxies(parent=app, state_dir=str(self.state.path), credentials=credentials)
         audit = AuditLog(parent=app)
@@ -121,7 +124,6 @@ class Runtime:
             on_swallowed=METRICS.count_swallowed,
         )
         specs = KernelSpecs(parent=app, base_url=app.base_url)
-        people = authenticator.people
         identity = IdentityMapper(
             parent=app,
             db=db,

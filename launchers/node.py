@@ -19,6 +19,7 @@ import json
 import os
 import pwd
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -161,7 +162,10 @@ def launch(request: Document, user: pwd.struct_passwd) -> Document:
     """Start the agent, or find the one that an earlier launch of the same kernel has started."""
     directory = runas.inside(request["runtime_dir"])
     try:
-        return launch_in(directory, request, user)
+        answer = launch_in(directory, request, user)
+        if request.get("tickets"):
+            answer["kinit"] = shutil.which("kinit", path=request["agent_env"]["PATH"]) is not None
+        return answer
     except runas.Taken as error:
         return {"taken": str(error)}  # the gateway has another name
 

@@ -25,6 +25,7 @@ class Ticket:
 
     client: str
     server: str
+    begins: int
     ends: int
     renew_till: int
     flags: int
@@ -80,7 +81,7 @@ class _Reader:
         client, server = self.principal(), self.principal()
         self.number("H")
         self.take(self.number("I"))  # the session key
-        _, _, ends, renew_till = (self.number("I") for _ in range(4))
+        _, begins, ends, renew_till = (self.number("I") for _ in range(4))
         self.number("B")
         flags = self.number("I")
         for _ in range(2):  # addresses, authorization data
@@ -89,7 +90,7 @@ class _Reader:
                 self.take(self.number("I"))
         for _ in range(2):  # the ticket, a second one
             self.take(self.number("I"))
-        return Ticket(client, server, ends, renew_till, flags, self.data[begin : self.at])
+        return Ticket(client, server, begins, ends, renew_till, flags, self.data[begin : self.at])
 
 
 def parse(data: bytes) -> Ccache:

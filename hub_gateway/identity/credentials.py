@@ -8,14 +8,15 @@ A proxy declares an `IdentityNeed`; a `CredentialProvider` serves one or several
     keytab       PROXY_USER: the gateway has tickets of its own, by its keytab, and says for whom it acts (Hadoop's
                  `doAs` and `--proxy-user`); these tickets never reach a kernel
     s4u          SERVICE_TICKET: tickets of the owner for the services that are listed, by constrained delegation
+    user_tgt     USER_TGT: a copy of the owner's own TGT, from the Hub, a file, or the client
 
 A site that gets them in another way brings a provider of its own by `Credentials.providers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import ClassVar
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any, ClassVar
 
 from traitlets import Dict, Type, Unicode
 from traitlets.config import LoggingConfigurable
@@ -32,6 +33,7 @@ from hub_gateway.identity.providers import (
     SudoCredential,
 )
 from hub_gateway.identity.types import Identity
+from hub_gateway.identity.usertgt import UserTgtCredential
 from hub_gateway.proxies.base import IdentityNeed
 
 __all__ = [
@@ -42,11 +44,12 @@ __all__ = [
     "NoCredential",
     "S4UCredential",
     "SudoCredential",
+    "UserTgtCredential",
 ]
 
 
 class Credentials(LoggingConfigurable):
-    """The providers of this gateway, by need, and the store of their tickets."""
+    """The providers of this gateway, by need, and the store of their tickets. `auth_state` is the Hub's, by user."""
 
     providers = Dict(
         value_trait=Type(klass=CredentialProvider),
@@ -63,11 +66,19 @@ class Credentials(LoggingConfigurable):
         IdentityNeed.UNIX_USER: SudoCredential,
         IdentityNeed.PROXY_USER: KeytabCredential,
         IdentityNeed.SERVICE_TICKET: S4UCredential,
+        IdentityNeed.USER_TGT: UserTgtCredential,
     }
 
-    def __init__(self, *, store: CredentialStore, **kwargs: object) -> None:
+    def __init__(
+        self,
+        *,
+        store: CredentialStore,
+        auth_state: Callable[[str], Awaitable[Mapping[str, Any]]] | None = None,
+        **kwargs: object,
+    ) -> None:
         super().__init__(**kwargs)
         self.store = store
+        self.auth_state = auth_state
         self._made: dict[IdentityNeed, CredentialProvider] = {}
 
     def provider(self, need: IdentityNeed) -> CredentialProvider | None:
@@ -77,6 +88,7 @@ class Credentials(LoggingConfigurable):
             if made is None:
                 return None
             self._made[need] = made(parent=self, store=self.store)
+            self._made[need].auth_state = self.auth_state
         return self._made[need]
 
     @property
@@ -91,7 +103,8 @@ class Credentials(LoggingConfigurable):
         provider = self.provider(need)
         if provider is None:
             return False, f"nothing serves the need {need.value}; see Credentials.providers."
-        return True, provider.says(identity)
+        unset = provider.unset()
+        return not unset, unset or provider.says(identity)
 
     async def obtain(self, identity: Identity, need: IdentityNeed, kernel_id: str) -> Credential:
         """What a proxy may use for this kernel. Raises `Forbidden`, `Unavailable`."""

@@ -31,8 +31,6 @@ class S4UCredential(KeytabCredential):
     ).tag(config=True)
 
     def says(self, identity: Identity) -> str:
-        if why := self._unset():
-            return why
         services = ", ".join(self.services)
         return f"tickets of {identity.principal or 'nobody'} for {services} alone, by constrained delegation (S4U)."
 
@@ -60,5 +58,5 @@ class S4UCredential(KeytabCredential):
             ConstrainedDelegation(Path(self.keytab), self.principal), identity.principal, tuple(self.services)
         )
 
-    def _unset(self) -> str:
-        return super()._unset() or ("" if self.services else "set S4UCredential.services")
+    def unset(self) -> str:
+        return super().unset() or ("" if self.services else "set S4UCredential.services")

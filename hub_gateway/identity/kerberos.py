@@ -13,7 +13,7 @@ from typing import Any
 from hub_gateway.errors import Unavailable
 from hub_gateway.identity.krb5errors import reason, said
 
-__all__ = ["KeytabTickets", "first_token", "gssapi", "missing"]
+__all__ = ["KeytabTickets", "first_token", "gssapi", "in_default_realm", "missing"]
 
 
 def missing() -> str:
@@ -30,6 +30,17 @@ def gssapi() -> Any:
     if why := missing():
         raise Unavailable("The gateway cannot get Kerberos tickets; ask its administrator.", hint=why)
     return importlib.import_module("gssapi")
+
+
+def in_default_realm(name: str) -> str:
+    """A principal with its realm: where it has none, the default one of krb5.conf, if there is one."""
+    if "@" in name or missing():
+        return name
+    try:
+        kerberos_principal = gssapi().NameType.kerberos_principal
+        return str(gssapi().Name(name, kerberos_principal).canonicalize(gssapi().MechType.kerberos))
+    except gssapi().exceptions.GSSError:
+        return name
 
 
 class KeytabTickets:

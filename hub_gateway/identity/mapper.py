@@ -216,7 +216,7 @@ class IdentityMapper(LoggingConfigurable):
         for proxy, need in sorted(self.proxies.items()):
             steps.append(self._credential_step(proxy, need, decision))
             if (tickets := self.tickets.get(proxy, IdentityNeed.NONE)) is not IdentityNeed.NONE:
-                steps.append(self._credential_step(proxy, tickets, decision, f"On {proxy}, for the kernels themselves"))
+                steps.append(await self._tickets_step(proxy, tickets, decision))
         taken = any(step.stage == "claim" and step.outcome == "refused" for step in steps)
         result = "No kernel would start, for what the mapping gives belongs to somebody else." if taken else ""
         steps.append(Step("result", identity.rule, "refused" if taken else "ok", result or _said(identity)))
@@ -290,6 +290,18 @@ class IdentityMapper(LoggingConfigurable):
         if need is IdentityNeed.UNIX_USER and (way := self.ways.get(proxy)) is not None:
             sentence = way(suited.identity.unix_user, suited.identity.principal) or sentence
         return Step("credential", decision.rule, "ok" if served else "unavailable", f"{where}: {sentence}")
+
+    async def _tickets_step(self, proxy: str, need: IdentityNeed, decision: Decision) -> Step:
+        """What kernels get, and whether it can be had at the moment."""
+        step = self._credential_step(proxy, need, decision, f"On {proxy}, for the kernels themselves")
+        if step.outcome != "ok" or self.credentials is None or decision.identity is None:
+            return step
+        try:
+            await self.credentials.attempt(decision.identity, need)
+        except GatewayError as error:
+            sentence = f"{step.sentence} They cannot be had now. {error.message}"
+            return replace(step, outcome="unavailable", sentence=sentence)
+        return step
 
 
 def _claim_steps(tx: Transaction, identity: Identity, name_holders: bool) -> list[Step]:

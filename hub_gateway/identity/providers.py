@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,13 +38,19 @@ class Credential:
     """Whose tickets are in `ccache`."""
     ccache: Path | None = None
     ends: float | None = None
-    """When the tickets end (`time.time`), unless renewed; they are, while the kernel lives."""
+    """When the tickets end (`time.time`), unless renewed: by the gateway, but for those that have a `renew_till`."""
+    life: float = 0.0
+    """How long (seconds) such a ticket lives after each renewal."""
+    renew_till: float | None = None
+    """Until when whoever has the tickets may renew them; `ends` where that is never."""
 
 
 class CredentialProvider(LoggingConfigurable, metaclass=AbstractMeta):
     """One way to act as a kernel's owner. `state` of all of them is in one `CredentialStore`."""
 
     kind: ClassVar[str]
+    auth_state: Callable[[str], Awaitable[Mapping[str, Any]]] | None = None
+    """What the Hub's authenticator remembers of a user; None without a Hub."""
 
     def __init__(self, *, store: CredentialStore, **kwargs: object) -> None:
         super().__init__(**kwargs)
@@ -62,9 +69,13 @@ class CredentialProvider(LoggingConfigurable, metaclass=AbstractMeta):
         if why := await self.store.calls.run(self.problem):
             raise Unavailable("The gateway cannot get Kerberos tickets; ask its administrator.", hint=why)
 
+    def unset(self) -> str:
+        """Which options it lacks; empty where none."""
+        return ""
+
     def problem(self) -> str:
         """Why it cannot be used as it is configured; empty if it can. May block."""
-        return ""
+        return self.unset()
 
 
 class NoCredential(CredentialProvider):
@@ -116,8 +127,6 @@ class KeytabCredential(CredentialProvider):
         return kerberos.KeytabTickets(Path(self.keytab), self.principal)
 
     def says(self, identity: Identity) -> str:
-        if why := self._unset():
-            return why
         user = identity.unix_user or identity.principal or "nobody"
         return f"the gateway's own tickets ({self.principal}) from its keytab, acting for {user}."
 
@@ -141,13 +150,13 @@ class KeytabCredential(CredentialProvider):
         tickets = self.tickets
         return await self.store.calls.run(lambda: kerberos.first_token(tickets, service))
 
-    def _unset(self) -> str:
+    def unset(self) -> str:
         if not self.keytab or not self.principal:
             return "set KeytabCredential.keytab and KeytabCredential.principal"
         return ""
 
     def problem(self) -> str:
-        if why := self._unset() or kerberos.missing():
+        if why := self.unset() or kerberos.missing():
             return why
         try:
             mode = Path(self.keytab).stat().st_mode

@@ -99,6 +99,8 @@ class LaunchRequest:
     unix_user: str | None = None
     principal: str | None = None
     """The owner's, in Kerberos."""
+    tickets: str = field(default="", repr=False)
+    """Kerberos tickets that the client has brought along (a credential cache, base64)."""
     interrupt_mode: Literal["signal", "message"] = "signal"
     resources: Resources = field(default_factory=Resources)
     config: Mapping[str, JSON] = field(default_factory=dict)

@@ -38,12 +38,12 @@ from hub_gateway.proxies.ssh_hosts import Host, Hosts, listed
 from hub_gateway.proxies.ssh_node import Bundle, Nodes, as_error
 from hub_gateway.proxies.ssh_pool import Lane, Problem, SshError, SshPool
 from hub_gateway.proxies.ssh_reports import nowhere, phase_of
-from hub_gateway.proxies.ssh_tickets import CCACHE, KernelTickets, check_tickets
+from hub_gateway.proxies.ssh_tickets import CCACHE, Given, KernelTickets, check_tickets
 from hub_gateway.proxies.ssh_tunnel import Tunnels
 
 __all__ = ["DistributedProxy"]
 
-TICKETS = {"none": IdentityNeed.NONE, "services": IdentityNeed.SERVICE_TICKET}
+TICKETS = {"none": IdentityNeed.NONE, "services": IdentityNeed.SERVICE_TICKET, "tgt": IdentityNeed.USER_TGT}
 LAUNCH_SECONDS = 45.0
 READ_SECONDS = 10.0
 FRESH_SECONDS = 10.0
@@ -96,7 +96,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             state: State = {**where, "user": user, "runtime_dir": directory}
             if request.principal is not None:
                 state["principal"] = request.principal
-            if tickets:
+            if tickets.text:
                 state |= {"tickets": self.tickets.value, "owner": request.owner}
             self.remember(state)
             # The intent is recorded before anything is done: whatever follows can be found by it.
@@ -122,7 +122,9 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
                 self.known.of(name).drained = refused[name] = str(made["drained"])
                 continue
             self._names_taken[host.name, user] = max(number, self._number(host, user))
-            yield {**state, **self._registered(host, request, made)}
+            until = tickets.until(bool(made.get("kinit")))
+            lasting: State = {} if until is None else {"credentials_until": until}
+            yield {**state, **lasting, **self._registered(host, request, made)}
             return
         yield {"nowhere": True}  # there is nothing to end, on hosts that could not even be asked
         raise LaunchFailed(nowhere(refused))
@@ -160,12 +162,13 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             )
         return [chosen]
 
-    async def _launch_on(self, host: Host, request: LaunchRequest, state: State, tickets: str) -> dict[str, Any]:
+    async def _launch_on(self, host: Host, request: LaunchRequest, state: State, tickets: Given) -> dict[str, Any]:
         self.known.of(host.name).launched += 1
         user, login = str(state["user"]), self._login(str(state["user"]))
         env = dict(request.env)
-        if tickets:
-            env["KRB5CCNAME"] = f"FILE:{state['runtime_dir']}/{CCACHE}"
+        ccache = f"{state['runtime_dir']}/{CCACHE}"
+        if tickets.text:
+            env["KRB5CCNAME"] = f"FILE:{ccache}"
 
         def go() -> dict[str, Any]:
             shelf = self.nodes.shelf(host, login)
@@ -186,8 +189,8 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
                 "epoch": request.epoch,
                 "command": [self.python, "-I", shelf.agent, *tags, "--host", host.name],
                 "agent_env": {"PATH": self.path, "LANG": "C.UTF-8", **AGENT_ENVIRONMENT},
-                "config": config,
-                "tickets": tickets,
+                "config": {**config, "tickets": tickets.renewal(ccache)},
+                "tickets": tickets.text,
             }
             return self.nodes.call(host, login, "launch", asked, user=user, within=LAUNCH_SECONDS)
 
@@ -334,7 +337,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         checker = Checker(self.nodes.bundle, self, self.configured_hosts)
         found = await checker.run()
         if self.configured_hosts():
-            found += await check_tickets(self.credentials, self.tickets, self.check_user)
+            found += await check_tickets(self.credentials, self.tickets, self.check_user, self.check_principal)
         return found
 
     # Helpers

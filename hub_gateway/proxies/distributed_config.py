@@ -140,9 +140,6 @@ class DistributedOptions(LoginOptions):
         address space of each single process.
         """,
     ).tag(config=True)
-    check_user = Unicode(
-        help="A unix user whose kernels may run: `jupyter hubgateway check` tries whether the gateway may act as this."
-    ).tag(config=True)
     connect_seconds = Float(10.0, help="How long (seconds) logging in to a host may take.").tag(config=True)
     ask_seconds = Float(5.0, help="How long (seconds) a host may take to say which kernels it has.").tag(config=True)
     retry_seconds = Float(

@@ -70,14 +70,23 @@ class LoginOptions(LoggingConfigurable):
     ).tag(config=True)
 
     kernel_tickets = Enum(
-        ("none", "services"),
+        ("none", "services", "tgt"),
         default_value="none",
         help="""Which Kerberos tickets kernels get, in a file of their own that KRB5CCNAME names.
 
         `services`: their owner's for the services of `S4UCredential.services`, and no TGT. The gateway gives a kernel
-        newer ones before they end, for as long as it lives. This goes with every way to log in. The owner's principal
-        must be one of the mapping (`IdentityMapper.rules`).
+        newer ones before they end, for as long as it lives. `tgt`: a copy of the owner's own TGT (`UserTgtCredential`),
+        with which a kernel reaches whatever its owner reaches; its agent renews it by `kinit -R`, until that is not
+        possible any more. This goes with every way to log in. The owner's principal must be one of the mapping
+        (`IdentityMapper.rules`).
         """,
+    ).tag(config=True)
+
+    check_user = Unicode(
+        help="A unix user whose kernels may run: `jupyter hubgateway check` tries whether the gateway may act as this."
+    ).tag(config=True)
+    check_principal = Unicode(
+        help="The principal of `check_user`, where it is not that name in the realm of the gateway or of krb5.conf."
     ).tag(config=True)
 
     def __init__(self, **kwargs: Any) -> None:
@@ -106,6 +115,8 @@ class LoginOptions(LoggingConfigurable):
 
     def principal_of(self, login: str) -> str:
         """The principal of a unix user."""
+        if login == self.check_user and self.check_principal:
+            return self.check_principal
         return self._principals.get(login) or f"{login}@{self.gss_principal.rpartition('@')[2]}"
 
     def way(self, login: str, principal: str | None = None) -> str:

@@ -10,19 +10,21 @@ import asyncio
 import base64
 import time
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import Logger, LoggerAdapter
 from typing import TYPE_CHECKING, Any
 
 from hub_gateway.errors import GatewayError, LaunchFailed
+from hub_gateway.identity import kerberos
 from hub_gateway.identity.types import Identity
+from hub_gateway.kernels.types import JSON
 from hub_gateway.proxies.base import Finding, IdentityNeed, LaunchRequest, State
 from hub_gateway.proxies.ssh_pool import SshError
 
 if TYPE_CHECKING:
     from hub_gateway.identity.credentials import Credentials
 
-__all__ = ["CCACHE", "KernelTickets", "check_tickets"]
+__all__ = ["CCACHE", "Given", "KernelTickets", "check_tickets"]
 
 CCACHE = "krb5cc"
 """The name of the credential cache in a kernel's directory, as `launchers/node.py` has it."""
@@ -32,6 +34,28 @@ FORGET_SECONDS = 600.0
 
 Deliver = Callable[[State, str], Awaitable[None]]
 """Put tickets (a credential cache, base64) in the place of those that a kernel has."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one kernel gets: a credential cache (base64), which is secret, and when its tickets end."""
+
+    text: str = field(default="", repr=False)
+    ends: float = 0.0
+    life: float = 0.0
+    renew_till: float = 0.0
+
+    def renewal(self, path: str) -> dict[str, JSON] | None:
+        """What the agent needs to renew them on the node; None where that is not possible, or the gateway's task."""
+        if self.renew_till <= self.ends:
+            return None
+        return {"path": path, "ends": self.ends, "life": self.life, "renew_till": self.renew_till}
+
+    def until(self, renewed: bool) -> float | None:
+        """When they end for good, if nobody at the gateway sees to newer ones; `renewed` says whether the node does."""
+        if not self.renew_till:
+            return None
+        return self.renew_till if renewed else self.ends
 
 
 @dataclass
@@ -52,26 +76,31 @@ class KernelTickets:
         self.log = log
         self._tended: dict[str, _Tended] = {}
 
-    async def first(self, credentials: Credentials | None, request: LaunchRequest) -> str:
-        """The tickets for a kernel that starts (a credential cache, base64); empty where it gets none.
-
-        Raises `LaunchFailed`.
-        """
+    async def first(self, credentials: Credentials | None, request: LaunchRequest) -> Given:
+        """The tickets for a kernel that starts; nothing where it gets none. Raises `LaunchFailed`."""
         if self.need is IdentityNeed.NONE:
-            return ""
+            return Given()
         if credentials is None:
             raise LaunchFailed("This gateway has no Kerberos tickets to give. Ask the administrator.")
-        identity = Identity(request.owner, request.owner, principal=request.principal, unix_user=request.unix_user)
+        identity = Identity(
+            request.owner,
+            request.owner,
+            principal=request.principal,
+            unix_user=request.unix_user,
+            offered=request.tickets,
+        )
         try:
             found = await credentials.obtain(identity, self.need, request.kernel_id)
             text = _text(await credentials.store.read(request.kernel_id))
+            if self.need is IdentityNeed.USER_TGT:
+                await credentials.ended(request.kernel_id)  # the kernel's copy is the only one
         except GatewayError as error:
             raise LaunchFailed(
                 f"The kernel cannot get the Kerberos tickets that it is to have. {error.message}", hint=error.hint
             ) from error
-        now = time.monotonic()
-        self._tended[request.kernel_id] = _Tended(found.ends, seen=now)
-        return text
+        if self.need is IdentityNeed.SERVICE_TICKET:
+            self._tended[request.kernel_id] = _Tended(found.ends, seen=time.monotonic())
+        return Given(text, found.ends or 0.0, found.life, found.renew_till or 0.0)
 
     def tend(self, credentials: Credentials | None, kernels: Collection[tuple[str, State]]) -> None:
         """Have kernels that run keep tickets; what takes time goes on beside."""
@@ -118,11 +147,14 @@ class KernelTickets:
             self.log.warning("Kernel %s gets no newer Kerberos tickets now: %s", kernel_id, why)
 
 
-async def check_tickets(credentials: Credentials | None, need: IdentityNeed, user: str) -> list[Finding]:
+async def check_tickets(
+    credentials: Credentials | None, need: IdentityNeed, user: str, principal: str
+) -> list[Finding]:
     """Whether kernels would get their tickets: those of `user`, where one is given."""
     if need is IdentityNeed.NONE or credentials is None:
         return []
-    identity = Identity(user, user, principal=user, unix_user=user)
+    principal = await asyncio.to_thread(kerberos.in_default_realm, principal or user) if user else ""
+    identity = Identity(user, user, principal=principal, unix_user=user)
     try:
         if user:
             await credentials.attempt(identity, need)

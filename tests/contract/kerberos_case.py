@@ -22,11 +22,13 @@ __all__ = [
     "SERVICES",
     "SSH_K5LOGIN",
     "SSH_S4U",
+    "SSH_TGT",
     "WAYS",
     "KerberosCase",
     "kerberized",
     "people",
     "with_services",
+    "with_tgt",
 ]
 
 PRINCIPAL = "hub-gateway/localhost"
@@ -134,6 +136,25 @@ def with_services(way: str, life: str = "1h") -> Callable[[Path], Mapping[str, A
     return prepare
 
 
+def with_tgt(way: str, life: str = "1h") -> Callable[[Path], Mapping[str, Any]]:
+    """One host with one way to log in, whose kernels get their owners' own TGTs, which lie in files."""
+
+    def prepare(state_dir: Path) -> Mapping[str, Any]:
+        pytest.importorskip("gssapi")
+        kdc = Kdc(state_dir / "kdc", life=life)
+        traits, let_in = WAYS[way]
+        config = kerberized(state_dir, kdc, *let_in, hosts=1, kernel_tickets="tgt", **traits)
+        for user in USERS:
+            kdc.person(user)
+        kdc.keytab("services", *SERVICES)
+        config["IdentityMapper"] = people(kdc)
+        config["UserTgtCredential"] = {"ccache_file": f"{state_dir}/tickets/{{user}}"}
+        (state_dir / "tickets").mkdir(mode=0o700)
+        return config
+
+    return prepare
+
+
 def people(kdc: Kdc) -> dict[str, Any]:
     """Each Hub user is the principal and the unix user of that name."""
     rules = [{"name": "people", "pattern": ".*", "principal": "$0", "unix_user": "$0"}]
@@ -167,5 +188,13 @@ def case(name: str, prepare: Callable[[Path], Mapping[str, Any]], *more: str) ->
     return KerberosCase(name, 2, prepare, USERS, impersonates=True, needs=needs)
 
 
+def by_tgt(state_dir: Path) -> Mapping[str, Any]:
+    config = with_tgt("sudo")(state_dir)
+    for user in USERS:
+        KDCS[state_dir].kinit(user, state_dir / "tickets" / user)
+    return config
+
+
+SSH_TGT = case("ssh-tgt", by_tgt, "sudo")
 SSH_K5LOGIN = case("ssh-k5login", by_k5login)
 SSH_S4U = case("ssh-s4u", by_s4u, "kerberos-ldap")

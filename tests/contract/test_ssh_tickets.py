@@ -63,7 +63,7 @@ async def whom_the_service_sees(bench: Bench, client: KernelClient, service: str
     """What a kernel's cell sends to a service is accepted there, as whose."""
     import gssapi
 
-    kdc = kdc_of(bench)
+    kdc = KDCS[bench.state_dir]
     said = await client.execute(TOKEN.format(conf=str(kdc.krb5_conf), service=service))
     if said.startswith("refused"):
         return said
@@ -153,6 +153,15 @@ async def test_a_service_that_is_not_allowed(bench: Bench) -> None:
         assert words in message and "cannot get the Kerberos tickets" in message
         found = next(one for one in await trouble(gateway) if one.what == "tickets")
         assert words in found.message
+        mapper = gateway.service.identity
+        mapper.credentials = gateway.credentials
+        mapper.proxies = {name: proxy.identity for name, proxy in gateway.proxies.all()}
+        mapper.tickets = {name: proxy.tickets for name, proxy in gateway.proxies.all()}
+        mapper.ways = {name: proxy.says for name, proxy in gateway.proxies.all()}
+        said = {one.sentence: one.outcome for one in await mapper.explain(USERS[0], ()) if "On distr" in one.sentence}
+        login, tickets = said
+        assert f"logs in as {USERS[0]} with a ticket of {USERS[0]}@{kdc.realm} by constrained" in login
+        assert words in tickets and said[tickets] == "unavailable"
 
 
 async def test_who_has_no_principal_gets_no_kernel(bench: Bench) -> None:

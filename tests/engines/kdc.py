@@ -119,6 +119,12 @@ class Kdc:
         self._run("kadmin.local", "-r", REALM, "ktadd", "-norandkey", "-k", str(path), name)
         return path
 
+    def kinit(self, name: str, ccache: Path, *options: str) -> Path:
+        """A ticket of somebody whom `person` made, in a file."""
+        keytab = self.directory / f"{name}.person.keytab"
+        self._run("kinit", *options, "-k", "-t", str(keytab), "-c", f"FILE:{ccache}", name)
+        return ccache
+
     def change(self, principal: str, *options: str) -> None:
         """Change a principal, with the options of `modprinc`."""
         self._run("kadmin.local", "-r", REALM, "modprinc", *options, principal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import os
 import socket
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from hub_gateway.identity.ccaches import CredentialStore
 from hub_gateway.identity.credentials import Credentials, KeytabCredential
 from hub_gateway.identity.mapper import IdentityMapper
 from hub_gateway.identity.types import Identity
+from hub_gateway.identity.usertgt import UserTgtCredential
 from hub_gateway.proxies.base import IdentityNeed
 from tests.engines.kdc import Kdc
 from tests.harness.waiting import eventually
@@ -208,11 +211,11 @@ async def test_each_need_has_its_credential(store: CredentialStore) -> None:
     assert (await credentials.obtain(ALICE, IdentityNeed.NONE, "k1")).kind == "none"
     became = await credentials.obtain(ALICE, IdentityNeed.UNIX_USER, "k1")
     assert (became.kind, became.unix_user, became.ccache) == ("sudo", "alice", None)
-    with pytest.raises(Forbidden, match="no credential of the kind"):
-        await credentials.obtain(ALICE, IdentityNeed.USER_TGT, "k1")
-    with pytest.raises(Unavailable) as without:
-        await credentials.obtain(ALICE, IdentityNeed.SERVICE_TICKET, "k1")
-    assert "set KeytabCredential.keytab" in without.value.hint
+    hints = {IdentityNeed.SERVICE_TICKET: "KeytabCredential.keytab", IdentityNeed.USER_TGT: "UserTgtCredential"}
+    for need, hint in hints.items():
+        with pytest.raises(Unavailable) as without:
+            await credentials.obtain(ALICE, need, "k1")
+        assert f"set {hint}" in without.value.hint
     with pytest.raises(Unavailable) as unset:
         await credentials.obtain(ALICE, IdentityNeed.PROXY_USER, "k1")
     assert "set KeytabCredential.keytab" in unset.value.hint
@@ -230,7 +233,7 @@ async def test_explain_says_which_credential(store: CredentialStore) -> None:
     said = {step.sentence: step.outcome for step in await mapper.explain("alice", ()) if step.stage == "credential"}
     assert said == {
         "On local: the gateway becomes the unix user alice, as root or by its rule of sudo.": "ok",
-        "On ssh: nothing serves the need user_tgt; see Credentials.providers.": "unavailable",
+        "On ssh: set UserTgtCredential.auth_state_key, ccache_file or accept_offered": "unavailable",
         "On yarn: the gateway's own tickets (gw/host@EXAMPLE.TEST) from its keytab, acting for alice.": "ok",
     }
     mapper.ways = {"local": lambda user, principal: f"as {user} by a way of its own."}
@@ -245,10 +248,32 @@ async def test_explain_says_which_credential(store: CredentialStore) -> None:
     told = [step.sentence for step in await mapper.explain("alice", ()) if step.stage == "credential"]
     assert (
         "On ssh, for the kernels themselves: tickets of alice@EXAMPLE.TEST for HTTP/rm.example.test alone, by "
-        "constrained delegation (S4U)."
+        "constrained delegation (S4U). They cannot be had now. The gateway cannot get Kerberos tickets; ask its "
+        "administrator."
     ) in told
     mapper.services = {"gw": {"principal": "GW/host@EXAMPLE.TEST"}}
     assert "a system's principal" in (await mapper.explain("services/gw", ()))[-1].sentence
+
+
+async def test_a_users_own_ticket_is_that_users(store: CredentialStore, tmp_path: Path) -> None:
+    """Names make no path outside of the directory, and what is offered is taken only where that is wanted."""
+    provider = UserTgtCredential(store=store, ccache_file=str(tmp_path / "{user}" / "{unix_user}"))
+    assert provider.says(ALICE) == f"a copy of the TGT of alice@EXAMPLE.TEST, from {tmp_path}/alice/alice."
+    for name in ("../etc", "..", "", "a b"):
+        with pytest.raises(Forbidden, match="none for a file"):
+            await provider.obtain(replace(ALICE, hub_user=name), "k1")
+    fresh = (int(time.time()) + 3600).to_bytes(4, "big")
+    offered = base64.b64encode(CCACHE.replace((2000).to_bytes(4, "big"), fresh)).decode()
+    with pytest.raises(Unavailable, match="cannot be read"):
+        await provider.obtain(replace(ALICE, offered=offered), "k1")
+    provider.accept_offered = True
+    found = await provider.obtain(replace(ALICE, offered=offered), "k1")
+    assert found.ccache is not None and mode(found.ccache) == 0o600 and found.renew_till == found.ends
+    with pytest.raises(Unavailable, match=r"is not in base64; .* cannot be read"):
+        await provider.obtain(replace(ALICE, offered="?"), "k2")
+    with pytest.raises(Unavailable, match=r"not of eve@EXAMPLE\.TEST"):
+        await provider.obtain(replace(ALICE, principal="eve@EXAMPLE.TEST", offered=offered), "k2")
+    assert offered not in repr(replace(ALICE, offered=offered))
 
 
 # What a ticket is, to a program

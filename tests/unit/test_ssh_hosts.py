@@ -195,7 +195,7 @@ async def test_launches_that_meet_the_same_taken_name_go_on_to_the_same_next_one
     met, all_met = 0, asyncio.Event()
 
     async def launch_on(
-        self: DistributedProxy, host: Host, request: LaunchRequest, state: State, tickets: str
+        self: DistributedProxy, host: Host, request: LaunchRequest, state: State, tickets: Any
     ) -> dict[str, Any]:
         nonlocal met
         if Path(str(state["runtime_dir"])).parent != taken:
