@@ -31,11 +31,6 @@ class Ticket:
     flags: int
     raw: bytes
 
-    @property
-    def granting(self) -> bool:
-        """Whether further tickets can be had with it: a TGT, of whatever realm."""
-        return self.server.startswith("krbtgt/")
-
 
 @dataclass(frozen=True)
 class Ccache:

@@ -87,7 +87,7 @@ class CredentialStore(LoggingConfigurable):
                     self._remove(file)
 
     async def keep(self, key: str, source: TicketSource, *, renew: bool = True) -> Path:
-        """Have the tickets of a source in a file from now on, and renew them. Raises `Unavailable`."""
+        """Have the tickets of a source in a file from now on, and `renew` them. Raises `Unavailable`."""
         await self.drop(key, remove=False)
         directory = self._private(self._directory(key))
         kept = _Kept(source, directory / CCACHE, 0.0)

@@ -7,13 +7,13 @@ from typing import Any
 
 from hub_gateway.errors import Unavailable
 
-__all__ = ["NOT_ALLOWED", "NoTicket", "code_of", "reason", "said"]
+__all__ = ["CLOCKS", "NOT_ALLOWED", "NoTicket", "code_of", "reason", "said"]
 
 _BASE = -1765328384
 """ERROR_TABLE_BASE_krb5 of krb5.h; the numbers up to 127 beyond it are those of RFC 4120, section 7.5.9."""
 NOT_ALLOWED = frozenset({12, 13})
 """KDC_ERR_POLICY and KDC_ERR_BADOPTION: what a KDC answers to whatever delegation it does not allow."""
-_CLOCKS = "the clocks of this machine, the KDC and the host are too far apart; run an NTP client on each"
+CLOCKS = "the clocks of this machine, the KDC and the host are too far apart; run an NTP client on each"
 _CLAUSES = {
     1: "the account {client} has expired at the KDC; have its administrator prolong it",
     6: "the KDC does not know {client}; compare it with the realm's principals",
@@ -21,10 +21,10 @@ _CLAUSES = {
     18: "{client} is locked, or has expired, at the KDC; have its administrator look at the account",
     23: "the password of {client} has expired; it must be changed first",
     32: "the ticket of {client} has ended; a new one is needed",
-    33: _CLOCKS,
-    37: _CLOCKS,
+    33: CLOCKS,
+    37: CLOCKS,
     141: "there is no ticket of {client} for this; a new ticket is needed",
-    148: _CLOCKS,
+    148: CLOCKS,
     154: "krb5.conf has no KDC for the realm; name it there, or have it in DNS",
     156: "no KDC of the realm answers; see whether it is up, and whether a firewall is in between",
     181: "the keytab has no key of {client}; make a new keytab",

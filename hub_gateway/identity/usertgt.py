@@ -69,8 +69,6 @@ class UserTgtCredential(CredentialProvider):
     def unset(self) -> str:
         if not (self.auth_state_key or self.ccache_file or self.accept_offered):
             return "set UserTgtCredential.auth_state_key, ccache_file or accept_offered"
-        if self.auth_state_key and self.auth_state is None and not (self.ccache_file or self.accept_offered):
-            return "UserTgtCredential.auth_state_key takes a Hub, which this gateway does not have"
         return ""
 
     async def obtain(self, identity: Identity, kernel_id: str) -> Credential:
@@ -89,7 +87,8 @@ class UserTgtCredential(CredentialProvider):
         )
 
     async def attempt(self, identity: Identity) -> None:
-        if self.auth_state_key or self.ccache_file or identity.offered:  # else it depends on what a client will bring
+        asked = self.ccache_file or identity.offered or (self.auth_state_key and self.auth_state is not None)
+        if asked:  # else it depends on what a client will bring, or on what the running gateway hears of the Hub
             await self.ticket(identity)
 
     async def ticket(self, identity: Identity) -> tuple[Ccache, Ticket]:
@@ -120,9 +119,10 @@ class UserTgtCredential(CredentialProvider):
         if self.accept_offered:
             place = "what the client has brought along"
             yield place, _decoded(identity.offered, place) if identity.offered else "the client has brought none along"
-        if self.auth_state_key and self.auth_state is not None:
+        if self.auth_state_key:
             place = "the Hub's auth_state"
-            text = (await self.auth_state(identity.hub_user)).get(self.auth_state_key)
+            state = await self.auth_state(identity.hub_user) if self.auth_state is not None else {}
+            text = state.get(self.auth_state_key)
             given = isinstance(text, str) and text
             yield place, _decoded(str(text), place) if given else f"{place} has none ({self.auth_state_key})"
         if self.ccache_file:

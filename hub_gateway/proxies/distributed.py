@@ -8,17 +8,15 @@ later gateway, by the tags in its command line: kernel id, gateway id, epoch, an
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hub_gateway._paths import launchers_dir
-from hub_gateway.errors import GatewayError, LaunchFailed, LaunchRefused, Unavailable
-from hub_gateway.kernels.types import JSON, Registration
+from hub_gateway.errors import LaunchFailed, LaunchRefused
+from hub_gateway.kernels.types import Registration
 from hub_gateway.proxies import tagged
 from hub_gateway.proxies.agent_config import AGENT_ENVIRONMENT, agent_config
 from hub_gateway.proxies.base import (
@@ -31,12 +29,12 @@ from hub_gateway.proxies.base import (
     ProcessProxy,
     State,
 )
-from hub_gateway.proxies.distributed_config import DistributedOptions
 from hub_gateway.proxies.names import NAMES
+from hub_gateway.proxies.ssh_calls import LAUNCH_SECONDS, READ_SECONDS, HostCalls
 from hub_gateway.proxies.ssh_check import Checker
-from hub_gateway.proxies.ssh_hosts import Host, Hosts, listed
-from hub_gateway.proxies.ssh_node import Bundle, Nodes, as_error
-from hub_gateway.proxies.ssh_pool import Lane, Problem, SshError, SshPool
+from hub_gateway.proxies.ssh_hosts import Host, listed
+from hub_gateway.proxies.ssh_node import as_error
+from hub_gateway.proxies.ssh_pool import SshError
 from hub_gateway.proxies.ssh_reports import nowhere, phase_of
 from hub_gateway.proxies.ssh_tickets import CCACHE, Given, KernelTickets, check_tickets
 from hub_gateway.proxies.ssh_tunnel import Tunnels
@@ -44,12 +42,10 @@ from hub_gateway.proxies.ssh_tunnel import Tunnels
 __all__ = ["DistributedProxy"]
 
 TICKETS = {"none": IdentityNeed.NONE, "services": IdentityNeed.SERVICE_TICKET, "tgt": IdentityNeed.USER_TGT}
-LAUNCH_SECONDS = 45.0
-READ_SECONDS = 10.0
 FRESH_SECONDS = 10.0
 
 
-class DistributedProxy(DistributedOptions, ProcessProxy):
+class DistributedProxy(HostCalls, ProcessProxy):
     """Kernels on hosts that are reached by SSH."""
 
     identity = IdentityNeed.UNIX_USER
@@ -58,22 +54,12 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.enforces = self.enforced()
-        self.pool = SshPool(self.ssh_options())
-        self.nodes = Nodes(self.pool, Bundle(Path(launchers_dir())), self.node_options())
         self.tunnels = Tunnels()
         self.tickets = TICKETS[self.kernel_tickets]
-        self.kernels_tickets = KernelTickets(self.tickets, self._deliver, self.log)
-        self._names_taken: dict[tuple[str, str], int] = {}
-        """By host and user, how many names of directories are somebody else's there."""
-        self._refreshing: dict[str, asyncio.Task[Any]] = {}
-
-    @cached_property
-    def known(self) -> Hosts:
-        """The hosts of the configuration, and what is known of them."""
-        return Hosts(self.configured_hosts(), self.placement_rule(), frozenset(self.drained_hosts), self.retry_seconds)
+        self.ticket_keeper = KernelTickets(self.tickets, self._deliver, self.log)
 
     async def close(self) -> None:
-        self.kernels_tickets.close()
+        self.ticket_keeper.close()
         self.tunnels.close()
         self.pool.close()
 
@@ -81,7 +67,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
 
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
         user = self._user(request.unix_user)
-        tickets = await self.kernels_tickets.first(self.credentials, request)
+        tickets = await self.ticket_keeper.first(self.credentials, request)
         refused: dict[str, str] = {}
         pinned = "host" in (request.previous or {})  # to where an interrupted launch may have left something
         todo = deque((name, 0, 0) for name in await self._candidates(request, refused))
@@ -248,13 +234,16 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             gateway_id = str(next(iter(some.values())).get("gateway_id") or "")
             found, why = await self._find(self._host(name, next(iter(some.values()))), gateway_id)
             for kernel_id, state in some.items():
-                reports[kernel_id] = phase_of(kernel_id, state, found, why)
+                report = reports[kernel_id] = phase_of(kernel_id, state, found, why)
+                if (
+                    found is not None and report.phase is not Phase.GONE
+                ):  # also where it shows no other users' processes
+                    self.ticket_keeper.tend(self.credentials, kernel_id, state)
 
         if "" in by_host:
             reports.update({kernel_id: PhaseReport(Phase.PENDING) for kernel_id in by_host.pop("")})
         await asyncio.gather(*(ask(name, some) for name, some in by_host.items()))
-        running = [key for key, report in reports.items() if report.phase is Phase.RUNNING]
-        self.kernels_tickets.tend(self.credentials, [(key, {**states[key], "kernel_id": key}) for key in running])
+        await self.ticket_keeper.forget(self.credentials)
         return reports
 
     async def _deliver(self, state: State, tickets: str) -> None:
@@ -268,7 +257,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         assert isinstance(kernel_id, str) and isinstance(gateway_id, str)
         self.remember(state)
         self.tunnels.close_port(kernel_id)
-        await self.kernels_tickets.ended(self.credentials, kernel_id)
+        await self.ticket_keeper.ended(self.credentials, kernel_id)
         if not isinstance(name, str) or name in self.lost_hosts:
             return  # nothing was begun, or nothing of it is left
         host, user = self._host(name, state), self._user(state.get("user") or state.get("unix_user"))
@@ -333,128 +322,15 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             raise as_error(host, error) from error
         return "\n".join(str(answer["text"]).splitlines()[-lines:])
 
-    async def check(self) -> Sequence[Finding]:
-        checker = Checker(self.nodes.bundle, self, self.configured_hosts)
-        found = await checker.run()
-        if self.configured_hosts():
-            found += await check_tickets(self.credentials, self.tickets, self.check_user, self.check_principal)
-        return found
-
-    # Helpers
-
-    async def _find(self, host: Host, gateway_id: str) -> tuple[dict[str, Any] | None, str]:
-        """What there is on a host, or None and why it cannot be asked. One that is slow is not waited for."""
-        if host.name in self.lost_hosts:
-            return {"agents": [], "directories": [], "lost": True}, ""
-        request = {
-            "gateway_id": gateway_id,
-            "host": host.name,
-            "runtime_root": self.runtime_root,
-            "drain_file": self.drain_file,
-        }
-        asked = asyncio.ensure_future(
-            self.pool.run(
-                host, lambda: self.nodes.call(host, self.user, "find", request, within=READ_SECONDS), lane=Lane.LOOK
-            )
-        )
-        asked.add_done_callback(_unheard)
-        done, _ = await asyncio.wait({asked}, timeout=self.ask_seconds)
-        if not done:
-            self.known.failed(host.name, "it does not answer")
-            return None, "it does not answer"
-        try:
-            found = asked.result()
-        except SshError as error:
-            self._failed(host, self.user, error)
-            return None, error.text
-        except GatewayError as error:
-            return None, error.message
-        self.known.answered(host.name, found)
-        return found, ""
-
-    async def _refresh(self, names: Iterable[str]) -> None:
-        """Learn how hosts are. Launches that ask the same host at the same time share one question.
-
-        A poll shares none: an answer that was under way before a kernel was there would tell that it is gone.
-        """
-        asked = []
-        for name in names:
-            task = self._refreshing.get(name)
-            if task is None or task.done():
-                task = self._refreshing[name] = asyncio.ensure_future(self._find(self.known.hosts[name], ""))
-            asked.append(asyncio.shield(task))  # whoever gives up leaves it to the others
-        await asyncio.gather(*asked)
-
-    async def _effect(self, host: Host, action: str, user: str, request: Mapping[str, Any]) -> None:
-        """Have something done, to its end. Raises `Unavailable`."""
-        try:
-            call = self._calling(host, action, user, LAUNCH_SECONDS, request)
-            await self.pool.run(host, call, who=self._who(user))
-        except SshError as error:
-            self._failed(host, user, error)
-            raise as_error(host, error) from error
-        except LaunchFailed as error:  # of something that is to end: it is not known whether it has
-            raise Unavailable(error.message, hint=error.hint) from error
-
-    def _calling(
-        self, host: Host, action: str, user: str, within: float, request: Mapping[str, Any]
-    ) -> Callable[[], dict[str, Any]]:
-        return lambda: self.nodes.call(host, self._login(user), action, request, user=user, within=within)
-
-    def _names(self, state: Mapping[str, JSON], gateway_id: str, kernel_id: str) -> dict[str, Any]:
-        """What every request about one kernel says."""
-        return {
-            "gateway_id": gateway_id,
-            "kernel_id": kernel_id,
-            "host": state["host"],
-            "runtime_dir": state["runtime_dir"],
-            "drain_file": self.drain_file,
-            "seconds": self.shutdown_seconds,
-        }
-
-    def _host(self, name: str, recorded: Mapping[str, JSON] | None) -> Host:
-        """A host by its name; one that is no longer configured as a kernel's state has it."""
-        found = self.known.hosts.get(name)
-        if found is not None:
-            return found
-        address, port = (recorded or {}).get("address"), (recorded or {}).get("port")
-        return Host(name, address if isinstance(address, str) else name, port if isinstance(port, int) else 22)
-
-    def _user(self, unix_user: object) -> str:
-        """The unix user of a kernel."""
-        return unix_user if isinstance(unix_user, str) and unix_user else self.user
-
     def says(self, unix_user: str | None, principal: str | None) -> str:
         user = self._user(unix_user)
         if user == self.user:
             return f"the gateway logs in as {user}, as whom kernels run."
         return f"the gateway {self.way(user, principal)}."
 
-    def _login(self, user: str) -> str:
-        """As whom to log in for a kernel of that user."""
-        return user if self.as_owner else self.user
-
-    def _who(self, user: str) -> str:
-        """Whose turn a call is, of users who must not hold each other up; nobody's where there is but one."""
-        return "" if user == self.user else user
-
-    def _failed(self, host: Host, user: str, error: SshError) -> None:
-        """Remember what is wrong with a host: what one user alone has there keeps nobody else's kernels away."""
-        theirs = not error.problem.of_host or (error.problem is Problem.REFUSED and self.as_owner)
-        if user == self.user or not theirs:
-            self.known.failed(host.name, error.text)
-
-    def _number(self, host: Host, user: str) -> int:
-        """The first name of a directory there that is not known to be somebody else's."""
-        return self._names_taken.get((host.name, user), 0)
-
-    def _path(self, gateway_id: str, kernel_id: str, host: Host, user: str, number: int) -> str:
-        # Hashed: kernel ids may come from clients, and the path must be short and the kernel's alone.
-        name = hashlib.sha256(f"{gateway_id}/{kernel_id}/{host.name}".encode()).hexdigest()[:16]
-        return f"{self.runtime_root}/{self.names.name(user, f'{user}@{host.name}/{number}')}/{name}"
-
-
-def _unheard(future: asyncio.Future[Any]) -> None:
-    """Perhaps nobody waits any more for what a slow host says."""
-    if not future.cancelled():
-        future.exception()
+    async def check(self) -> Sequence[Finding]:
+        checker = Checker(self.nodes.bundle, self, self.configured_hosts)
+        found = await checker.run()
+        if self.configured_hosts():
+            found += await check_tickets(self.credentials, self.tickets, self.check_user, self.check_principal)
+        return found

@@ -16,7 +16,7 @@ from paramiko.message import Message
 from paramiko.transport import ServiceRequestingTransport
 
 from hub_gateway.identity import kerberos
-from hub_gateway.identity.krb5errors import NoTicket, reason
+from hub_gateway.identity.krb5errors import CLOCKS, NoTicket, code_of, reason
 from hub_gateway.identity.s4u import ConstrainedDelegation
 from hub_gateway.proxies.ssh_pool import Problem, SshError
 
@@ -110,7 +110,9 @@ class _Handler(AuthOnlyHandler):  # type: ignore[misc]
         try:
             self.context.step(message.get_string())
         except kerberos.gssapi().exceptions.GSSError as error:
-            self.objection = reason(error, client="the login")
+            # The ticket is good by the KDC's clock: by what clock it is not yet, or no more, is the host's affair.
+            of_time = code_of(error) in (32, 33, 37)
+            self.objection = CLOCKS if of_time else reason(error, client=self.username)
 
     def _send(self, kind: int, token: bytes) -> None:
         message = Message()

@@ -68,7 +68,6 @@ class LoginOptions(LoggingConfigurable):
         or, without rules, the unix user's name in the realm of `gss_principal`.
         """,
     ).tag(config=True)
-
     kernel_tickets = Enum(
         ("none", "services", "tgt"),
         default_value="none",
@@ -81,7 +80,6 @@ class LoginOptions(LoggingConfigurable):
         (`IdentityMapper.rules`).
         """,
     ).tag(config=True)
-
     check_user = Unicode(
         help="A unix user whose kernels may run: `jupyter hubgateway check` tries whether the gateway may act as this."
     ).tag(config=True)

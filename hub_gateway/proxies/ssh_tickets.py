@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from logging import Logger, LoggerAdapter
 from typing import TYPE_CHECKING, Any
@@ -102,31 +103,31 @@ class KernelTickets:
             self._tended[request.kernel_id] = _Tended(found.ends, seen=time.monotonic())
         return Given(text, found.ends or 0.0, found.life, found.renew_till or 0.0)
 
-    def tend(self, credentials: Credentials | None, kernels: Collection[tuple[str, State]]) -> None:
-        """Have kernels that run keep tickets; what takes time goes on beside."""
-        now = time.monotonic()
-        for kernel_id, state in kernels:
-            if credentials is None or state.get("tickets") != IdentityNeed.SERVICE_TICKET.value:
-                continue
-            tended = self._tended.setdefault(kernel_id, _Tended())
-            tended.seen = now
-            ends = credentials.store.ends(kernel_id)
-            fresh = ends is not None and ends == tended.ends
-            if fresh or now < tended.not_before or (tended.task is not None and not tended.task.done()):
-                continue
+    def tend(self, credentials: Credentials | None, kernel_id: str, state: State) -> None:
+        """Have a kernel that runs keep tickets; what takes time goes on beside."""
+        if credentials is None or state.get("tickets") != IdentityNeed.SERVICE_TICKET.value or "pid" not in state:
+            return
+        tended = self._tended.setdefault(kernel_id, _Tended())
+        tended.seen = now = time.monotonic()
+        ends = credentials.store.ends(kernel_id)
+        fresh = ends is not None and ends == tended.ends
+        if not fresh and now >= tended.not_before and (tended.task is None or tended.task.done()):
             tended.task = asyncio.ensure_future(self._renew(credentials, kernel_id, state, tended))
-        for kernel_id, tended in list(self._tended.items()):
-            if now - tended.seen > FORGET_SECONDS and credentials is not None:
-                tended.seen = now
-                tended.task = asyncio.ensure_future(self.ended(credentials, kernel_id))
+
+    async def forget(self, credentials: Credentials | None) -> None:
+        """Keep nothing of kernels that are another replica's by now."""
+        now = time.monotonic()
+        for kernel_id in [key for key, tended in self._tended.items() if now - tended.seen > FORGET_SECONDS]:
+            await self.ended(credentials, kernel_id)
 
     async def ended(self, credentials: Credentials | None, kernel_id: str) -> None:
         """Renew no more, and keep nothing of it here."""
         tended = self._tended.pop(kernel_id, None)
-        if tended is not None and tended.task is not None and tended.task is not asyncio.current_task():
+        if tended is not None and tended.task is not None:
             tended.task.cancel()
-        if credentials is not None and self.need is not IdentityNeed.NONE:
-            await credentials.ended(kernel_id)
+        if credentials is not None:
+            with contextlib.suppress(ValueError):  # of what only looks like a kernel of ours, nothing was ever kept
+                await credentials.ended(kernel_id)
 
     def close(self) -> None:
         """Begin nothing more; what kernels have stays."""
@@ -138,13 +139,16 @@ class KernelTickets:
         try:
             ends = credentials.store.ends(kernel_id)
             if ends is None:  # an earlier process had them
-                ends = (await credentials.obtain(_owner(state), self.need, kernel_id)).ends
+                ends = (await credentials.obtain(_owner(state), IdentityNeed.SERVICE_TICKET, kernel_id)).ends
             await self.deliver(state, _text(await credentials.store.read(kernel_id)))
             tended.ends = ends
         except (GatewayError, SshError) as error:
             tended.not_before = time.monotonic() + RETRY_SECONDS
             why = getattr(error, "hint", "") or str(error)
             self.log.warning("Kernel %s gets no newer Kerberos tickets now: %s", kernel_id, why)
+        except Exception:  # of a provider that a site has brought along
+            tended.not_before = time.monotonic() + RETRY_SECONDS
+            self.log.exception("Kernel %s gets no newer Kerberos tickets now", kernel_id)
 
 
 async def check_tickets(

@@ -17,6 +17,7 @@ from tests.contract.ssh_case import NODES, USERS
 from tests.contract.suite import marks_of
 from tests.contract.test_conformance import reserved
 from tests.contract.test_conformance_ssh import gateway_with, refused, trouble
+from tests.engines.clock import clock_ahead
 from tests.engines.kdc import Kdc
 from tests.engines.kdc_ldap import LdapKdc
 
@@ -108,6 +109,16 @@ async def test_clocks_are_apart(bench: Bench, timesync: int) -> None:
     async with one_host(bench) as gateway:
         assert "the clocks of this machine, the KDC and the host are too far apart" in await refused(bench, gateway)
         assert "are too far apart" in (await trouble(gateway))[0].message
+
+
+async def test_the_clock_of_a_host_is_wrong(bench: Bench) -> None:
+    """Its Kerberos says so, in a token that only the library reads."""
+    (node,) = NODES[bench.state_dir].nodes[:1]
+    node.stop()
+    node.environment = {**node.environment, **clock_ahead(bench.state_dir, 3600 * 24)}
+    node.start()
+    async with one_host(bench) as gateway:
+        assert f"does not let {USERS[0]} log in (gssapi-with-mic -> the clocks of" in await refused(bench, gateway)
 
 
 async def test_nobody_gets_a_service(bench: Bench) -> None:

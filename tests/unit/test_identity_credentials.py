@@ -283,7 +283,7 @@ def test_a_cache_that_is_none_is_refused() -> None:
     whole = CCACHE
     parsed = ccachefile.parse(whole)
     assert parsed.principal == "alice@EXAMPLE.TEST" and parsed.only(parsed.tickets) != b""
-    assert [(one.server, one.granting) for one in parsed.tickets] == [("krbtgt/EXAMPLE.TEST@EXAMPLE.TEST", True)]
+    assert [(one.server, one.ends) for one in parsed.tickets] == [("krbtgt/EXAMPLE.TEST@EXAMPLE.TEST", 2000)]
     for broken in (b"", b"\x05\x03", whole[:-3], whole[:40], whole.replace(b"\x00\x00\x00\x05alice", b"\xff" * 9)):
         with pytest.raises(ValueError, match=r"version 4|in the middle"):
             ccachefile.parse(broken)
