@@ -101,7 +101,13 @@ class Runtime:
                 count=METRICS.count_link,
             )
 
-        self._proxies = Proxies(parent=app, state_dir=str(self.state.path))
+        people = authenticator.people
+        credentials = self._credentials = Credentials(
+            parent=app,
+            store=CredentialStore(parent=app, state_dir=self.state.path),
+            auth_state=None if people is None else people.auth_state,
+        )
+        self._proxies = Proxies(parent=app, state_dir=str(self.state.path), credentials=credentials)
         audit = AuditLog(parent=app)
         events = Events(parent=app)
         db.on_commit = lambda info: events.audited(info.get(COMMITTED, ()))
@@ -118,10 +124,6 @@ class Runtime:
             on_swallowed=METRICS.count_swallowed,
         )
         specs = KernelSpecs(parent=app, base_url=app.base_url)
-        credentials = self._credentials = Credentials(
-            parent=app, store=CredentialStore(parent=app, state_dir=self.state.path)
-        )
-        people = authenticator.people
         identity = IdentityMapper(
             parent=app,
             db=db,
@@ -131,6 +133,8 @@ class Runtime:
             hints_of=None if people is None else people.auth_state,
         )
         identity.proxies = {name: proxy.identity for name, proxy in self._proxies.all()}
+        identity.tickets = {name: proxy.tickets for name, proxy in self._proxies.all()}
+        identity.ways = {name: proxy.says for name, proxy in self._proxies.all()}
         kernels = KernelService(parent=app, controller=controller, specs=specs, identity=identity)
         self._quotas = QuotaRunner(
             parent=app,

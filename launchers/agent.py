@@ -56,6 +56,8 @@ PEER_SECONDS = 30.0
 STATE_SECONDS = 0.05
 LINGER_SECONDS = 60.0
 STEADY_SECONDS = 10.0
+KINIT_SECONDS = 30.0
+KINIT_LOOK_SECONDS = 0.25
 QUIET_SECONDS = 0.2
 PARTING_SECONDS = 1.0
 UNAWARE_SECONDS = 5.0
@@ -186,6 +188,10 @@ class Settings:
         if self.register_url and not self.register_url.startswith(("https://", "http://")):
             raise ValueError("'register_url' must be an http or https URL")
         self.linger_seconds = float(agent.get("linger_seconds") or LINGER_SECONDS)
+        tickets = document.get("tickets")
+        if tickets is not None and not isinstance(tickets, dict):
+            raise ValueError("'tickets' must say which file has them, and when they end")
+        self.tickets: Optional[Dict[str, Any]] = tickets
 
     @staticmethod
     def _text(source: Dict[str, Any], name: str) -> str:
@@ -392,6 +398,96 @@ class KernelProcess:
         for descriptor in list(self.outputs) if source is None else [source]:
             self.outputs.remove(descriptor)
             os.close(descriptor)
+
+
+class Renewal:
+    """Renews a TGT in a file by `kinit -R`, at half of its life, until it can be renewed no more.
+
+    kinit works on a copy, which then takes the place of the file: whoever reads it meets the old one or the new one.
+    """
+
+    def __init__(self, facts: Dict[str, Any], env: Dict[str, str]) -> None:
+        self.path = str(facts["path"])
+        self.ends = float(facts["ends"])
+        self.life = float(facts["life"])
+        self.renew_till = float(facts["renew_till"])
+        self.env = dict(os.environ, **env)
+        self.aside = self.path + ".new"
+        self.process: Any = None
+        self.began = 0.0
+        self.wait = (self.ends - time.time()) / 2
+
+    def go_on(self) -> Optional[float]:
+        """Do what is due; in how many seconds it is to be called again, None for never."""
+        now = time.time()
+        if self.process is not None:
+            if self.process.poll() is None and now - self.began < KINIT_SECONDS:
+                return KINIT_LOOK_SECONDS
+            self.settle(now)
+        elif self.wait <= 0 and now < self.ends:
+            self.begin(now)
+            return KINIT_LOOK_SECONDS
+        if now >= self.ends:
+            log("the Kerberos ticket has ended")
+            return None
+        if self.ends >= self.renew_till - 1:
+            log("the Kerberos ticket was renewed for the last time; it ends at %s" % time.ctime(self.ends))
+            return None
+        seconds, self.wait = max(0.1, self.wait), 0.0
+        return seconds
+
+    def begin(self, now: float) -> None:
+        """Have kinit renew a copy."""
+        import shutil
+        import subprocess
+
+        self.began = now
+        try:
+            self.clear()
+            descriptor = os.open(self.aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as copy, open(self.path, "rb") as file:
+                shutil.copyfileobj(file, copy)
+            command = ["kinit", "-R", "-c", "FILE:" + self.aside]
+            # What it says goes to the log.
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, env=self.env)
+        except OSError as error:
+            log("the Kerberos ticket cannot be renewed: %s" % error)
+            self.clear()
+            self.again(now)
+
+    def settle(self, now: float) -> None:
+        """Take what kinit has made, if it has made anything."""
+        process, self.process = self.process, None
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        try:
+            if process.returncode == 0:
+                os.replace(self.aside, self.path)
+                self.ends = min(self.renew_till, self.began + self.life)
+                self.wait = (self.ends - now) / 2
+                return
+            log("kinit could not renew the Kerberos ticket (exit code %d)" % process.returncode)
+        except OSError as error:
+            log("the renewed Kerberos ticket cannot be put in its place: %s" % error)
+        self.clear()
+        self.again(now)
+
+    def again(self, now: float) -> None:
+        """Try once more, well before the ticket ends."""
+        self.wait = min(60.0, max(0.5, (self.ends - now) / 4))
+
+    def clear(self) -> None:
+        try:
+            os.unlink(self.aside)
+        except OSError:
+            pass  # there is none
+
+    def stop(self) -> None:
+        """Leave no process."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
 
 
 def write_private(path: str, text: str) -> None:
@@ -1310,6 +1406,7 @@ class Agent:
         self.counters = {"refused_peers": 0, "failed_handshakes": 0, "bad_frames": 0, "unrouted_replies": 0}
         self.counters["repeated_requests"] = 0
         self.sockets: Optional[KernelSockets] = None
+        self.renewal = Renewal(settings.tickets, settings.env) if settings.tickets else None
         self.wake = -1
 
     # -- set-up
@@ -1402,6 +1499,7 @@ class Agent:
     def run(self, started: str) -> None:
         """Serve until the kernel has ended for good. `started` is why the kernel could not be started, or ""."""
         self.on_expire()
+        self.look_after_tickets()
         if started:
             self.failed(started)
         else:
@@ -1481,6 +1579,12 @@ class Agent:
             log("no gateway for %d s: the kernel is shut down" % self.settings.orphan_seconds)
             self.shut_down()
         self.after("expire", min(5.0, max(0.1, self.settings.orphan_seconds / 4)), self.on_expire)
+
+    def look_after_tickets(self) -> None:
+        """Have the kernel's Kerberos tickets renewed in time."""
+        seconds = None if self.renewal is None else self.renewal.go_on()
+        if seconds is not None:
+            self.after("tickets", seconds, self.look_after_tickets)
 
     # -- the kernel's messages
 
@@ -2172,6 +2276,8 @@ class Agent:
         """Leave nothing behind: no process of the kernel's group, no file."""
         if self.kernel.pid and not self.kernel.reap():
             self.kernel.kill(signal.SIGKILL)
+        if self.renewal is not None:
+            self.renewal.stop()
         if self.sockets is not None:
             self.sockets.close()
         for source in (self.zap, self.monitor):
@@ -2287,12 +2393,12 @@ def has_sockets(directory: str) -> bool:
 
 
 def remove_files(settings: Settings, directory: str) -> None:
-    """Remove connection file, sockets and, where nothing else is in it, the runtime directory."""
+    """Remove connection file, sockets, tickets and, where nothing else is in it, the runtime directory."""
     for folder in {directory, settings.runtime_dir}:
         try:
             for name in os.listdir(folder):
                 path = os.path.join(folder, name)
-                ours = name in ("kernel-%s.json" % settings.kernel_id, "agent.json") or name.startswith("g")
+                ours = name in ("kernel-%s.json" % settings.kernel_id, "agent.json") or name.startswith(("g", "krb5cc"))
                 if ours and not os.path.isdir(path):
                     os.unlink(path)
             os.rmdir(folder)

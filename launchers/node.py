@@ -12,12 +12,14 @@ Needs Linux and Python 3.8, nothing else.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import fcntl
 import json
 import os
 import pwd
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -37,6 +39,7 @@ else:
     from collections import namedtuple
 
 MARK = "owner.json"
+CCACHE = "krb5cc"
 AGENT = re.compile(r"agent\.([\w-]+\.)?pyc?")
 MARK_BYTES = 65536
 AGAIN_SECONDS = 1.0
@@ -159,7 +162,10 @@ def launch(request: Document, user: pwd.struct_passwd) -> Document:
     """Start the agent, or find the one that an earlier launch of the same kernel has started."""
     directory = runas.inside(request["runtime_dir"])
     try:
-        return launch_in(directory, request, user)
+        answer = launch_in(directory, request, user)
+        if request.get("tickets"):
+            answer["kinit"] = shutil.which("kinit", path=request["agent_env"]["PATH"]) is not None
+        return answer
     except runas.Taken as error:
         return {"taken": str(error)}  # the gateway has another name
 
@@ -167,6 +173,8 @@ def launch(request: Document, user: pwd.struct_passwd) -> Document:
 def launch_in(directory: str, request: Document, user: pwd.struct_passwd) -> Document:
     with alone(directory):
         runas.private_directory(directory)
+        if request.get("tickets"):
+            put_tickets(directory, request["tickets"])
         found = adopt(request, user)
         if found:
             return found
@@ -191,6 +199,29 @@ def launch_in(directory: str, request: Document, user: pwd.struct_passwd) -> Doc
             answer["log"] = runas.logs(request, user)["text"]
     answer["boot"] = boot()
     return answer
+
+
+def tickets(request: Document, user: pwd.struct_passwd) -> Document:
+    """Put newer Kerberos tickets in the place of those that a kernel has; one that has ended gets none."""
+    directory = runas.inside(request["runtime_dir"])
+    if not own_directory(directory):
+        raise runas.Refused("there is no directory %s of %s" % (directory, user.pw_name))
+    put_tickets(directory, request["tickets"])
+    return {}
+
+
+def put_tickets(directory: str, text: str) -> None:
+    """Write a credential cache (base64): whoever reads it meets the old one or the new one, and is this user."""
+    aside = os.path.join(directory, ".%s-%s" % (CCACHE, os.urandom(8).hex()))
+    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(base64.b64decode(text))
+        os.replace(aside, os.path.join(directory, CCACHE))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
 
 
 def session() -> Dict[str, str]:
@@ -442,7 +473,15 @@ def tried(command: List[str]) -> tuple:  # type: ignore[type-arg,unused-ignore]
     return done.returncode, done.stdout.decode("utf-8", "replace").strip()[-300:]
 
 
-ACTIONS = {"launch": launch, "logs": runas.logs, "signal": strike, "end": end, "find": find, "look": look}
+ACTIONS = {
+    "launch": launch,
+    "tickets": tickets,
+    "logs": runas.logs,
+    "signal": strike,
+    "end": end,
+    "find": find,
+    "look": look,
+}
 
 
 if __name__ == "__main__":

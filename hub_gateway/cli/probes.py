@@ -27,6 +27,8 @@ from hub_gateway.db.models import utcnow
 from hub_gateway.db.secrets import Vault, VaultError
 from hub_gateway.deadlines import within
 from hub_gateway.errors import GatewayError
+from hub_gateway.identity.ccaches import CredentialStore
+from hub_gateway.identity.credentials import Credentials
 from hub_gateway.kernels.specs import KernelSpecs
 from hub_gateway.proxies.base import Finding
 from hub_gateway.proxies.registry import Proxies
@@ -317,7 +319,9 @@ async def limits(gateway: HubGateway) -> AsyncIterator[Finding]:
 
 async def proxies(gateway: HubGateway) -> AsyncIterator[Finding]:
     """What the process proxies find of their clusters: those of this package, and those that are configured."""
-    registry = Proxies(parent=gateway, state_dir=gateway.state_dir)
+    store = CredentialStore(parent=gateway, state_dir=gateway.state_dir)  # nothing is kept in it
+    credentials = Credentials(parent=gateway, store=store)
+    registry = Proxies(parent=gateway, state_dir=gateway.state_dir, credentials=credentials)
     try:
         named = set()
         with contextlib.suppress(GatewayError):

@@ -86,8 +86,8 @@ class CredentialStore(LoggingConfigurable):
                 if file.name != CCACHE:
                     self._remove(file)
 
-    async def keep(self, key: str, source: TicketSource) -> Path:
-        """Have the tickets of a source in a file from now on, and renew them. Raises `Unavailable`."""
+    async def keep(self, key: str, source: TicketSource, *, renew: bool = True) -> Path:
+        """Have the tickets of a source in a file from now on, and `renew` them. Raises `Unavailable`."""
         await self.drop(key, remove=False)
         directory = self._private(self._directory(key))
         kept = _Kept(source, directory / CCACHE, 0.0)
@@ -98,7 +98,8 @@ class CredentialStore(LoggingConfigurable):
             if self._kept.get(key) is kept:
                 await self.drop(key)
             raise
-        kept.renewing = asyncio.get_running_loop().create_task(self._renew(key, kept))
+        if renew:
+            kept.renewing = asyncio.get_running_loop().create_task(self._renew(key, kept))
         return kept.path
 
     async def read(self, key: str) -> bytes:

@@ -7,30 +7,33 @@ A proxy declares an `IdentityNeed`; a `CredentialProvider` serves one or several
                  no secret of theirs
     keytab       PROXY_USER: the gateway has tickets of its own, by its keytab, and says for whom it acts (Hadoop's
                  `doAs` and `--proxy-user`); these tickets never reach a kernel
+    s4u          SERVICE_TICKET: tickets of the owner for the services that are listed, by constrained delegation
+    user_tgt     USER_TGT: a copy of the owner's own TGT, from the Hub, a file, or the client
 
-SERVICE_TICKET and USER_TGT take constrained delegation (S4U) or a delegated ticket; a proxy that needs them brings a
-provider of its own by `Credentials.providers`.
+A site that gets them in another way brings a provider of its own by `Credentials.providers`.
 """
 
 from __future__ import annotations
 
-import abc
-import asyncio
-import time
-from collections.abc import Collection
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 from traitlets import Dict, Type, Unicode
 from traitlets.config import LoggingConfigurable
 
-from hub_gateway.auth.base import AbstractMeta
-from hub_gateway.errors import Forbidden, Unavailable
-from hub_gateway.identity import kerberos
-from hub_gateway.identity.ccaches import CCACHE, CredentialStore
+from hub_gateway.errors import Forbidden
+from hub_gateway.identity.ccaches import CredentialStore
+from hub_gateway.identity.delegated import S4UCredential
 from hub_gateway.identity.names import lower
+from hub_gateway.identity.providers import (
+    Credential,
+    CredentialProvider,
+    KeytabCredential,
+    NoCredential,
+    SudoCredential,
+)
 from hub_gateway.identity.types import Identity
+from hub_gateway.identity.usertgt import UserTgtCredential
 from hub_gateway.proxies.base import IdentityNeed
 
 __all__ = [
@@ -39,144 +42,14 @@ __all__ = [
     "Credentials",
     "KeytabCredential",
     "NoCredential",
+    "S4UCredential",
     "SudoCredential",
+    "UserTgtCredential",
 ]
-
-GATEWAY = "gateway"
-"""The key of the gateway's own tickets in the store; no kernel id is this word."""
-
-
-@dataclass(frozen=True)
-class Credential:
-    """What a proxy may use for one kernel. There is no secret in it: tickets stay in `ccache`, a 0600 file."""
-
-    kind: str
-    unix_user: str | None = None
-    """As whom to run on a node."""
-    acts_for: str | None = None
-    """For whom to act on a cluster that trusts the gateway: the user's short name."""
-    principal: str | None = None
-    """Whose tickets are in `ccache`."""
-    ccache: Path | None = None
-    ends: float | None = None
-    """When the tickets end (`time.time`), unless renewed; they are, while the kernel lives."""
-
-
-class CredentialProvider(LoggingConfigurable, metaclass=AbstractMeta):
-    """One way to act as a kernel's owner. `state` of all of them is in one `CredentialStore`."""
-
-    kind: ClassVar[str]
-
-    def __init__(self, *, store: CredentialStore, **kwargs: object) -> None:
-        super().__init__(**kwargs)
-        self.store = store
-
-    @abc.abstractmethod
-    def says(self, identity: Identity) -> str:
-        """What would be used for this identity, in one sentence."""
-
-    @abc.abstractmethod
-    async def obtain(self, identity: Identity, kernel_id: str) -> Credential:
-        """What a proxy may use for this kernel. Raises `Forbidden`, `Unavailable`."""
-
-    def problem(self) -> str:
-        """Why it cannot be used as it is configured; empty if it can. May block."""
-        return ""
-
-
-class NoCredential(CredentialProvider):
-    """Nothing is needed."""
-
-    kind = "none"
-
-    def says(self, identity: Identity) -> str:
-        return "no credential is needed."
-
-    async def obtain(self, identity: Identity, kernel_id: str) -> Credential:
-        return Credential(self.kind, identity.unix_user)
-
-
-class SudoCredential(CredentialProvider):
-    """The gateway becomes the user, on a node that lets it."""
-
-    kind = "sudo"
-
-    def says(self, identity: Identity) -> str:
-        if identity.unix_user is None:
-            return "the gateway's own unix user, with no credential."
-        uid = "" if identity.uid is None else f" (uid {identity.uid})"
-        return f"the gateway becomes the unix user {identity.unix_user}{uid}, as root or by its rule of sudo."
-
-    async def obtain(self, identity: Identity, kernel_id: str) -> Credential:
-        return Credential(self.kind, identity.unix_user)
-
-
-class KeytabCredential(CredentialProvider):
-    """Tickets of the gateway's own principal, with which it acts for users."""
-
-    kind = "keytab"
-
-    keytab = Unicode(
-        help="""The keytab of the gateway's own principal. Nobody but the gateway's user (and group) may read it."""
-    ).tag(config=True)
-    principal = Unicode(help="The gateway's own principal, as `hub-gateway/host.example.com@EXAMPLE.COM`.").tag(
-        config=True
-    )
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._one_at_a_time = asyncio.Lock()
-
-    @property
-    def tickets(self) -> kerberos.KeytabTickets:
-        """The source of the gateway's own tickets."""
-        return kerberos.KeytabTickets(Path(self.keytab), self.principal)
-
-    def says(self, identity: Identity) -> str:
-        if why := self._unset():
-            return why
-        user = identity.unix_user or identity.principal or "nobody"
-        return f"the gateway's own tickets ({self.principal}) from its keytab, acting for {user}."
-
-    async def obtain(self, identity: Identity, kernel_id: str) -> Credential:
-        acts_for = _short(identity)
-        path = await self.ccache()
-        return Credential(self.kind, None, acts_for, self.principal, path, self.store.ends(GATEWAY))
-
-    async def ccache(self) -> Path:
-        """A file with the gateway's own tickets that is kept fresh: for programs that the gateway itself runs."""
-        if why := await self.store.calls.run(self.problem):
-            raise Unavailable("The gateway cannot get Kerberos tickets; ask its administrator.", hint=why)
-        async with self._one_at_a_time:
-            ends = self.store.ends(GATEWAY)
-            if ends is not None and ends > time.time():
-                return self.store.path / GATEWAY / CCACHE
-            return await self.store.keep(GATEWAY, self.tickets)
-
-    async def token(self, service: str) -> bytes:
-        """The token that opens a conversation with a service's principal, for `Authorization: Negotiate`."""
-        tickets = self.tickets
-        return await self.store.calls.run(lambda: kerberos.first_token(tickets, service))
-
-    def _unset(self) -> str:
-        if not self.keytab or not self.principal:
-            return "set KeytabCredential.keytab and KeytabCredential.principal"
-        return ""
-
-    def problem(self) -> str:
-        if why := self._unset() or kerberos.missing():
-            return why
-        try:
-            mode = Path(self.keytab).stat().st_mode
-        except OSError as error:
-            return f"the keytab {self.keytab} cannot be read: {error.strerror}"
-        if mode & 0o007:
-            return f"everybody may read the keytab {self.keytab}; take that right away (chmod o=)"
-        return ""
 
 
 class Credentials(LoggingConfigurable):
-    """The providers of this gateway, by need, and the store of their tickets."""
+    """The providers of this gateway, by need, and the store of their tickets. `auth_state` is the Hub's, by user."""
 
     providers = Dict(
         value_trait=Type(klass=CredentialProvider),
@@ -184,7 +57,7 @@ class Credentials(LoggingConfigurable):
         help="""Which provider serves which need of a proxy, where it is not the usual one.
 
         Needs are `none`, `unix_user`, `service_ticket`, `user_tgt` and `proxy_user`.
-        Example: `c.Credentials.providers = {"service_ticket": "our_site.S4UCredential"}`
+        Example: `c.Credentials.providers = {"service_ticket": "our_site.VaultCredential"}`
         """,
     ).tag(config=True)
 
@@ -192,11 +65,20 @@ class Credentials(LoggingConfigurable):
         IdentityNeed.NONE: NoCredential,
         IdentityNeed.UNIX_USER: SudoCredential,
         IdentityNeed.PROXY_USER: KeytabCredential,
+        IdentityNeed.SERVICE_TICKET: S4UCredential,
+        IdentityNeed.USER_TGT: UserTgtCredential,
     }
 
-    def __init__(self, *, store: CredentialStore, **kwargs: object) -> None:
+    def __init__(
+        self,
+        *,
+        store: CredentialStore,
+        auth_state: Callable[[str], Awaitable[Mapping[str, Any]]] | None = None,
+        **kwargs: object,
+    ) -> None:
         super().__init__(**kwargs)
         self.store = store
+        self.auth_state = auth_state
         self._made: dict[IdentityNeed, CredentialProvider] = {}
 
     def provider(self, need: IdentityNeed) -> CredentialProvider | None:
@@ -206,31 +88,45 @@ class Credentials(LoggingConfigurable):
             if made is None:
                 return None
             self._made[need] = made(parent=self, store=self.store)
+            self._made[need].auth_state = self.auth_state
         return self._made[need]
 
     @property
     def own_principals(self) -> frozenset[str]:
         """The gateway's own principals, which are nobody else's, in lower case."""
-        found = self.provider(IdentityNeed.PROXY_USER)
-        principal = found.principal if isinstance(found, KeytabCredential) else ""
-        return frozenset({lower(principal)} if principal else ())
+        found = [self.provider(need) for need in IdentityNeed]
+        principals = [one.principal for one in found if isinstance(one, KeytabCredential)]
+        return frozenset(lower(principal) for principal in principals if principal)
 
     def says(self, identity: Identity, need: IdentityNeed) -> tuple[bool, str]:
         """Whether a need is served, and what would be used for this identity."""
         provider = self.provider(need)
         if provider is None:
             return False, f"nothing serves the need {need.value}; see Credentials.providers."
-        return True, provider.says(identity)
+        unset = provider.unset()
+        return not unset, unset or provider.says(identity)
 
     async def obtain(self, identity: Identity, need: IdentityNeed, kernel_id: str) -> Credential:
         """What a proxy may use for this kernel. Raises `Forbidden`, `Unavailable`."""
+        return await self._serving(need).obtain(identity, kernel_id)
+
+    async def attempt(self, identity: Identity, need: IdentityNeed) -> None:
+        """Find out whether `obtain` would do now; nothing is kept. Raises what that would."""
+        await self._serving(need).attempt(identity)
+
+    def problem(self, need: IdentityNeed) -> str:
+        """Why a need cannot be served as this is configured; empty if it can. May block."""
+        provider = self.provider(need)
+        return f"Credentials.providers has nothing for {need.value}" if provider is None else provider.problem()
+
+    def _serving(self, need: IdentityNeed) -> CredentialProvider:
         provider = self.provider(need)
         if provider is None:
             raise Forbidden(
                 "This gateway has no credential of the kind that these kernels need; ask its administrator.",
                 hint=f"Credentials.providers has nothing for {need.value}",
             )
-        return await provider.obtain(identity, kernel_id)
+        return provider
 
     async def ended(self, kernel_id: str) -> None:
         """Purge what was kept for a kernel that has ended."""
@@ -243,15 +139,3 @@ class Credentials(LoggingConfigurable):
     async def close(self) -> None:
         """Renew nothing more."""
         await self.store.close()
-
-
-def _short(identity: Identity) -> str:
-    """The short name under which a cluster knows a user: the unix user, or the principal's first component.
-
-    The mapper has refused principals of whom that would say too little: of other realms, and of services.
-    """
-    if identity.unix_user is not None:
-        return identity.unix_user
-    if identity.principal is None:
-        raise Forbidden("Nothing says as whom your kernels run on the cluster; ask the administrator of the gateway.")
-    return identity.principal.partition("@")[0]

@@ -5,13 +5,15 @@ The package `gssapi` is of the optional dependencies `kerberos`; without it ever
 
 from __future__ import annotations
 
+import importlib
 import time
 from pathlib import Path
 from typing import Any
 
 from hub_gateway.errors import Unavailable
+from hub_gateway.identity.krb5errors import reason, said
 
-__all__ = ["KeytabTickets", "first_token", "missing"]
+__all__ = ["KeytabTickets", "first_token", "gssapi", "in_default_realm", "missing"]
 
 
 def missing() -> str:
@@ -23,12 +25,22 @@ def missing() -> str:
     return ""
 
 
-def _gssapi() -> Any:
+def gssapi() -> Any:
+    """The module gssapi, which is optional. Raises `Unavailable`."""
     if why := missing():
         raise Unavailable("The gateway cannot get Kerberos tickets; ask its administrator.", hint=why)
-    import gssapi
+    return importlib.import_module("gssapi")
 
-    return gssapi
+
+def in_default_realm(name: str) -> str:
+    """A principal with its realm: where it has none, the default one of krb5.conf, if there is one."""
+    if "@" in name or missing():
+        return name
+    try:
+        kerberos_principal = gssapi().NameType.kerberos_principal
+        return str(gssapi().Name(name, kerberos_principal).canonicalize(gssapi().MechType.kerberos))
+    except gssapi().exceptions.GSSError:
+        return name
 
 
 class KeytabTickets:
@@ -43,43 +55,45 @@ class KeytabTickets:
         credentials = self._acquire(f"FILE:{ccache}")
         return time.time() + float(credentials.lifetime)
 
-    def acquire(self) -> Any:
+    def acquire(self, usage: str = "initiate") -> Any:
         """Credentials for one use. Acquired anew each time: held ones end, these are renewed at half their life."""
-        return self._acquire(f"MEMORY:hub-gateway:{self.keytab}:{self.principal}")
+        return self._acquire(f"MEMORY:hub-gateway:{usage}:{self.keytab}:{self.principal}", usage)
 
-    def _acquire(self, ccache: str) -> Any:
-        gssapi = _gssapi()
+    def _acquire(self, ccache: str, usage: str = "initiate") -> Any:
+        library = gssapi()
         if not self.keytab.is_file():
             raise Unavailable(
                 "The gateway's keytab is not there, so it cannot get Kerberos tickets; ask its administrator.",
                 hint=f"there is no file {self.keytab}",
             )
         try:
-            name = gssapi.Name(self.principal, gssapi.NameType.kerberos_principal)
+            name = library.Name(self.principal, library.NameType.kerberos_principal)
             store = {"client_keytab": f"FILE:{self.keytab}", "ccache": ccache}
-            made = gssapi.Credentials(name=name, usage="initiate", store=store)
+            if usage == "both":  # without it no ticket of somebody else for ourselves can be taken
+                store["keytab"] = f"FILE:{self.keytab}"
+            made = library.Credentials(name=name, usage=usage, store=store)
             if not made.lifetime:  # asking makes the library get a ticket
                 raise Unavailable("The gateway's Kerberos ticket has ended; try again in a minute.")
             return made
-        except gssapi.exceptions.GSSError as error:
+        except library.exceptions.GSSError as error:
             raise Unavailable(
                 "The gateway cannot get a Kerberos ticket at the moment; try again in a minute, or tell its "
                 "administrator.",
-                hint=f"{self.principal} with {self.keytab}: {' '.join(str(error).split())}",
+                hint=f"{self.principal} with {self.keytab}: {reason(error, client=self.principal)}",
             ) from error
 
 
 def first_token(tickets: KeytabTickets, service: str) -> bytes:
     """The token that opens a conversation with a service (a principal), for `Authorization: Negotiate`."""
-    gssapi = _gssapi()
+    library = gssapi()
     credentials = tickets.acquire()
     try:
-        target = gssapi.Name(service, gssapi.NameType.kerberos_principal)
-        token: bytes | None = gssapi.SecurityContext(name=target, creds=credentials, usage="initiate").step()
-    except gssapi.exceptions.GSSError as error:
+        target = library.Name(service, library.NameType.kerberos_principal)
+        token: bytes | None = library.SecurityContext(name=target, creds=credentials, usage="initiate").step()
+    except library.exceptions.GSSError as error:
         raise Unavailable(
             "The gateway cannot get a Kerberos ticket for a service at the moment; try again in a minute, or tell its "
             "administrator.",
-            hint=f"{tickets.principal} for {service}: {' '.join(str(error).split())}",
+            hint=f"{tickets.principal} for {service}: {said(error)}",
         ) from error
     return token or b""

@@ -128,6 +128,10 @@ class IdentityMapper(LoggingConfigurable):
         self.people = people
         self.hints_of = hints_of
         self.proxies: Mapping[str, IdentityNeed] = {}
+        self.tickets: Mapping[str, IdentityNeed] = {}
+        """What kernels on these proxies get of their owner's, where that is anything."""
+        self.ways: Mapping[str, Callable[[str | None, str | None], str]] = {}
+        """`ProcessProxy.says` of the proxies."""
         self._rules = self._read(self.rules)
         self.observe(self._changed, ["rules", "default_realm", "auth_state_keys"])
         self._calls = BlockingCalls("The directory of users", limit=8, timeout=self.timeout)
@@ -154,15 +158,20 @@ class IdentityMapper(LoggingConfigurable):
     # Deciding
 
     async def map(
-        self, caller: Caller, hints: Mapping[str, Any] | None = None, need: IdentityNeed = IdentityNeed.NONE
+        self,
+        caller: Caller,
+        hints: Mapping[str, Any] | None = None,
+        need: IdentityNeed = IdentityNeed.NONE,
+        tickets: IdentityNeed = IdentityNeed.NONE,
     ) -> Identity:
-        """As whom the caller's kernels run, where a proxy has that need.
+        """As whom the caller's kernels run, where a proxy has that need, and they get these tickets.
 
         Raises `Forbidden`, which the audit trail then has, and `Unavailable`.
         """
         decision = await self._decide(caller.name, caller.kind == "service", caller.groups, hints)
-        if decision.identity is not None:
-            decision = self._decider().suit(decision, need)
+        for each in (need, tickets):
+            if decision.identity is not None:
+                decision = self._decider().suit(decision, each)
         if decision.identity is None:
             await self._write_refusal(caller, decision)
             raise Forbidden(decision.refusal, hint=decision.hint)
@@ -206,6 +215,8 @@ class IdentityMapper(LoggingConfigurable):
             steps += await db.read(lambda tx: _claim_steps(tx, identity, name_holders))
         for proxy, need in sorted(self.proxies.items()):
             steps.append(self._credential_step(proxy, need, decision))
+            if (tickets := self.tickets.get(proxy, IdentityNeed.NONE)) is not IdentityNeed.NONE:
+                steps.append(await self._tickets_step(proxy, tickets, decision))
         taken = any(step.stage == "claim" and step.outcome == "refused" for step in steps)
         result = "No kernel would start, for what the mapping gives belongs to somebody else." if taken else ""
         steps.append(Step("result", identity.rule, "refused" if taken else "ok", result or _said(identity)))
@@ -268,14 +279,29 @@ class IdentityMapper(LoggingConfigurable):
         except GatewayError as error:
             self.log.error("The audit trail lacks the refusal of %s: %s", shown(who), error.message)
 
-    def _credential_step(self, proxy: str, need: IdentityNeed, decision: Decision) -> Step:
+    def _credential_step(self, proxy: str, need: IdentityNeed, decision: Decision, where: str = "") -> Step:
+        where = where or f"On {proxy}"
         suited = self._decider().suit(decision, need)
         if suited.identity is None:
-            return Step("credential", decision.rule, "refused", f"On {proxy}: {suited.refusal}")
+            return Step("credential", decision.rule, "refused", f"{where}: {suited.refusal}")
         if self.credentials is None:
-            return Step("credential", decision.rule, "skipped", f"On {proxy}: no credential is handed out.")
+            return Step("credential", decision.rule, "skipped", f"{where}: no credential is handed out.")
         served, sentence = self.credentials.says(suited.identity, need)
-        return Step("credential", decision.rule, "ok" if served else "unavailable", f"On {proxy}: {sentence}")
+        if need is IdentityNeed.UNIX_USER and (way := self.ways.get(proxy)) is not None:
+            sentence = way(suited.identity.unix_user, suited.identity.principal) or sentence
+        return Step("credential", decision.rule, "ok" if served else "unavailable", f"{where}: {sentence}")
+
+    async def _tickets_step(self, proxy: str, need: IdentityNeed, decision: Decision) -> Step:
+        """What kernels get, and whether it can be had at the moment."""
+        step = self._credential_step(proxy, need, decision, f"On {proxy}, for the kernels themselves")
+        if step.outcome != "ok" or self.credentials is None or decision.identity is None:
+            return step
+        try:
+            await self.credentials.attempt(decision.identity, need)
+        except GatewayError as error:
+            sentence = f"{step.sentence} They cannot be had now. {error.message}"
+            return replace(step, outcome="unavailable", sentence=sentence)
+        return step
 
 
 def _claim_steps(tx: Transaction, identity: Identity, name_holders: bool) -> list[Step]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from hub_gateway.identity.names import lower
@@ -27,6 +27,8 @@ class Identity:
     shared: bool = False
     """Whether the rule says that several Hub users may have this principal and unix user."""
     groups: tuple[str, ...] = ()
+    offered: str = field(default="", repr=False, compare=False)
+    """Kerberos tickets that the client has brought along (a credential cache, base64). Secret."""
 
     @property
     def claimed(self) -> tuple[tuple[str, str], ...]:

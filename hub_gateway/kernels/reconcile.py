@@ -304,6 +304,8 @@ class Reconciler:
             ),
             cwd=plan.cwd,
             unix_user=record.unix_user,
+            principal=record.principal,
+            tickets=plan.tickets,
             interrupt_mode=plan.interrupt_mode,
             resources=record.resources,
             config=plan.config,

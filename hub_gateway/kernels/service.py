@@ -7,6 +7,7 @@ import contextlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ from hub_gateway.kernels.types import (
 )
 from hub_gateway.logs import about
 from hub_gateway.metrics import METRICS
+from hub_gateway.proxies.base import IdentityNeed
 
 if TYPE_CHECKING:
     from hub_gateway.link.relay import KernelRelay
@@ -136,9 +138,11 @@ class KernelService(LoggingConfigurable):
         username = caller.name
         client = client_environment(wanted.env, allowed=self.client_envs, username=username)
         key = _kernel_id(kernel_id or client.pop("KERNEL_ID", None))
+        offered = client.pop("KERNEL_KRB5_CCACHE", "")  # which is nothing for an environment, wherever it runs
         spec = await self.specs.get(wanted.name, username, caller.groups)
         proxy = self.controller.proxies.resolve(spec.proxy)
-        identity = await self.identity.map(caller, need=self.controller.proxies.get(proxy).identity)
+        found = self.controller.proxies.get(proxy)
+        identity = await self._identity(caller, proxy)
         resources, queue = wished(spec.bounds, spec.name, client)
         new = NewKernel(
             id=key,
@@ -153,7 +157,10 @@ class KernelService(LoggingConfigurable):
             identity_rule=identity.rule,
             cost_center=identity.cost_center,
             path=wanted.path or notebook_of(wanted.env),
-            plan=_plan(spec, wanted, client, kernel_id=key, username=username),
+            plan=replace(
+                _plan(spec, wanted, client, kernel_id=key, username=username),
+                tickets=offered if found.tickets is IdentityNeed.USER_TGT else "",
+            ),
             resources=resources,
             least=spec.bounds.least,
             queue=queue,
@@ -276,6 +283,9 @@ class KernelService(LoggingConfigurable):
         }
         if record.message:
             model["reason"] = record.message
+        until = record.proxy_state.get("credentials_until")
+        if isinstance(until, int | float) and record.live:
+            model["credentials_valid_until"] = isoformat(datetime.fromtimestamp(until, timezone.utc))
         return model
 
     # Kernelspecs
@@ -431,10 +441,15 @@ class KernelService(LoggingConfigurable):
             except NotFound as error:
                 name = record.kernelspec
                 raise Forbidden(f"The kernelspec {name} is not offered to you any more; start a new kernel.") from error
-        identity = await self.identity.map(caller, need=self.controller.proxies.get(record.proxy).identity)
+        identity = await self._identity(caller, record.proxy)
         if identity.unix_user != record.unix_user:
             raise Forbidden("Your kernels do not run as the unix user of this one any more; start a new kernel.")
         return identity
+
+    async def _identity(self, caller: Caller, proxy: str) -> Identity:
+        """As whom the caller's kernels run there. Raises `Forbidden`, `Unavailable`."""
+        found = self.controller.proxies.get(proxy)
+        return await self.identity.map(caller, need=found.identity, tickets=found.tickets)
 
 
 class _AlreadyOpen(Exception):

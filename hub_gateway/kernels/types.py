@@ -144,6 +144,8 @@ class LaunchPlan:
     """What the kernel understands."""
     start_seconds: float | None = None
     """How long its launch may take; None is the gateway's usual."""
+    tickets: str = field(default="", repr=False)
+    """Kerberos tickets that the client has brought along (a credential cache, base64)."""
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,16 @@ import abc
 import enum
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from traitlets.config import LoggingConfigurable
 from traitlets.traitlets import MetaHasTraits
 
 from hub_gateway.kernels.types import JSON, Registration, Resources
 from hub_gateway.proxies.specconfig import Check
+
+if TYPE_CHECKING:
+    from hub_gateway.identity.credentials import Credentials
 
 __all__ = [
     "AgentSettings",
@@ -94,6 +97,10 @@ class LaunchRequest:
     agent: AgentSettings
     cwd: str | None = None
     unix_user: str | None = None
+    principal: str | None = None
+    """The owner's, in Kerberos."""
+    tickets: str = field(default="", repr=False)
+    """Kerberos tickets that the client has brought along (a credential cache, base64)."""
     interrupt_mode: Literal["signal", "message"] = "signal"
     resources: Resources = field(default_factory=Resources)
     config: Mapping[str, JSON] = field(default_factory=dict)
@@ -151,6 +158,10 @@ class ProcessProxy(LoggingConfigurable, metaclass=_Meta):
     """
 
     identity: IdentityNeed = IdentityNeed.NONE
+    tickets: IdentityNeed = IdentityNeed.NONE
+    """Which Kerberos tickets its kernels get, beside what it takes to start them: SERVICE_TICKET, USER_TGT or NONE."""
+    credentials: Credentials | None = None
+    """Where tickets are had from."""
     enforces: frozenset[str] = frozenset()
     """Which of cpu, memory, gpu, queue the resource manager enforces."""
     identifies: tuple[str, ...] = ()
@@ -209,6 +220,10 @@ class ProcessProxy(LoggingConfigurable, metaclass=_Meta):
         The types are as `config_keys` has them. May block.
         """
         yield from ()
+
+    def says(self, unix_user: str | None, principal: str | None) -> str:
+        """How it acts as a kernel's owner, in a sentence without its capital; empty where that goes without saying."""
+        return ""
 
     async def close(self) -> None:
         """Release clients and pools."""

@@ -8,17 +8,15 @@ later gateway, by the tags in its command line: kernel id, gateway id, epoch, an
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hub_gateway._paths import launchers_dir
-from hub_gateway.errors import GatewayError, LaunchFailed, LaunchRefused, Unavailable
-from hub_gateway.kernels.types import JSON, Registration
+from hub_gateway.errors import LaunchFailed, LaunchRefused
+from hub_gateway.kernels.types import Registration
 from hub_gateway.proxies import tagged
 from hub_gateway.proxies.agent_config import AGENT_ENVIRONMENT, agent_config
 from hub_gateway.proxies.base import (
@@ -31,23 +29,23 @@ from hub_gateway.proxies.base import (
     ProcessProxy,
     State,
 )
-from hub_gateway.proxies.distributed_config import DistributedOptions
 from hub_gateway.proxies.names import NAMES
+from hub_gateway.proxies.ssh_calls import LAUNCH_SECONDS, READ_SECONDS, HostCalls
 from hub_gateway.proxies.ssh_check import Checker
-from hub_gateway.proxies.ssh_hosts import Host, Hosts, listed
-from hub_gateway.proxies.ssh_node import Bundle, Nodes, as_error
-from hub_gateway.proxies.ssh_pool import Lane, Problem, SshError, SshPool
+from hub_gateway.proxies.ssh_hosts import Host, listed
+from hub_gateway.proxies.ssh_node import as_error
+from hub_gateway.proxies.ssh_pool import SshError
 from hub_gateway.proxies.ssh_reports import nowhere, phase_of
+from hub_gateway.proxies.ssh_tickets import CCACHE, Given, KernelTickets, check_tickets
 from hub_gateway.proxies.ssh_tunnel import Tunnels
 
 __all__ = ["DistributedProxy"]
 
-LAUNCH_SECONDS = 45.0
-READ_SECONDS = 10.0
+TICKETS = {"none": IdentityNeed.NONE, "services": IdentityNeed.SERVICE_TICKET, "tgt": IdentityNeed.USER_TGT}
 FRESH_SECONDS = 10.0
 
 
-class DistributedProxy(DistributedOptions, ProcessProxy):
+class DistributedProxy(HostCalls, ProcessProxy):
     """Kernels on hosts that are reached by SSH."""
 
     identity = IdentityNeed.UNIX_USER
@@ -56,19 +54,12 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.enforces = self.enforced()
-        self.pool = SshPool(self.ssh_options())
-        self.nodes = Nodes(self.pool, Bundle(Path(launchers_dir())), self.node_options())
         self.tunnels = Tunnels()
-        self._names_taken: dict[tuple[str, str], int] = {}
-        """By host and user, how many names of directories are somebody else's there."""
-        self._refreshing: dict[str, asyncio.Task[Any]] = {}
-
-    @cached_property
-    def known(self) -> Hosts:
-        """The hosts of the configuration, and what is known of them."""
-        return Hosts(self.configured_hosts(), self.placement_rule(), frozenset(self.drained_hosts), self.retry_seconds)
+        self.tickets = TICKETS[self.kernel_tickets]
+        self.ticket_keeper = KernelTickets(self.tickets, self._deliver, self.log)
 
     async def close(self) -> None:
+        self.ticket_keeper.close()
         self.tunnels.close()
         self.pool.close()
 
@@ -76,6 +67,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
 
     async def launch(self, request: LaunchRequest) -> AsyncIterator[State]:
         user = self._user(request.unix_user)
+        tickets = await self.ticket_keeper.first(self.credentials, request)
         refused: dict[str, str] = {}
         pinned = "host" in (request.previous or {})  # to where an interrupted launch may have left something
         todo = deque((name, 0, 0) for name in await self._candidates(request, refused))
@@ -88,10 +80,15 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
                 directory = self._path(request.gateway_id, request.kernel_id, host, user, number)
             where: State = {"host": host.name, "address": host.address, "port": host.port}
             state: State = {**where, "user": user, "runtime_dir": directory}
+            if request.principal is not None:
+                state["principal"] = request.principal
+            if tickets.text:
+                state |= {"tickets": self.tickets.value, "owner": request.owner}
+            self.remember(state)
             # The intent is recorded before anything is done: whatever follows can be found by it.
             yield {**state, "progress": f"starting on {host.name}"}
             try:
-                made = await self._launch_on(host, request, state)
+                made = await self._launch_on(host, request, state, tickets)
             except SshError as error:
                 self._failed(host, user, error)
                 if error.problem.sent or pinned:
@@ -111,7 +108,9 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
                 self.known.of(name).drained = refused[name] = str(made["drained"])
                 continue
             self._names_taken[host.name, user] = max(number, self._number(host, user))
-            yield {**state, **self._registered(host, request, made)}
+            until = tickets.until(bool(made.get("kinit")))
+            lasting: State = {} if until is None else {"credentials_until": until}
+            yield {**state, **lasting, **self._registered(host, request, made)}
             return
         yield {"nowhere": True}  # there is nothing to end, on hosts that could not even be asked
         raise LaunchFailed(nowhere(refused))
@@ -149,9 +148,13 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             )
         return [chosen]
 
-    async def _launch_on(self, host: Host, request: LaunchRequest, state: State) -> dict[str, Any]:
+    async def _launch_on(self, host: Host, request: LaunchRequest, state: State, tickets: Given) -> dict[str, Any]:
         self.known.of(host.name).launched += 1
         user, login = str(state["user"]), self._login(str(state["user"]))
+        env = dict(request.env)
+        ccache = f"{state['runtime_dir']}/{CCACHE}"
+        if tickets.text:
+            env["KRB5CCNAME"] = f"FILE:{ccache}"
 
         def go() -> dict[str, Any]:
             shelf = self.nodes.shelf(host, login)
@@ -161,7 +164,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
                 argv=self._argv(request, shelf.directory),
                 launchers=Path(shelf.directory),
                 runtime_dir=str(state["runtime_dir"]),
-                env=request.env,
+                env=env,
                 cwd=request.cwd,
                 listen=listen,
                 ports=self.port_limits(request.config),
@@ -172,7 +175,8 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
                 "epoch": request.epoch,
                 "command": [self.python, "-I", shelf.agent, *tags, "--host", host.name],
                 "agent_env": {"PATH": self.path, "LANG": "C.UTF-8", **AGENT_ENVIRONMENT},
-                "config": config,
+                "config": {**config, "tickets": tickets.renewal(ccache)},
+                "tickets": tickets.text,
             }
             return self.nodes.call(host, login, "launch", asked, user=user, within=LAUNCH_SECONDS)
 
@@ -211,6 +215,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         kernel_id, name = state.get("kernel_id"), state.get("host")
         if not state.get("tunnel") or not isinstance(kernel_id, str) or not isinstance(name, str):
             return registration
+        self.remember(state)
         host, login = self._host(name, state), self._login(str(state.get("user")))
         target = (registration.host, registration.port)
         port = self.tunnels.port(kernel_id, lambda: self.pool.tunnel(host, login, target))
@@ -221,6 +226,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
     async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
         by_host: dict[str, dict[str, State]] = {}
         for kernel_id, state in states.items():
+            self.remember(state)
             by_host.setdefault(str(state.get("host") or ""), {})[kernel_id] = state
         reports: dict[str, PhaseReport] = {}
 
@@ -228,17 +234,30 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             gateway_id = str(next(iter(some.values())).get("gateway_id") or "")
             found, why = await self._find(self._host(name, next(iter(some.values()))), gateway_id)
             for kernel_id, state in some.items():
-                reports[kernel_id] = phase_of(kernel_id, state, found, why)
+                report = reports[kernel_id] = phase_of(kernel_id, state, found, why)
+                if (
+                    found is not None and report.phase is not Phase.GONE
+                ):  # also where it shows no other users' processes
+                    self.ticket_keeper.tend(self.credentials, kernel_id, state)
 
         if "" in by_host:
             reports.update({kernel_id: PhaseReport(Phase.PENDING) for kernel_id in by_host.pop("")})
         await asyncio.gather(*(ask(name, some) for name, some in by_host.items()))
+        await self.ticket_keeper.forget(self.credentials)
         return reports
+
+    async def _deliver(self, state: State, tickets: str) -> None:
+        """Give a kernel that runs newer tickets. Raises `SshError`, `LaunchFailed`."""
+        host, user = self._host(str(state["host"]), state), self._user(state.get("user"))
+        request = {"runtime_dir": state["runtime_dir"], "tickets": tickets}
+        await self.pool.run(host, self._calling(host, "tickets", user, READ_SECONDS, request), who=self._who(user))
 
     async def terminate(self, state: State) -> None:
         kernel_id, gateway_id, name = state.get("kernel_id"), state.get("gateway_id"), state.get("host")
         assert isinstance(kernel_id, str) and isinstance(gateway_id, str)
+        self.remember(state)
         self.tunnels.close_port(kernel_id)
+        await self.ticket_keeper.ended(self.credentials, kernel_id)
         if not isinstance(name, str) or name in self.lost_hosts:
             return  # nothing was begun, or nothing of it is left
         host, user = self._host(name, state), self._user(state.get("user") or state.get("unix_user"))
@@ -250,6 +269,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
 
     async def signal(self, state: State, signum: int) -> None:
         kernel_id, gateway_id, name = state.get("kernel_id"), state.get("gateway_id"), state.get("host")
+        self.remember(state)
         if isinstance(name, str) and isinstance(state.get("pid"), int):
             names = self._names(state, str(gateway_id), str(kernel_id))
             user = self._user(state.get("user"))
@@ -293,6 +313,7 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
         name, directory = state.get("host"), state.get("runtime_dir")
         if not isinstance(name, str) or not isinstance(directory, str) or name in self.lost_hosts:
             return ""
+        self.remember(state)
         host, user = self._host(name, state), self._user(state.get("user"))
         call = self._calling(host, "logs", user, READ_SECONDS, {"runtime_dir": directory})
         try:
@@ -301,119 +322,15 @@ class DistributedProxy(DistributedOptions, ProcessProxy):
             raise as_error(host, error) from error
         return "\n".join(str(answer["text"]).splitlines()[-lines:])
 
+    def says(self, unix_user: str | None, principal: str | None) -> str:
+        user = self._user(unix_user)
+        if user == self.user:
+            return f"the gateway logs in as {user}, as whom kernels run."
+        return f"the gateway {self.way(user, principal)}."
+
     async def check(self) -> Sequence[Finding]:
         checker = Checker(self.nodes.bundle, self, self.configured_hosts)
-        return await checker.run()
-
-    # Helpers
-
-    async def _find(self, host: Host, gateway_id: str) -> tuple[dict[str, Any] | None, str]:
-        """What there is on a host, or None and why it cannot be asked. One that is slow is not waited for."""
-        if host.name in self.lost_hosts:
-            return {"agents": [], "directories": [], "lost": True}, ""
-        request = {
-            "gateway_id": gateway_id,
-            "host": host.name,
-            "runtime_root": self.runtime_root,
-            "drain_file": self.drain_file,
-        }
-        asked = asyncio.ensure_future(
-            self.pool.run(
-                host, lambda: self.nodes.call(host, self.user, "find", request, within=READ_SECONDS), lane=Lane.LOOK
-            )
-        )
-        asked.add_done_callback(_unheard)
-        done, _ = await asyncio.wait({asked}, timeout=self.ask_seconds)
-        if not done:
-            self.known.failed(host.name, "it does not answer")
-            return None, "it does not answer"
-        try:
-            found = asked.result()
-        except SshError as error:
-            self._failed(host, self.user, error)
-            return None, error.text
-        except GatewayError as error:
-            return None, error.message
-        self.known.answered(host.name, found)
-        return found, ""
-
-    async def _refresh(self, names: Iterable[str]) -> None:
-        """Learn how hosts are. Launches that ask the same host at the same time share one question.
-
-        A poll shares none: an answer that was under way before a kernel was there would tell that it is gone.
-        """
-        asked = []
-        for name in names:
-            task = self._refreshing.get(name)
-            if task is None or task.done():
-                task = self._refreshing[name] = asyncio.ensure_future(self._find(self.known.hosts[name], ""))
-            asked.append(asyncio.shield(task))  # whoever gives up leaves it to the others
-        await asyncio.gather(*asked)
-
-    async def _effect(self, host: Host, action: str, user: str, request: Mapping[str, Any]) -> None:
-        """Have something done, to its end. Raises `Unavailable`."""
-        try:
-            call = self._calling(host, action, user, LAUNCH_SECONDS, request)
-            await self.pool.run(host, call, who=self._who(user))
-        except SshError as error:
-            self._failed(host, user, error)
-            raise as_error(host, error) from error
-        except LaunchFailed as error:  # of something that is to end: it is not known whether it has
-            raise Unavailable(error.message, hint=error.hint) from error
-
-    def _calling(
-        self, host: Host, action: str, user: str, within: float, request: Mapping[str, Any]
-    ) -> Callable[[], dict[str, Any]]:
-        return lambda: self.nodes.call(host, self._login(user), action, request, user=user, within=within)
-
-    def _names(self, state: Mapping[str, JSON], gateway_id: str, kernel_id: str) -> dict[str, Any]:
-        """What every request about one kernel says."""
-        return {
-            "gateway_id": gateway_id,
-            "kernel_id": kernel_id,
-            "host": state["host"],
-            "runtime_dir": state["runtime_dir"],
-            "drain_file": self.drain_file,
-            "seconds": self.shutdown_seconds,
-        }
-
-    def _host(self, name: str, recorded: Mapping[str, JSON] | None) -> Host:
-        """A host by its name; one that is no longer configured as a kernel's state has it."""
-        found = self.known.hosts.get(name)
-        if found is not None:
-            return found
-        address, port = (recorded or {}).get("address"), (recorded or {}).get("port")
-        return Host(name, address if isinstance(address, str) else name, port if isinstance(port, int) else 22)
-
-    def _user(self, unix_user: object) -> str:
-        """The unix user of a kernel."""
-        return unix_user if isinstance(unix_user, str) and unix_user else self.user
-
-    def _login(self, user: str) -> str:
-        """As whom to log in for a kernel of that user."""
-        return user if self.login_as_owner else self.user
-
-    def _who(self, user: str) -> str:
-        """Whose turn a call is, of users who must not hold each other up; nobody's where there is but one."""
-        return "" if user == self.user else user
-
-    def _failed(self, host: Host, user: str, error: SshError) -> None:
-        """Remember what is wrong with a host: what one user alone has there keeps nobody else's kernels away."""
-        theirs = not error.problem.of_host or (error.problem is Problem.REFUSED and self.login_as_owner)
-        if user == self.user or not theirs:
-            self.known.failed(host.name, error.text)
-
-    def _number(self, host: Host, user: str) -> int:
-        """The first name of a directory there that is not known to be somebody else's."""
-        return self._names_taken.get((host.name, user), 0)
-
-    def _path(self, gateway_id: str, kernel_id: str, host: Host, user: str, number: int) -> str:
-        # Hashed: kernel ids may come from clients, and the path must be short and the kernel's alone.
-        name = hashlib.sha256(f"{gateway_id}/{kernel_id}/{host.name}".encode()).hexdigest()[:16]
-        return f"{self.runtime_root}/{self.names.name(user, f'{user}@{host.name}/{number}')}/{name}"
-
-
-def _unheard(future: asyncio.Future[Any]) -> None:
-    """Perhaps nobody waits any more for what a slow host says."""
-    if not future.cancelled():
-        future.exception()
+        found = await checker.run()
+        if self.configured_hosts():
+            found += await check_tickets(self.credentials, self.tickets, self.check_user, self.check_principal)
+        return found

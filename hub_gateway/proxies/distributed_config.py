@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import pwd
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from traitlets import Bool, Dict, Enum, Float, Integer, List, TraitError, Unicode, Union, default, validate
-from traitlets.config import LoggingConfigurable
+from traitlets import Dict, Enum, Float, Integer, List, TraitError, Unicode, Union, default, validate
 
 from hub_gateway.kernels.types import JSON, Resources
 from hub_gateway.proxies.agent_config import shutdown_option
@@ -18,6 +15,7 @@ from hub_gateway.proxies.base import Finding
 from hub_gateway.proxies.names import NAMES, DirectoryNames
 from hub_gateway.proxies.specconfig import Check, names, ports
 from hub_gateway.proxies.ssh_hosts import Host, Placement, host_of, listed
+from hub_gateway.proxies.ssh_login import LoginOptions
 from hub_gateway.proxies.ssh_node import NodeOptions
 from hub_gateway.proxies.ssh_pool import SshOptions
 
@@ -26,7 +24,7 @@ __all__ = ["DistributedOptions"]
 PLACEMENTS = tuple(one.value for one in Placement)
 
 
-class DistributedOptions(LoggingConfigurable):
+class DistributedOptions(LoginOptions):
     """Options of `DistributedProxy`: kernels on hosts that are reached by SSH."""
 
     options_of = "DistributedProxy"
@@ -70,44 +68,11 @@ class DistributedOptions(LoggingConfigurable):
         Of a host that only does not answer nothing is known: its kernels are kept until it does.
         """,
     ).tag(config=True)
-    user = Unicode(
-        help="""The unix user as whom the gateway logs in. By default the name of its own.
-
-        Kernels run as this user unless `UnixUsers.impersonate` is set; it must not be root then.
-        """
-    ).tag(config=True)
-    key_file = Unicode(
-        help="""The private key to log in with, without a passphrase; a certificate `KEY-cert.pub` beside it is used.
-
-        By default `~/.ssh/id_ed25519`. Not used where `gss_keytab` is set.
-        """
-    ).tag(config=True)
     known_hosts = List(
         Unicode(),
         help="""Files with the hosts' keys, in OpenSSH's format. A host whose key is not in them is not connected to.
 
         By default `~/.ssh/known_hosts` and `/etc/ssh/ssh_known_hosts`.
-        """,
-    ).tag(config=True)
-    gss_keytab = Unicode(
-        help="""Log in by Kerberos (gssapi-with-mic) with the tickets of `gss_principal`, whose keytab this is.
-
-        It takes the optional dependencies `kerberos`.
-        """
-    ).tag(config=True)
-    gss_principal = Unicode(
-        help="The principal as whom to log in. Hosts let it in as a user whose k5login (or their own) names it."
-    ).tag(config=True)
-    gss_names = Dict(
-        value_trait=Unicode(),
-        key_trait=Unicode(),
-        help="The names of hosts in their Kerberos principals (`host/NAME`), where it is not the address in `hosts`.",
-    ).tag(config=True)
-    login_as_owner = Bool(
-        False,
-        help="""Log in as each kernel's unix user, rather than as `user` who becomes that user by sudo.
-
-        For hosts that let the gateway's own principal, or key, in as its users. `user` still looks after the hosts.
         """,
     ).tag(config=True)
     python = Unicode(
@@ -175,23 +140,12 @@ class DistributedOptions(LoggingConfigurable):
         address space of each single process.
         """,
     ).tag(config=True)
-    check_user = Unicode(
-        help="A unix user whose kernels may run: `jupyter hubgateway check` tries whether the gateway may act as this."
-    ).tag(config=True)
     connect_seconds = Float(10.0, help="How long (seconds) logging in to a host may take.").tag(config=True)
     ask_seconds = Float(5.0, help="How long (seconds) a host may take to say which kernels it has.").tag(config=True)
     retry_seconds = Float(
         30.0, help="How long (seconds) a host that could not be reached takes no new kernels if there are others."
     ).tag(config=True)
     shutdown_seconds = shutdown_option(12.0)
-
-    @default("user")
-    def _default_user(self) -> str:
-        return pwd.getpwuid(os.getuid()).pw_name
-
-    @default("key_file")
-    def _default_key_file(self) -> str:
-        return str(Path("~/.ssh/id_ed25519").expanduser())
 
     @default("known_hosts")
     def _default_known_hosts(self) -> list[str]:
@@ -253,7 +207,7 @@ class DistributedOptions(LoggingConfigurable):
     def ssh_options(self) -> SshOptions:
         """How to connect."""
         files = tuple(Path(name).expanduser() for name in self.known_hosts)
-        return SshOptions(files, self._authenticate, self.connect_seconds, self.calls_per_user)
+        return SshOptions(files, self.authenticate, self.connect_seconds, self.calls_per_user)
 
     def node_options(self) -> NodeOptions:
         """How the launcher is called."""
@@ -297,15 +251,6 @@ class DistributedOptions(LoggingConfigurable):
         except TraitError as error:
             self.log.warning("A kernelspec's port_range is not heeded: %s", error)
             return _ports(self.port_range)
-
-    def _authenticate(self, login: str, host: Host) -> dict[str, Any]:
-        if self.gss_keytab:
-            name = self.gss_names.get(host.name, host.address)
-            # Here, as it imports paramiko, which is for gateways with SSH hosts alone.
-            from hub_gateway.proxies.ssh_gss import keytab_arguments
-
-            return keytab_arguments(Path(self.gss_keytab), self.gss_principal, name, login)
-        return {"key_filename": str(Path(self.key_file).expanduser())}
 
 
 def _read_host(written: Any) -> Host:

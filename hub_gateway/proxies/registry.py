@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from traitlets import Dict, Type, Unicode
 from traitlets.config import LoggingConfigurable
@@ -14,6 +14,9 @@ from hub_gateway.proxies.distributed import DistributedProxy
 from hub_gateway.proxies.docker import DockerProxy
 from hub_gateway.proxies.local import LocalProxy
 from hub_gateway.proxies.swarm import SwarmProxy
+
+if TYPE_CHECKING:
+    from hub_gateway.identity.credentials import Credentials
 
 __all__ = ["PROXIES", "Proxies"]
 
@@ -37,7 +40,7 @@ ENTERPRISE_GATEWAY = {
 class Proxies(LoggingConfigurable):
     """The process proxies of this gateway, made when they are first used.
 
-    `state_dir` is where proxies may keep what belongs to this gateway.
+    `state_dir` is where proxies may keep what belongs to this gateway; `credentials` has tickets for their kernels.
     """
 
     default_proxy = Unicode(
@@ -52,9 +55,10 @@ class Proxies(LoggingConfigurable):
         """,
     ).tag(config=True)
 
-    def __init__(self, *, state_dir: str = "", **kwargs: Any) -> None:
+    def __init__(self, *, state_dir: str = "", credentials: Credentials | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.state_dir = state_dir
+        self.credentials = credentials
         self._made: dict[str, ProcessProxy] = {}
 
     def resolve(self, name: str | None) -> str:
@@ -77,6 +81,7 @@ class Proxies(LoggingConfigurable):
             if found is None:
                 raise BadRequest(f"This gateway no longer has the process proxy {name!r}.")
             made = self._made[name] = found(parent=self)
+            made.credentials = self.credentials
             made.wanted = made.wanted or name == self.default_proxy or name in self.extra_proxies
         return self._made[name]
 

@@ -59,7 +59,7 @@ class Checker:
         try:
             return await nodes.pool.run(host, lambda: list(self._look(nodes, host)), lane=Lane.LOOK)
         except SshError as error:
-            return [Finding("error", host.name, error.text, HINTS[error.problem])]
+            return [Finding("error", host.name, error.text, error.hint or HINTS[error.problem])]
         except GatewayError as error:
             return [Finding("error", host.name, error.message, error.hint)]
 
@@ -72,10 +72,10 @@ class Checker:
         yield from _clock(host, float(answer["time"]), asked_at, time.time())
         user = options.check_user
         if user and user != options.user:
-            login = user if options.login_as_owner else options.user
+            login = user if options.as_owner else options.user
             request["limit_command"] = options.limits(Resources(cpu=1, memory=2**40))
             answer = nodes.call(host, login, "look", request, user=user, within=LOOK_SECONDS)
-            yield Finding("ok", host.name, f"the gateway may act as {user}")
+            yield Finding("ok", host.name, f"the gateway may act as {user}: it {options.way(user)}")
         yield from _facts(host, answer, options)
 
 

@@ -50,14 +50,16 @@ class Problem(enum.Enum):
 class SshError(Exception):
     """A host could not be asked. The text is a clause for a sentence: "its host key is not in known_hosts".
 
-    `hanging` is the channel of a command that still runs, which ends when the command does.
+    `hanging` is the channel of a command that still runs, which ends when the command does. `hint` says what to do,
+    where more is known than the problem.
     """
 
-    def __init__(self, problem: Problem, text: str, hanging: Any = None) -> None:
+    def __init__(self, problem: Problem, text: str, hanging: Any = None, hint: str = "") -> None:
         super().__init__(text)
         self.problem = problem
         self.text = text
         self.hanging = hanging
+        self.hint = hint
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ used: paramiko takes a while, and gssapi is optional.
 
 from __future__ import annotations
 
-import importlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,18 @@ from paramiko.message import Message
 from paramiko.transport import ServiceRequestingTransport
 
 from hub_gateway.identity import kerberos
+from hub_gateway.identity.krb5errors import CLOCKS, NoTicket, code_of, reason
+from hub_gateway.identity.s4u import ConstrainedDelegation
 from hub_gateway.proxies.ssh_pool import Problem, SshError
 
-__all__ = ["gss_arguments", "keytab_arguments"]
+__all__ = ["delegated_arguments", "gss_arguments", "keytab_arguments"]
 
 KRB5 = bytes([0x06, 0x09, 0x2A, 0x86, 0x48, 0x86, 0xF7, 0x12, 0x01, 0x02, 0x02])
 """The DER of Kerberos's object identifier, 1.2.840.113554.1.2.2."""
 REQUEST = bytes([50])
 CHOSEN, TOKEN, ERROR, ERROR_TOKEN, MIC = 60, 61, 64, 65, 66
 METHOD = "gssapi-with-mic"
+NOTHING = "the gateway has nothing to log in with"
 
 
 def keytab_arguments(keytab: Path, principal: str, name: str, login: str) -> dict[str, Any]:
@@ -39,10 +40,29 @@ def keytab_arguments(keytab: Path, principal: str, name: str, login: str) -> dic
     return gss_arguments(login, name, kerberos.KeytabTickets(keytab, principal).acquire())
 
 
+def delegated_arguments(delegation: ConstrainedDelegation, person: str, name: str, login: str) -> dict[str, Any]:
+    """The same with a person's ticket for the host, which the KDC gives the gateway by constrained delegation.
+
+    Blocks. Raises `SshError` with the KDC's reason, and `Unavailable` without tickets of the gateway's own.
+    """
+    if why := kerberos.missing():
+        raise SshError(Problem.REFUSED, why)
+    try:
+        credentials = delegation.credentials(person, [_host_name(name)])
+    except NoTicket as error:
+        raise SshError(Problem.REFUSED, f"{NOTHING}: {error.clause}", hint=error.clause) from error
+    return gss_arguments(login, name, credentials)
+
+
 def gss_arguments(login: str, name: str, credentials: Any) -> dict[str, Any]:
     """The same with GSSAPI credentials. Nothing is delegated."""
     strategy = _Strategy(_Source(login, name, credentials))
     return {"auth_strategy": strategy, "transport_factory": _Transport}
+
+
+def _host_name(name: str) -> Any:
+    gssapi = kerberos.gssapi()
+    return gssapi.Name(f"host@{name}", gssapi.NameType.hostbased_service)
 
 
 class _Handler(AuthOnlyHandler):  # type: ignore[misc]
@@ -53,12 +73,13 @@ class _Handler(AuthOnlyHandler):  # type: ignore[misc]
         table: dict[int, Any] = dict(super()._client_handler_table)
         if getattr(self, "auth_method", "") == METHOD:
             # After an error comes the refusal itself, as a message of its own.
-            table |= {CHOSEN: self._chosen, TOKEN: self._answered, ERROR: _ignored, ERROR_TOKEN: _ignored}
+            table |= {CHOSEN: self._chosen, TOKEN: self._answered, ERROR: _ignored, ERROR_TOKEN: self._objected}
         return table
 
     def log_in(self, context: Any, login: str) -> Any:
         """Ask for the method, with what goes after that prepared: the KDC may take its time, in the caller's thread."""
         self.context = context
+        self.objection = ""
         self.first = context.step()
 
         def finish(message: Message) -> None:
@@ -84,6 +105,15 @@ class _Handler(AuthOnlyHandler):  # type: ignore[misc]
                 signed.add_string(text)
             self._send(MIC, self.context.get_signature(signed.asbytes()))
 
+    def _objected(self, message: Message) -> None:
+        """The host's Kerberos says what is wrong with the ticket, in a token for ours."""
+        try:
+            self.context.step(message.get_string())
+        except kerberos.gssapi().exceptions.GSSError as error:
+            # The ticket is good by the KDC's clock: by what clock it is not yet, or no more, is the host's affair.
+            of_time = code_of(error) in (32, 33, 37)
+            self.objection = CLOCKS if of_time else reason(error, client=self.username)
+
     def _send(self, kind: int, token: bytes) -> None:
         message = Message()
         message.add_byte(bytes([kind]))
@@ -106,22 +136,28 @@ class _Source(AuthSource):  # type: ignore[misc]
         self.name = name
         self.credentials = credentials
 
+    def __repr__(self) -> str:
+        return METHOD
+
     def authenticate(self, transport: Any) -> Any:
-        gssapi: Any = importlib.import_module("gssapi")
+        gssapi = kerberos.gssapi()
         transport.ensure_session()
         flags = gssapi.RequirementFlag
         try:
             context = gssapi.SecurityContext(
-                name=gssapi.Name(f"host@{self.name}", gssapi.NameType.hostbased_service),
+                name=_host_name(self.name),
                 creds=self.credentials,
                 mech=gssapi.MechType.kerberos,
                 flags=flags.mutual_authentication | flags.integrity,
                 usage="initiate",
             )
             return transport.auth_handler.log_in(context, self.username)
+        except paramiko.AuthenticationException as error:
+            if objection := transport.auth_handler.objection:
+                raise paramiko.AuthenticationException(objection) from error
+            raise
         except gssapi.exceptions.GSSError as error:
-            # What the library itself says is always the same; the reason is Kerberos's own ("Minor").
-            why = re.sub(r"^Major \(\d+\): .*, Minor \(\d+\): ", "", " ".join(str(error).split()))
+            why = reason(error, client=self.username, service=f"host/{self.name}")
             raise paramiko.AuthenticationException(f"no Kerberos ticket for host/{self.name}: {why}") from error
 
 

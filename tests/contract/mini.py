@@ -19,6 +19,8 @@ from hub_gateway.auth.base import Caller
 from hub_gateway.db import migrate
 from hub_gateway.db.engine import Database
 from hub_gateway.db.secrets import Vault
+from hub_gateway.identity.ccaches import CredentialStore
+from hub_gateway.identity.credentials import Credentials
 from hub_gateway.kernels.controller import Controller
 from hub_gateway.kernels.service import CreateKernel, KernelService
 from hub_gateway.kernels.specs import KernelSpecs
@@ -52,7 +54,8 @@ class MiniGateway:
         self.zmq = zmq.Context()
         self.db = Database(setup.db_url)
         migrate.prepare(self.db, upgrade_older=True)
-        self.proxies = Proxies(state_dir=setup.state_dir, parent=parent)
+        self.credentials = Credentials(store=CredentialStore(state_dir=setup.state_dir, parent=parent), parent=parent)
+        self.proxies = Proxies(state_dir=setup.state_dir, credentials=self.credentials, parent=parent)
         self.controller = Controller(
             db=self.db,
             vault=Vault.from_file(Path(setup.state_dir) / "secret_keys"),
@@ -65,11 +68,13 @@ class MiniGateway:
         self.service = KernelService(controller=self.controller, specs=KernelSpecs(parent=parent), parent=parent)
 
     async def __aenter__(self) -> MiniGateway:
+        self.credentials.start([record.id for record in await self.controller.store.live()])
         await self.controller.start(sole=True)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self.controller.close()
+        await self.credentials.close()
         await self.db.close()
         self.zmq.destroy(linger=0)
 

@@ -8,7 +8,7 @@ import subprocess
 import psutil
 import pytest
 
-from tests.engines import hand
+from tests.engines import hand, missing
 from tests.engines.ssh import LOGIN
 from tests.harness.waiting import until
 
@@ -16,6 +16,9 @@ from tests.harness.waiting import until
 def test_what_is_said_works_until_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
     if os.geteuid() != 0:
         pytest.skip("an sshd that lets several users in takes root")
+    for engine in ("ssh", "kerberos", "kerberos-ldap"):
+        if reason := missing(engine):
+            pytest.skip(reason)
     before = {one.pid for one in psutil.process_iter()}
     answers: list[str] = []
 
@@ -24,7 +27,7 @@ def test_what_is_said_works_until_it_ends(capsys: pytest.CaptureFixture[str]) ->
             name, _, command = line.partition(": ")
             if command.startswith("ssh "):
                 command += " whoami"
-            elif name != "kerberos" or "kinit" not in command:
+            elif name not in ("kerberos", "s4u") or "kinit" not in command:
                 continue
             else:
                 # As whoever types it would, into a cache of their own.
@@ -33,9 +36,9 @@ def test_what_is_said_works_until_it_ends(capsys: pytest.CaptureFixture[str]) ->
             assert done.returncode == 0, (command, done.stderr)
             answers.append(done.stdout.strip())
 
-    assert hand.main(["ssh", "kerberos"], forever=typed) == 0
-    assert answers == [LOGIN, LOGIN, LOGIN, "tickets"]
-    engines = {"sshd", "krb5kdc"}
+    assert hand.main(["ssh", "kerberos", "s4u"], forever=typed) == 0
+    assert answers == [LOGIN, LOGIN, LOGIN, "tickets", "tickets"]
+    engines = {"sshd", "krb5kdc", "slapd"}
 
     def left() -> list[int]:
         return [
@@ -45,4 +48,4 @@ def test_what_is_said_works_until_it_ends(capsys: pytest.CaptureFixture[str]) ->
     until(lambda: not left(), "the engines are gone")
     with pytest.raises(SystemExit):
         hand.main(["no-such-engine"])
-    assert "ssh, kerberos, docker, swarm" in capsys.readouterr().err
+    assert "ssh, kerberos, s4u, docker, swarm" in capsys.readouterr().err

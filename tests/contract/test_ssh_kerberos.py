@@ -2,78 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import pytest
 
 from hub_gateway.kernels.types import KernelStatus
-from tests.contract.conftest import Bench, bench_of
-from tests.contract.ssh_case import USERS, SshCase, distributed, prepare_nodes
+from tests.contract.conftest import Bench
+from tests.contract.kerberos_case import HOST, KDCS, PRINCIPAL, SSH_K5LOGIN
+from tests.contract.ssh_case import NODES
 from tests.contract.suite import marks_of
 from tests.contract.test_conformance import reserved
 from tests.contract.test_conformance_ssh import gateway_with, refused, trouble
-from tests.engines.kdc import Kdc
-from tests.engines.ssh import LOGIN
 from tests.harness.waiting import eventually
 
-pytestmark = marks_of("ssh", "kerberos", "kerberos-headers")
-
-PRINCIPAL = "hub-gateway/localhost"
-SSHD = """\
-GSSAPIAuthentication yes
-GSSAPIStrictAcceptorCheck no
-PubkeyAuthentication no
-"""
-K5LOGIN = """\
-[libdefaults]
-    k5login_directory = {directory}
-    k5login_authoritative = true
-"""
+pytestmark = [*marks_of(*SSH_K5LOGIN.needs), pytest.mark.parametrize("bench", [SSH_K5LOGIN.name], indirect=True)]
 
 
-@pytest.fixture
-def kdc(tmp_path: Path) -> Iterator[Kdc]:
-    pytest.importorskip("gssapi")
-    made = Kdc(tmp_path / "kdc").start()
-    yield made
-    made.stop()
-
-
-@pytest.fixture
-def bench(kdc: Kdc, db_url: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """Hosts that let the gateway's principal in as alice and as the login, but not as bob."""
-
-    def prepare(state_dir: Path) -> dict[str, object]:
-        monkeypatch.setenv("KRB5_CONFIG", str(kdc.krb5_conf))
-        allowed = state_dir / "k5login"
-        allowed.mkdir()
-        for user in (LOGIN, USERS[0]):
-            (allowed / user).write_text(f"{PRINCIPAL}@{kdc.realm}\n")
-        # Files in one variable: the hosts' own settings before those of the realm.
-        hosts_conf = state_dir / "hosts.conf"
-        hosts_conf.write_text(K5LOGIN.format(directory=allowed))
-        environment = {
-            "KRB5_CONFIG": f"{hosts_conf}:{kdc.krb5_conf}",
-            "KRB5_KTNAME": str(kdc.keytab("hosts", "host/node.example.test")),
-            "KRB5RCACHENAME": "none:",
-        }
-        nodes = prepare_nodes(state_dir, "127.0.0.2", more=SSHD, environment=environment)
-        config = dict(distributed(nodes, state_dir))
-        nodes.drop_sudo_rule()
-        config["DistributedProxy"] = {
-            **config["DistributedProxy"],
-            "login_as_owner": True,
-            "gss_keytab": str(kdc.keytab("gateway", PRINCIPAL)),
-            "gss_principal": f"{PRINCIPAL}@{kdc.realm}",
-            "gss_names": {nodes.hosts[0]: "node.example.test"},
-        }
-        return config
-
-    yield from bench_of(SshCase("ssh-k5login", 2, prepare, USERS, impersonates=True), db_url())
-
-
-async def test_life(bench: Bench) -> None:
+async def test_no_ticket_reaches_the_kernel(bench: Bench) -> None:
     """A kernel as its owner, with neither a key nor a rule of sudo."""
     async with bench.gateway() as gateway:
         record = await gateway.start(bench.alice)
@@ -87,6 +30,8 @@ async def test_life(bench: Bench) -> None:
 
 
 async def test_who_has_no_k5login(bench: Bench) -> None:
+    allowed = bench.state_dir / "k5login" / bench.bob.name
+    allowed.unlink()
     async with bench.gateway() as gateway:
         record = await gateway.start(bench.bob)
         assert record.status is KernelStatus.FAILED
@@ -94,17 +39,20 @@ async def test_who_has_no_k5login(bench: Bench) -> None:
         assert await reserved(gateway) == set()
 
 
-async def test_no_tickets(bench: Bench, kdc: Kdc) -> None:
+async def test_no_tickets(bench: Bench) -> None:
     """A keytab that is not the principal's any more, then a KDC that is down."""
+    kdc = KDCS[bench.state_dir]
     kdc.run("kadmin.local", "-r", kdc.realm, "cpw", "-randkey", PRINCIPAL)
     async with bench.gateway() as gateway:
         assert "nothing to log in with" in await refused(bench, gateway)
         assert "k5login" in (await trouble(gateway))[0].hint
     kdc.stop()
     async with bench.gateway() as gateway:
-        assert "nothing to log in with" in await refused(bench, gateway)
+        assert "no KDC of the realm answers" in await refused(bench, gateway)
 
 
 async def test_another_name_of_the_host(bench: Bench) -> None:
-    async with gateway_with(bench, gss_names={}) as gateway:
-        assert "no Kerberos ticket for host/127.0.0.2" in await refused(bench, gateway)
+    async with gateway_with(bench, hosts=NODES[bench.state_dir].hosts[:1], gss_names={}) as gateway:
+        message = await refused(bench, gateway)
+        assert "no Kerberos ticket for host/127.0.0.2: the KDC does not know the service" in message
+        assert f"host/{HOST}" not in message

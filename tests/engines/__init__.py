@@ -20,6 +20,7 @@ __all__ = [
     "chromium",
     "dockerd",
     "kerberos",
+    "kerberos_ldap",
     "missing",
     "postgresql",
 ]
@@ -53,6 +54,12 @@ def kerberos() -> str | None:
     return found[0] if all(found) else None
 
 
+def kerberos_ldap() -> str | None:
+    """What it takes to keep a realm's principals in OpenLDAP."""
+    found = [shutil.which(program, path=KRB5_PATH) for program in ("slapd", "ldapmodify", "kdb5_ldap_util")]
+    return found[0] if all(found) else None
+
+
 def dockerd() -> str | None:
     """Docker's daemon, and what it takes to give it a network and images."""
     needed = ("dockerd", "iptables", "debootstrap", "ip", "tar")
@@ -73,6 +80,11 @@ ENGINES = {
     "postgresql": Engine(postgresql, ("postgresql",), "every suite on PostgreSQL"),
     "chromium": Engine(chromium, ("chromium",), "what a person sees in JupyterLab"),
     "kerberos": Engine(kerberos, ("krb5-kdc", "krb5-admin-server", "krb5-user"), "tickets of a real Kerberos realm"),
+    "kerberos-ldap": Engine(
+        kerberos_ldap,
+        ("krb5-kdc-ldap", "slapd", "ldap-utils"),
+        "a Kerberos realm with constrained delegation, which MIT's own database does not have",
+    ),
     "kerberos-headers": Engine(
         lambda: shutil.which("krb5-config") and shutil.which("cc"),
         ("gcc", "libc6-dev", "libkrb5-dev", "python3-dev"),

@@ -15,6 +15,7 @@ import pytest
 
 from tests.engines.docker import IMAGE, docker_engine, swarm_engine
 from tests.engines.kdc import Kdc
+from tests.engines.kdc_ldap import LdapKdc
 from tests.engines.ssh import LOGIN, SshNodes
 
 __all__ = ["HAND", "main"]
@@ -38,6 +39,23 @@ def kerberos(directory: Path, ending: ExitStack) -> Iterator[str]:
     yield f"KRB5_CONFIG={kdc.krb5_conf} kinit -kt {keytab} alice"
 
 
+def s4u(directory: Path, ending: ExitStack) -> Iterator[str]:
+    """A KDC with constrained delegation."""
+    kdc = LdapKdc(directory)
+    ending.callback(kdc.stop)
+    kdc.start()
+    kdc.person("alice")
+    keytab = kdc.keytab("gateway", "hub-gateway/localhost")
+    kdc.keytab("service", "HTTP/localhost")
+    kdc.change("hub-gateway/localhost", "+ok_to_auth_as_delegate")
+    kdc.delegates("hub-gateway/localhost", "HTTP/localhost")
+    yield f"realm {kdc.realm}; more principals: KRB5_KDC_PROFILE={directory}/kdc.conf kadmin.local"
+    yield (
+        f"export KRB5_CONFIG={kdc.krb5_conf} KRB5CCNAME=FILE:{directory}/ccache; "
+        f"kinit -kt {keytab} hub-gateway/localhost && kvno -q -I alice -P HTTP/localhost"
+    )
+
+
 def docker(directory: Path, ending: ExitStack) -> Iterator[str]:
     """A daemon."""
     yield f"DOCKER_HOST={docker_engine().url} docker run --rm -it {IMAGE} python3"
@@ -51,6 +69,7 @@ def swarm(directory: Path, ending: ExitStack) -> Iterator[str]:
 HAND: dict[str, Callable[[Path, ExitStack], Iterator[str]]] = {
     "ssh": ssh,
     "kerberos": kerberos,
+    "s4u": s4u,
     "docker": docker,
     "swarm": swarm,
 }

@@ -6,10 +6,12 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from tests.engines import KRB5_PATH, missing
+from tests.engines.clock import clock_ahead
 from tests.harness.waiting import until
 
 __all__ = ["Kdc"]
@@ -52,10 +54,12 @@ class Kdc:
     """
 
     realm = REALM
+    engines: ClassVar[tuple[str, ...]] = ("kerberos",)
 
     def __init__(self, directory: Path, *, life: str = "1h") -> None:
-        if reason := missing("kerberos"):
-            pytest.skip(reason)
+        for engine in self.engines:
+            if reason := missing(engine):
+                pytest.skip(reason)
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.krb5_conf = directory / "krb5.conf"
@@ -70,10 +74,11 @@ class Kdc:
         self._life = life
         self._process: subprocess.Popen[bytes] | None = None
         self._configure(0)
-        self._run("kdb5_util", "create", "-W", "-s", "-r", REALM, "-P", "master")
+        self._create()
 
-    def start(self) -> Kdc:
-        """Serve."""
+    def start(self, *, ahead: int = 0) -> Kdc:
+        """Serve, with a clock that is so many seconds ahead of ours."""
+        environment = {**self.environment, **(clock_ahead(self.directory, ahead) if ahead else {})}
         for _ in range(3):  # somebody else may take the port first
             self._configure(_free_port())
             pid_file = self.directory / "kdc.pid"
@@ -81,7 +86,7 @@ class Kdc:
             with self.log.open("ab") as log:
                 self._process = subprocess.Popen(
                     [self._program("krb5kdc"), "-n", "-r", REALM, "-P", str(pid_file)],
-                    env=self.environment,
+                    env=environment,
                     stdout=log,
                     stderr=log,
                 )
@@ -107,6 +112,23 @@ class Kdc:
             self._run("kadmin.local", "-r", REALM, "ktadd", "-norandkey", "-k", str(path), principal)
         return path
 
+    def person(self, name: str, *options: str) -> Path:
+        """A principal of somebody, with the options of `addprinc`, and a keytab in place of a password."""
+        self._run("kadmin.local", "-r", REALM, "addprinc", "-randkey", *options, name)
+        path = self.directory / f"{name}.person.keytab"
+        self._run("kadmin.local", "-r", REALM, "ktadd", "-norandkey", "-k", str(path), name)
+        return path
+
+    def kinit(self, name: str, ccache: Path, *options: str) -> Path:
+        """A ticket of somebody whom `person` made, in a file."""
+        keytab = self.directory / f"{name}.person.keytab"
+        self._run("kinit", *options, "-k", "-t", str(keytab), "-c", f"FILE:{ccache}", name)
+        return ccache
+
+    def change(self, principal: str, *options: str) -> None:
+        """Change a principal, with the options of `modprinc`."""
+        self._run("kadmin.local", "-r", REALM, "modprinc", *options, principal)
+
     def run(self, *command: str, **environment: str) -> str:
         """What a Kerberos program says on its output."""
         return self._run(*command, **environment)
@@ -118,10 +140,16 @@ class Kdc:
             self._process.wait(10)
             self._process = None
 
+    def _create(self) -> None:
+        """Make the realm's database."""
+        self._run("kdb5_util", "create", "-W", "-s", "-r", REALM, "-P", "master")
+
     def _configure(self, port: int) -> None:
-        facts = {"realm": REALM, "port": port, "directory": self.directory, "life": self._life}
-        self.krb5_conf.write_text(_KRB5_CONF.format(**facts))
-        (self.directory / "kdc.conf").write_text(_KDC_CONF.format(**facts))
+        self.krb5_conf.write_text(_KRB5_CONF.format(realm=REALM, port=port))
+        (self.directory / "kdc.conf").write_text(self._kdc_conf(port))
+
+    def _kdc_conf(self, port: int) -> str:
+        return _KDC_CONF.format(realm=REALM, port=port, directory=self.directory, life=self._life)
 
     def client_conf(self, path: Path, port: int) -> Path:
         """A krb5.conf that takes another port of 127.0.0.1 for the KDC, where perhaps nobody answers."""

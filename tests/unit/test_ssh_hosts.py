@@ -194,7 +194,9 @@ async def test_launches_that_meet_the_same_taken_name_go_on_to_the_same_next_one
     taken = Path(proxy._path("g", "k", proxy.known.hosts["a"], "ada", 0)).parent
     met, all_met = 0, asyncio.Event()
 
-    async def launch_on(self: DistributedProxy, host: Host, request: LaunchRequest, state: State) -> dict[str, Any]:
+    async def launch_on(
+        self: DistributedProxy, host: Host, request: LaunchRequest, state: State, tickets: Any
+    ) -> dict[str, Any]:
         nonlocal met
         if Path(str(state["runtime_dir"])).parent != taken:
             return {}
@@ -245,3 +247,22 @@ async def test_a_host_that_hangs_up_at_once_cannot_be_reached(
         await asyncio.to_thread(proxy.pool.command, Host("a", "a"), "hub", ["true"], b"", 5.0)
     assert caught.value.problem is Problem.UNREACHABLE and client.closed
     await proxy.close()
+
+
+def test_it_says_how_it_acts_as_an_owner() -> None:
+    def says(**traits: Any) -> str:
+        return DistributedProxy(user="gw", **traits).says("alice", "alice@EXAMPLE.TEST")
+
+    gss = {"gss_keytab": "/etc/gw.keytab", "gss_principal": "gw/host@EXAMPLE.TEST"}
+    assert says() == "the gateway logs in as gw with its key and becomes alice by a rule of sudo."
+    assert says(login_as_owner=True) == "the gateway logs in as alice with its key."
+    assert says(**gss, login_as_owner=True) == (
+        "the gateway logs in as alice with tickets of gw/host@EXAMPLE.TEST, by k5login."
+    )
+    assert says(**gss, owner_login="s4u") == (
+        "the gateway logs in as alice with a ticket of alice@EXAMPLE.TEST by constrained delegation (S4U)."
+    )
+    without_rules = DistributedProxy(user="gw", **gss, owner_login="s4u")
+    assert "a ticket of bob@EXAMPLE.TEST" in without_rules.says("bob", None)
+    without_rules.remember({"user": "bob", "principal": "robert@EXAMPLE.TEST"})
+    assert without_rules.principal_of("bob") == "robert@EXAMPLE.TEST"
