@@ -33,7 +33,7 @@ __all__ = ["Line", "Notice", "Stop", "enforce", "look"]
 T = TypeVar("T")
 
 SOFT, OVER = "soft", "over"
-TURN_SECONDS, REST_SECONDS = 0.0003, 0.0006
+TURN_SECONDS, REST_SECONDS = 0.0003, 0.002
 """A look at ten thousand kernels takes a sixth of a second of work."""
 _OPEN = cast(Table, Reservation.__table__)
 _STATES = cast(Table, PolicyState.__table__)
