@@ -233,6 +233,7 @@ REFUSALS = (
         r"bind source path does not exist",
         "A directory that the kernel is to have is not there on the Docker host; ask the administrator",
     ),
+    (r"device or resource busy", "The Docker host is too busy to start the kernel; try again in a minute"),
     (r"no space left", "The Docker host has no disk space left; ask the administrator, and try again later"),
     (r"could not select device driver|nvidia", "Docker can give no GPU on its host; choose a kernel without GPU"),
     (r"network .*not found", "The network that the kernel is to join does not exist; ask the administrator"),
