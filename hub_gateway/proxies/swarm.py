@@ -97,7 +97,10 @@ class SwarmProxy(ContainerProxy):
             state["secret"] = secret["id"]
             yield dict(state)
             spec = service_spec(plan, placement, secret, configs)
-            service = await self.daemon.change(lambda api: str(api.create_service(**spec)["ID"]))
+            # The nodes that fetch the image are given the login for its registry.
+            service = await self.daemon.change(
+                lambda api: str(self.daemon.connect_with_logins().create_service(**spec)["ID"])
+            )
         except errors().APIError as error:
             raise refusal(error, image=plan.image, python=plan.python) from error
         state["service"] = service
@@ -311,7 +314,8 @@ class SwarmProxy(ContainerProxy):
         if self.unused:
             return self.not_used("swarm kernels")
         networks = [self.network, *self.extra_networks]
-        return await check_daemon(self.daemon, "swarm kernels", [], networks, swarm=True, wanted=self.wanted)
+        found = await check_daemon(self.daemon, "swarm kernels", [], networks, swarm=True, wanted=self.wanted)
+        return [*found, *await asyncio.to_thread(lambda: list(self.check_logins("swarm kernels")))]
 
 
 def _epoch(found: Mapping[str, Any]) -> int:

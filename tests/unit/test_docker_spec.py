@@ -200,7 +200,7 @@ def test_progress_and_refusals_are_sentences() -> None:
     ):
         _note(layers, event)
     assert _progress("x", layers) == "Fetching the image x: 1 of 2 layers, 1 of 4 MiB."
-    assert "no login" in pull_refusal("x", "pull access denied for x, repository does not exist").message
+    assert "login may not have it" in pull_refusal("x", "pull access denied for x, repository does not exist").message
     assert "no disk space" in refusal_of("write /y: no space left on device", image="x", python="python3")
 
 
