@@ -24,6 +24,8 @@ __all__ = ["DockerDaemon", "errors", "fault_of_logins", "last_words", "refusal",
 
 T = TypeVar("T")
 PROGRESS_SECONDS = 2.0
+PULLS = 4
+"""How many images are fetched at once."""
 
 
 def errors() -> Any:
@@ -48,9 +50,10 @@ class DockerDaemon:
         self._logins = logins
         self._timeout = timeout
         self._tls = dict(tls or {})
+        self._most = threads + PULLS + 1
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="docker")
         # A pull takes minutes; it must not hold the place of what takes milliseconds.
-        self._pulls = ThreadPoolExecutor(4, thread_name_prefix="docker-pull")
+        self._pulls = ThreadPoolExecutor(PULLS, thread_name_prefix="docker-pull")
         self._lock = threading.Lock()
         self._api: Any = None
 
@@ -74,8 +77,13 @@ class DockerDaemon:
                     if self._tls
                     else None
                 )
+                # A connection for each call that may run at once; beyond that they would be made anew each time.
                 self._api = docker.api.client.APIClient(
-                    base_url=self.url, version="auto", timeout=self._timeout, tls=tls or False, num_pools=32
+                    base_url=self.url,
+                    version="auto",
+                    timeout=self._timeout,
+                    tls=tls or False,
+                    max_pool_size=self._most,
                 )
             return self._api
 

@@ -17,7 +17,7 @@ from hub_gateway.proxies.swarm_spec import attempt_of, given_up, newest, phase_o
 
 __all__ = ["SwarmManager"]
 
-LOOK_SECONDS = 0.1
+LOOK_SECONDS = (0.1, 0.5)
 _INCOMPLETE = re.compile(rb"(?m)^(Error grabbing logs: .*)?warning: incomplete log stream\..*\n?")
 """What a manager writes between the lines where it does not reach a node: none of the kernel's words."""
 
@@ -109,7 +109,7 @@ class SwarmManager:
         names = {str(one["Spec"]["Name"]) for one in services}
         for service in services:
             await self._drop("remove_service", service["ID"])
-        deadline = loop.time() + seconds
+        deadline, delay = loop.time() + seconds, LOOK_SECONDS[0]
         while True:
             tasks = [one for one in await self.tasks(gateway_id, kernel_id) if only in (None, one["ServiceID"])]
             nodes = await self.nodes(tasks)
@@ -117,7 +117,8 @@ class SwarmManager:
                 break
             if loop.time() > deadline:
                 raise Unavailable("The swarm has not ended the kernel's task yet; it is waited for.")
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(delay)
+            delay = min(1.5 * delay, LOOK_SECONDS[1])
         for secret in await self.secrets(gateway_id, kernel_id):
             if only in (None, secret["ID"]) or secret["Spec"]["Name"] in names:
                 await self._drop("remove_secret", secret["ID"])
