@@ -180,14 +180,14 @@ class SwarmProxy(ContainerProxy):
                 prepared_at = prepared_at or now
                 if now - prepared_at > self.pull_seconds:
                     raise LaunchFailed(
-                        f"A node of the swarm had not fetched the image {plan.image} after {self.pull_seconds:.0f} "
-                        "seconds; try again, or ask the administrator to fetch it beforehand."
+                        f"A node of the swarm had not prepared the kernel, and fetched the image {plan.image}, after "
+                        f"{self.pull_seconds:.0f} seconds; try again, or ask the administrator to fetch it beforehand."
                     )
                 if now - max(prepared_at, said_at) > PREPARING_SECONDS:
                     said_at = now
                     yield (
-                        f"A node of the swarm is fetching the image {plan.image}, for {now - prepared_at:.0f} seconds "
-                        "so far."
+                        f"A node of the swarm has been preparing the kernel for {now - prepared_at:.0f} seconds; it "
+                        f"fetches the image {plan.image} where it does not have it yet."
                     )
             if not started_at and report.reason and now - began > self.pending_seconds:
                 raise LaunchFailed(

@@ -134,7 +134,7 @@ async def test_the_user_sees_that_a_node_fetches_it(
         client = await gateway.connect(missing.alice, created.id)
         cell = client.run("print('it is there')")
         for _ in range(2):
-            await client.receive(lambda message: "swarm is fetching the image" in text_of(message))
+            await client.receive(lambda message: "it fetches the image" in text_of(message))
         registries[0].go_on()
         text, reply = await client.result(cell)
         assert (text, reply["content"]["status"]) == ("it is there\n", "ok")
