@@ -4,7 +4,7 @@
 #   make test           lint, documentation, and every suite, on SQLite and on PostgreSQL
 #   make bench          the table of measurements
 #   make engines        SSH servers, a KDC, dockerd and a swarm for use by hand, until Ctrl-C (E=ssh: only that)
-#   make test-engines   what a proxy does on its real engine: E=local, E=ssh or E=docker
+#   make test-engines   what a proxy does on its real engine: E=local, E=ssh, E=docker or E=swarm
 #   make lint | docs | lock | vendor | clean
 #
 # PYTHON chooses the interpreter, VENV where its environment lies, ARGS go to demo, pytest or the benchmarks, E names

@@ -18,7 +18,7 @@ from hub_gateway.errors import LaunchFailed, LaunchRefused, Unavailable
 from hub_gateway.kernels.types import JSON
 from hub_gateway.proxies.agent_config import shutdown_option
 from hub_gateway.proxies.base import ClusterObject, Finding, IdentityNeed, LaunchRequest, ProcessProxy
-from hub_gateway.proxies.docker_client import DockerDaemon, errors
+from hub_gateway.proxies.docker_client import DockerDaemon, errors, fault_of_logins
 from hub_gateway.proxies.docker_spec import (
     FILES,
     ContainerPlan,
@@ -81,8 +81,22 @@ class ContainerProxy(ProcessProxy):
         True,
         help="""Whether an image that is missing is fetched from its registry.
 
-        The user reads how far it is. Logins are those of `docker login` of the gateway's own account.
+        The user reads how far it is. For registries with a login see `registry_logins`.
         """,
+    ).tag(config=True)
+    registry_logins = Unicode(
+        help="""A file with the logins for registries, in the form that `docker login` writes.
+
+        Nobody but the gateway's account (and its group) may read it. It is read anew for each image that is fetched,
+        so a password can change at any time. By default what `docker login` of the gateway's own account left. To
+        write one:
+
+            docker --config /etc/hub-gateway/docker login registry.example.org
+
+            c.ContainerProxy.registry_logins = "/etc/hub-gateway/docker/config.json"
+
+        A login is for every image of its registry: with `allowed_images` is said which of them may run.
+        """
     ).tag(config=True)
     pull_seconds = Float(900.0, help="How long (seconds) fetching an image may take.").tag(config=True)
     python = Unicode("python3", help="Python (3.8 or newer, with pyzmq) of the images.").tag(config=True)
@@ -176,7 +190,9 @@ class ContainerProxy(ProcessProxy):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.daemon = DockerDaemon(self.url, timeout=self.timeout, threads=self.threads, tls=self.tls)
+        self.daemon = DockerDaemon(
+            self.url, timeout=self.timeout, threads=self.threads, tls=self.tls, logins=self.registry_logins
+        )
         self.wanted = self.configured()
 
     async def close(self) -> None:
@@ -316,6 +332,12 @@ class ContainerProxy(ProcessProxy):
     def shipped(self) -> dict[str, bytes]:
         """What of launchers/ goes into each container. Blocks."""
         return {name: (Path(self.launchers) / name).read_bytes() for name in FILES}
+
+    def check_logins(self, what: str) -> Iterator[Finding]:
+        """What `check` says of the logins for registries. Blocks."""
+        if self.registry_logins and (fault := fault_of_logins(self.registry_logins)):
+            hint = "give the gateway's account a file as `docker login` writes it, or unset registry_logins"
+            yield Finding("error", what, fault, hint)
 
     def not_used(self, what: str) -> list[Finding]:
         """What `check` says where there is no Docker at all."""

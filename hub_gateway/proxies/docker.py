@@ -337,7 +337,8 @@ class DockerProxy(ContainerProxy):
         if self.unused:
             return self.not_used("docker kernels")
         networks = [self.network, *self.extra_networks]
-        return await check_daemon(self.daemon, "docker kernels", [self.image], networks, wanted=self.wanted)
+        found = await check_daemon(self.daemon, "docker kernels", [self.image], networks, wanted=self.wanted)
+        return [*found, *await asyncio.to_thread(lambda: list(self.check_logins("docker kernels")))]
 
 
 def packed(files: Mapping[str, bytes]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import socket
 import threading
@@ -19,10 +20,12 @@ from hub_gateway.proxies.threads import to_its_end
 if TYPE_CHECKING:
     from docker.errors import APIError
 
-__all__ = ["DockerDaemon", "errors", "last_words", "refusal", "said"]
+__all__ = ["DockerDaemon", "errors", "fault_of_logins", "last_words", "refusal", "said"]
 
 T = TypeVar("T")
 PROGRESS_SECONDS = 2.0
+PULLS = 4
+"""How many images are fetched at once."""
 
 
 def errors() -> Any:
@@ -35,16 +38,22 @@ def errors() -> Any:
 class DockerDaemon:
     """Calls a daemon. `timeout` (seconds) is how long it may be silent, `threads` how many calls run at once.
 
+    `logins` is the file of logins for registries; empty: that of the process's own account.
+
     What the daemon itself refuses is raised as docker's `APIError`; where it does not answer, `Unavailable`.
     """
 
-    def __init__(self, url: str, *, timeout: float, threads: int, tls: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, url: str, *, timeout: float, threads: int, tls: Mapping[str, str] | None = None, logins: str = ""
+    ) -> None:
         self.url = url
+        self._logins = logins
         self._timeout = timeout
         self._tls = dict(tls or {})
+        self._most = threads + PULLS + 1
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="docker")
         # A pull takes minutes; it must not hold the place of what takes milliseconds.
-        self._pulls = ThreadPoolExecutor(4, thread_name_prefix="docker-pull")
+        self._pulls = ThreadPoolExecutor(PULLS, thread_name_prefix="docker-pull")
         self._lock = threading.Lock()
         self._api: Any = None
 
@@ -68,8 +77,13 @@ class DockerDaemon:
                     if self._tls
                     else None
                 )
+                # A connection for each call that may run at once; beyond that they would be made anew each time.
                 self._api = docker.api.client.APIClient(
-                    base_url=self.url, version="auto", timeout=self._timeout, tls=tls or False, num_pools=32
+                    base_url=self.url,
+                    version="auto",
+                    timeout=self._timeout,
+                    tls=tls or False,
+                    max_pool_size=self._most,
                 )
             return self._api
 
@@ -104,6 +118,17 @@ class DockerDaemon:
             hint=f"{self.url}: {error}",
         )
 
+    def connect_with_logins(self) -> Any:
+        """As `connect`, for what fetches an image: with the logins as they are now. Raises `LaunchFailed`."""
+        api = self.connect()
+        if self._logins:
+            if fault := fault_of_logins(self._logins):
+                raise LaunchFailed(
+                    "The gateway's logins for image registries cannot be used; ask the administrator.", hint=fault
+                )
+            api.reload_config(self._logins)
+        return api
+
     # What takes more than one call
 
     async def start(self, container: str, document: bytes) -> None:
@@ -134,7 +159,7 @@ class DockerDaemon:
             layers: dict[str, tuple[bool, int, int]] = {}
             try:
                 repository, tag = _split(image)
-                for event in self.connect().pull(repository, tag=tag, stream=True, decode=True):
+                for event in self.connect_with_logins().pull(repository, tag=tag, stream=True, decode=True):
                     now = time.monotonic()
                     if unwanted.is_set():
                         return
@@ -208,16 +233,34 @@ def said(error: APIError) -> str:
 def pull_refusal(image: str, text: str) -> LaunchFailed:
     """Why an image cannot be fetched."""
     text = " ".join(text.split())[:500].rstrip(".")
-    if re.search(r"unauthorized|no basic auth|denied|docker login", text):
-        why = "there is none of this name, or the gateway has no login for its registry"
+    if "denied" in text:
+        why = "there is none of this name, or the gateway's login may not have it"
+    elif re.search(r"unauthorized|no basic auth|docker login", text):
+        why = "its registry asks for a login, and the gateway has none that it takes"
     elif re.search(r"manifest unknown|not found", text):
         why = "its registry has none of this name and tag"
     else:
         why = "its registry cannot be asked for it"
     return LaunchFailed(
         f"The image {image} is not on the Docker host and cannot be fetched, as {why}; "
-        f"check its name, or ask the administrator. Docker says: {text}."
+        f"check its name, or ask the administrator. Docker says: {text}.",
+        hint="logins for registries: `registry_logins` of the proxy, or `docker login` of the gateway's account",
     )
+
+
+def fault_of_logins(path: str) -> str:
+    """What is wrong with a file of logins, as `docker login` writes it; empty: nothing."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            open_to_all = os.fstat(file.fileno()).st_mode & 0o007
+            found = json.load(file)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    except ValueError:
+        return f"{path} is not JSON"
+    if not isinstance(found, dict) or not isinstance(found.get("auths", {}), dict):
+        return f"{path} has not the form that `docker login` writes"
+    return f"every user of this machine may use {path}; chmod 600 it" if open_to_all else ""
 
 
 REFUSALS = (
@@ -233,6 +276,7 @@ REFUSALS = (
         r"bind source path does not exist",
         "A directory that the kernel is to have is not there on the Docker host; ask the administrator",
     ),
+    (r"device or resource busy", "The Docker host is too busy to start the kernel; try again in a minute"),
     (r"no space left", "The Docker host has no disk space left; ask the administrator, and try again later"),
     (r"could not select device driver|nvidia", "Docker can give no GPU on its host; choose a kernel without GPU"),
     (r"network .*not found", "The network that the kernel is to join does not exist; ask the administrator"),

@@ -8,10 +8,8 @@ their content and shared by all kernels. The agent's first line is read from the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -22,15 +20,21 @@ from hub_gateway.proxies import tagged
 from hub_gateway.proxies.base import ClusterObject, Finding, LaunchRequest, Phase, PhaseReport, State
 from hub_gateway.proxies.container import ContainerProxy, listed
 from hub_gateway.proxies.docker_check import check_daemon
-from hub_gateway.proxies.docker_client import errors, last_words, refusal, said
-from hub_gateway.proxies.docker_spec import EPOCH, GATEWAY, KERNEL, ContainerPlan, agent_document
+from hub_gateway.proxies.docker_client import errors, last_words, refusal
+from hub_gateway.proxies.docker_spec import EPOCH, KERNEL, ContainerPlan, agent_document
 from hub_gateway.proxies.specconfig import texts
-from hub_gateway.proxies.swarm_spec import Placement, phase_of, service_spec
+from hub_gateway.proxies.swarm_manager import SwarmManager
+from hub_gateway.proxies.swarm_spec import Placement, attempt_of, newest, phase_of, service_spec, spoilt
 
 __all__ = ["SwarmProxy"]
 
 LOOK_SECONDS = (0.1, 0.5)
 REMOVAL_SECONDS = 20.0
+PREPARING = "preparing"
+PREPARING_SECONDS = 5.0
+"""How often the user is told that it still is."""
+ATTEMPTS = 3
+"""How often a task is started that cannot start for a reason that passes."""
 
 
 class SwarmProxy(ContainerProxy):
@@ -64,6 +68,10 @@ class SwarmProxy(ContainerProxy):
         """,
     ).tag(config=True)
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.manager = SwarmManager(self.daemon)
+
     def configured(self) -> bool:
         # What is said for both proxies may be meant for Docker alone, and that daemon be in no swarm.
         return self._speaks_of(ContainerProxy)
@@ -89,7 +97,10 @@ class SwarmProxy(ContainerProxy):
             state["secret"] = secret["id"]
             yield dict(state)
             spec = service_spec(plan, placement, secret, configs)
-            service = await self.daemon.change(lambda api: str(api.create_service(**spec)["ID"]))
+            # The nodes that fetch the image are given the login for its registry.
+            service = await self.daemon.change(
+                lambda api: str(self.daemon.connect_with_logins().create_service(**spec)["ID"])
+            )
         except errors().APIError as error:
             raise refusal(error, image=plan.image, python=plan.python) from error
         state["service"] = service
@@ -143,10 +154,15 @@ class SwarmProxy(ContainerProxy):
         """Why it waits, whenever that changes, and at last the registration. Raises `LaunchFailed`."""
         loop = asyncio.get_running_loop()
         began, started_at, told, delay = loop.time(), 0.0, "", LOOK_SECONDS[0]
+        attempt, prepared_at, said_at = 0, 0.0, 0.0
         while True:
-            task = await self._task(service)
-            report = PhaseReport(Phase.PENDING) if task is None else phase_of(task)
+            task, report = await self.manager.look(service, attempt)
             now = loop.time()
+            if task is not None and spoilt(task) and attempt_of(task["Spec"]) + 1 < ATTEMPTS:
+                self.log.info("Kernel %s: its task is started anew: %s", kernel_id, report.reason)
+                attempt = await self.manager.again(service)
+                yield "The node was busy and could not start the kernel; it is started again."
+                continue
             if report.phase is Phase.GONE:
                 lines = await self.logs({"service": service}, 5)
                 raise LaunchFailed(last_words(report.reason, lines, image=plan.image, python=plan.python))
@@ -159,6 +175,20 @@ class SwarmProxy(ContainerProxy):
             if report.reason and report.reason != told:
                 told = report.reason
                 yield told
+            if task is not None and task["Status"]["State"] == PREPARING:
+                # The swarm says no more of it than that.
+                prepared_at = prepared_at or now
+                if now - prepared_at > self.pull_seconds:
+                    raise LaunchFailed(
+                        f"A node of the swarm had not prepared the kernel, and fetched the image {plan.image}, after "
+                        f"{self.pull_seconds:.0f} seconds; try again, or ask the administrator to fetch it beforehand."
+                    )
+                if now - max(prepared_at, said_at) > PREPARING_SECONDS:
+                    said_at = now
+                    yield (
+                        f"A node of the swarm has been preparing the kernel for {now - prepared_at:.0f} seconds; it "
+                        f"fetches the image {plan.image} where it does not have it yet."
+                    )
             if not started_at and report.reason and now - began > self.pending_seconds:
                 raise LaunchFailed(
                     f"{report.reason} It was not started within {self.pending_seconds:.0f} seconds; ask for less cpu, "
@@ -172,30 +202,9 @@ class SwarmProxy(ContainerProxy):
             await asyncio.sleep(delay)
             delay = min(1.5 * delay, LOOK_SECONDS[1])
 
-    async def _task(self, service: str) -> dict[str, Any] | None:
-        """The one task of a service, as soon as there is one."""
-        try:
-            found = await self.daemon.ask(lambda api: api.tasks(filters={"service": service}))
-        except errors().NotFound as error:
-            raise LaunchFailed(
-                "The kernel's service was removed while it was starting; start the kernel again."
-            ) from error
-        except errors().APIError as error:
-            raise Unavailable("The swarm does not answer; try again in a minute.", hint=said(error)) from error
-        return max(found, key=lambda one: str(one["CreatedAt"]), default=None)
-
     async def _read(self, kernel_id: str, service: str) -> dict[str, Any] | None:
-        text = await self._log(service, stdout=True)
+        text = await self.manager.log(service, stdout=True)
         return tagged.registration(text.split(b"\n", 1)[0], kernel_id)
-
-    async def _log(self, service: str, *, stdout: bool, lines: int | str = "all") -> bytes:
-        def read(api: Any) -> bytes:
-            return b"".join(api.service_logs(service, stdout=stdout, stderr=not stdout, tail=lines, is_tty=False))
-
-        try:
-            return await self.daemon.ask(read)
-        except errors().APIError:
-            return b""  # a node that has just taken the task may not have its log yet
 
     async def _address(self, task: Mapping[str, Any], plan: ContainerPlan) -> dict[str, Any]:
         if self.reach == "published":
@@ -215,7 +224,7 @@ class SwarmProxy(ContainerProxy):
 
     async def _adopt(self, request: LaunchRequest, plan: ContainerPlan) -> State | None:
         """What an interrupted launch of the same kernel left, if its agent comes up; the rest of it is removed."""
-        for found in await self._services(request.gateway_id, request.kernel_id):
+        for found in await self.manager.services(request.gateway_id, request.kernel_id):
             service = str(found["ID"])
             try:
                 async for progress in self._await_registration(request.kernel_id, service, plan):
@@ -223,29 +232,26 @@ class SwarmProxy(ContainerProxy):
                         return {"service": service, "epoch": _epoch(found), "registration": progress}
             except LaunchFailed as error:
                 self.log.info("Kernel %s: what is left of its launch is of no use: %s", request.kernel_id, error)
-        await self._remove(request.gateway_id, request.kernel_id)
+        seconds = self.shutdown_seconds + REMOVAL_SECONDS
+        await self.manager.remove(request.gateway_id, request.kernel_id, only=None, seconds=seconds)
         return None
 
     # Afterwards
-
-    async def _services(self, gateway_id: str, kernel_id: str | None = None) -> list[dict[str, Any]]:
-        wanted = _wanted(gateway_id, kernel_id)
-        try:
-            return list(await self.daemon.ask(lambda api: api.services(filters={"label": wanted})))
-        except errors().APIError as error:
-            raise Unavailable("The swarm does not answer; try again in a minute.", hint=said(error)) from error
 
     async def poll(self, states: Mapping[str, State]) -> dict[str, PhaseReport]:
         self.wanted = self.wanted or bool(states)
         gateways = {str(state["gateway_id"]) for state in states.values() if state.get("gateway_id")}
         try:
             here = await self._swarm_id()
-            services = {str(one["ID"]) for gateway_id in gateways for one in await self._services(gateway_id)}
-            found = [one for gateway_id in gateways for one in await self.daemon.ask(_tasks(gateway_id))]
-        except (Unavailable, errors().APIError) as error:
-            reason = "the swarm does not answer" if isinstance(error, Unavailable) else said(error)
-            return dict.fromkeys(states, PhaseReport(Phase.UNKNOWN, reason))
-        tasks = {str(one["ServiceID"]): one for one in sorted(found, key=lambda one: str(one["CreatedAt"]))}
+            listed = [one for gateway_id in gateways for one in await self.manager.services(gateway_id)]
+            found = [one for gateway_id in gateways for one in await self.manager.tasks(gateway_id)]
+            nodes = await self.manager.nodes(found)
+        except (Unavailable, errors().APIError):
+            return dict.fromkeys(states, PhaseReport(Phase.UNKNOWN, "the swarm does not answer"))
+        services = {str(one["ID"]): attempt_of(one["Spec"]["TaskTemplate"]) for one in listed}
+        tasks: dict[str, list[dict[str, Any]]] = {}
+        for one in found:
+            tasks.setdefault(str(one["ServiceID"]), []).append(one)
 
         def phase(state: State) -> PhaseReport:
             service = state.get("service")
@@ -255,7 +261,8 @@ class SwarmProxy(ContainerProxy):
                 return PhaseReport(Phase.PENDING)
             if service not in services:
                 return PhaseReport(Phase.GONE, "its service is not there any more; somebody removed it")
-            return phase_of(tasks[service]) if service in tasks else PhaseReport(Phase.PENDING)
+            task = newest(tasks.get(service, ()), services[service])
+            return PhaseReport(Phase.PENDING) if task is None else phase_of(task, nodes)
 
         return {key: phase(state) for key, state in states.items()}
 
@@ -267,27 +274,8 @@ class SwarmProxy(ContainerProxy):
                 "The kernel's service belongs to another swarm than the one that this gateway speaks to.",
                 hint=f"{self.url} is not in the swarm {state['swarm']}, which launched it",
             )
-        await self._remove(gateway_id, kernel_id, only=only if isinstance(only, str) else None)
-
-    async def _remove(self, gateway_id: str, kernel_id: str, *, only: str | None = None) -> None:
-        """Remove a kernel's services, wait for their tasks to be gone, and remove their secrets."""
-        wanted, loop = _wanted(gateway_id, kernel_id), asyncio.get_running_loop()
-        services = [one for one in await self._services(gateway_id, kernel_id) if only in (None, one["ID"])]
-        names = {str(one["Spec"]["Name"]) for one in services}
-        try:
-            for service in services:
-                await self.daemon.change(partial(_gone, "remove_service", service["ID"]))
-            deadline = loop.time() + self.shutdown_seconds + REMOVAL_SECONDS
-            ending = {str(one["ID"]) for one in services}
-            while ending & {str(one["ServiceID"]) for one in await self.daemon.ask(_tasks(gateway_id, kernel_id))}:
-                if loop.time() > deadline:
-                    raise Unavailable("The swarm has not ended the kernel's task yet; it is waited for.")
-                await asyncio.sleep(LOOK_SECONDS[0])
-            for secret in await self.daemon.ask(lambda api: api.secrets(filters={"label": wanted})):
-                if only in (None, secret["ID"]) or secret["Spec"]["Name"] in names:
-                    await self.daemon.change(partial(_gone, "remove_secret", secret["ID"]))
-        except errors().APIError as error:
-            raise Unavailable("The swarm did not remove the kernel; it is tried again.", hint=said(error)) from error
+        seconds = self.shutdown_seconds + REMOVAL_SECONDS
+        await self.manager.remove(gateway_id, kernel_id, only=only if isinstance(only, str) else None, seconds=seconds)
 
     async def signal(self, state: State, signum: int) -> None:
         """Not in a swarm: its managers pass no signals on. The agent, where it is reached, does it."""
@@ -296,9 +284,9 @@ class SwarmProxy(ContainerProxy):
     async def search(self, gateway_id: str) -> Sequence[ClusterObject]:
         if not (await self.daemon.ask(lambda api: api.info())).get("Swarm", {}).get("ControlAvailable"):
             return []
-        found = [(one, "service") for one in await self._services(gateway_id)]
+        found = [(one, "service") for one in await self.manager.services(gateway_id)]
         names = {one["Spec"]["Name"] for one, _ in found}
-        secrets = await self.daemon.ask(lambda api: api.secrets(filters={"label": _wanted(gateway_id)}))
+        secrets = await self.manager.secrets(gateway_id)
         found += [(one, "secret") for one in secrets if one["Spec"]["Name"] not in names]
         return [
             ClusterObject(
@@ -320,30 +308,15 @@ class SwarmProxy(ContainerProxy):
         service = state.get("service")
         if not isinstance(service, str):
             return ""
-        return (await self._log(service, stdout=False, lines=lines)).decode("utf-8", "replace")
+        return (await self.manager.log(service, stdout=False, lines=lines)).decode("utf-8", "replace")
 
     async def check(self) -> Sequence[Finding]:
         if self.unused:
             return self.not_used("swarm kernels")
         networks = [self.network, *self.extra_networks]
-        return await check_daemon(self.daemon, "swarm kernels", [], networks, swarm=True, wanted=self.wanted)
-
-
-def _wanted(gateway_id: str, kernel_id: str | None = None) -> list[str]:
-    return [f"{GATEWAY}={gateway_id}", *([f"{KERNEL}={kernel_id}"] if kernel_id else [])]
+        found = await check_daemon(self.daemon, "swarm kernels", [], networks, swarm=True, wanted=self.wanted)
+        return [*found, *await asyncio.to_thread(lambda: list(self.check_logins("swarm kernels")))]
 
 
 def _epoch(found: Mapping[str, Any]) -> int:
     return tagged.epoch_of(str(found["Spec"]["Labels"].get(EPOCH, "")))
-
-
-def _tasks(gateway_id: str, kernel_id: str | None = None) -> Callable[[Any], list[dict[str, Any]]]:
-    # By label, which tasks have of their service: by the service itself nothing is found any more once it is removed.
-    wanted = _wanted(gateway_id, kernel_id)
-    return lambda api: list(api.tasks(filters={"label": wanted}))
-
-
-def _gone(remove: str, what: str, api: Any) -> None:
-    """Remove it, unless it is gone."""
-    with contextlib.suppress(errors().NotFound):
-        getattr(api, remove)(what)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hub_gateway.proxies.base import Phase, PhaseReport
 from hub_gateway.proxies.docker_spec import AGENT_DIR, AGENT_PORT, ContainerPlan, command, scratch
 
-__all__ = ["SECRET", "Placement", "phase_of", "service_spec"]
+__all__ = [
+    "SECRET",
+    "Placement",
+    "attempt_of",
+    "given_up",
+    "newest",
+    "phase_of",
+    "service_spec",
+    "spoilt",
+    "stranded",
+]
 
 SECRET = "/run/secrets/hub-gateway"  # noqa: S105 (a path)
 NANO = 10**9
@@ -18,6 +28,9 @@ GPU = "NVIDIA-GPU"
 RUNNING = "running"
 WAITING = ("new", "allocated", "pending", "assigned", "accepted", "preparing", "ready", "starting")
 KILLED = 137
+BUSY = "device or resource busy"
+UP = ("ready", "unknown")
+"""The states of a node that is there; a manager that has just started does not know yet."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +112,55 @@ def service_spec(
     }
 
 
-def phase_of(task: Mapping[str, Any]) -> PhaseReport:
-    """What a task's state means for its kernel, with the swarm's own words."""
+def attempt_of(task_template: Mapping[str, Any]) -> int:
+    """How often a service's task was started anew, by the template of the service or by the task's own."""
+    return int(task_template.get("ForceUpdate") or 0)
+
+
+def newest(tasks: Iterable[Mapping[str, Any]], attempt: int) -> Mapping[str, Any] | None:
+    """The task of a service, of those that it ever had; None where the one of this attempt is not there yet."""
+    found = max(tasks, key=lambda one: str(one["CreatedAt"]), default=None)
+    return None if found is None or attempt_of(found["Spec"]) < attempt else found
+
+
+def spoilt(task: Mapping[str, Any]) -> bool:
+    """Whether a task was never started for a reason that passes.
+
+    dockerd mounts secrets, writes them, and remounts them read-only. The last step fails with EBUSY where another of
+    its threads forks meanwhile: until that child has called exec it holds the file that is being written.
+    """
+    status = task["Status"]
+    ran = (status.get("ContainerStatus") or {}).get("PID")
+    return status["State"] in ("failed", "rejected") and not ran and BUSY in str(status.get("Err"))
+
+
+def given_up(task: Mapping[str, Any]) -> bool:
+    """Whether the swarm itself wants a task to end: its node is lost, or drained, or its service is removed."""
+    return task.get("DesiredState") in ("shutdown", "remove", "orphaned")
+
+
+def stranded(task: Mapping[str, Any], nodes: Mapping[str, Mapping[str, Any]]) -> str:
+    """Why nothing can be heard of a task any more; empty where its node is there.
+
+    The swarm ends such a task as soon as its node is back, and does not start it anew elsewhere.
+    """
+    place = task.get("NodeID")
+    if not place:
+        return ""
+    if place not in nodes:
+        return "its node was removed from the swarm"
+    node = nodes[place]
+    state = str(node["Status"]["State"])
+    name = node.get("Description", {}).get("Hostname", place)
+    return "" if state in UP else f"its node {name} has left the swarm, or does not answer any more ({state})"
+
+
+def phase_of(task: Mapping[str, Any], nodes: Mapping[str, Mapping[str, Any]] | None = None) -> PhaseReport:
+    """What a task's state means for its kernel, with the swarm's own words. `nodes`, by id, where it is `given_up`."""
     status = task["Status"]
     state, words = str(status["State"]), str(status.get("Err") or "")
+    if state in (RUNNING, *WAITING) and given_up(task) and (why := stranded(task, nodes or {})):
+        return PhaseReport(Phase.GONE, why)
     if state == RUNNING:
         return PhaseReport(Phase.RUNNING)
     if state in WAITING:

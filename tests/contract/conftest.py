@@ -6,9 +6,10 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,10 @@ class Bench:
     def bob(self) -> Caller:
         return Caller(self.case.users[1])
 
+    def add_spec(self, name: str, spec: Mapping[str, Any]) -> None:
+        """One more kernelspec."""
+        add_spec(self.state_dir / "kernels", name, spec)
+
     def gateway(self) -> MiniGateway:
         return MiniGateway(self.setup)
 
@@ -61,6 +66,11 @@ class Bench:
     def leftovers(self, gateway: MiniGateway) -> list[str]:
         self.gateway_ids.add(gateway.gateway_id)
         return self.case.leftovers(gateway.gateway_id, self.state_dir)
+
+
+def add_spec(kernels: Path, name: str, spec: Mapping[str, Any]) -> None:
+    (kernels / name).mkdir(parents=True)
+    (kernels / name / "kernel.json").write_text(json.dumps(spec))
 
 
 @pytest.fixture(params=params())
@@ -76,8 +86,7 @@ def bench_of(case: ProxyCase, db_url: str | None) -> Iterator[Bench]:
         config = case.prepare(state_dir)
         kernels = state_dir / "kernels"
         for name, spec in {**SPECS, **case.specs}.items():
-            (kernels / name).mkdir(parents=True)
-            (kernels / name / "kernel.json").write_text(json.dumps(spec))
+            add_spec(kernels, name, spec)
         url = db_url or f"sqlite:///{state_dir}/gateway.sqlite"
         yield Bench(case, Setup(str(state_dir), url, (str(kernels),), config), state_dir, gateway_ids)
     finally:

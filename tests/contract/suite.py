@@ -11,11 +11,9 @@ from tests.contract.docker_case import DOCKER, SWARM
 from tests.contract.kerberos_case import SSH_K5LOGIN, SSH_S4U, SSH_TGT
 from tests.contract.ssh_case import SSH_OWN_USER, SSH_SUDO
 
-__all__ = ["CASES", "SWARMS", "case_named", "marks_of", "params"]
+__all__ = ["CASES", "case_named", "marks_of", "params"]
 
-SWARMS = (SWARM,) if os.environ.get("HUB_GATEWAY_TEST_SWARM") else ()
-"""By hand: Docker 20.10 fails now and then at mounting a service's secret ("device or resource busy")."""
-CASES = (LOCAL, OTHER_USER, SSH_SUDO, SSH_K5LOGIN, SSH_S4U, SSH_TGT, DOCKER, *SWARMS)
+CASES = (LOCAL, OTHER_USER, SSH_SUDO, SSH_K5LOGIN, SSH_S4U, SSH_TGT, DOCKER, SWARM)
 PARTLY = (SUDO, SSH_OWN_USER)
 """Differ from others in one thing, so they are put to a part of the suite only."""
 ONCE = pytest.mark.skip(reason="not applicable: what a cluster does is put to the test once, on SQLite")

@@ -9,15 +9,16 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from hub_gateway.kernels.service import CreateKernel
 from hub_gateway.kernels.types import KernelRecord, KernelStatus
 from hub_gateway.proxies.base import Phase
 from hub_gateway.proxies.docker import DockerProxy
 from hub_gateway.proxies.swarm import SwarmProxy
 from tests.contract.client import KernelClient
 from tests.contract.conftest import Bench
-from tests.contract.docker_case import DOCKER, SWARM
+from tests.contract.docker_case import DOCKER, SWARM, container_spec
 from tests.contract.mini import MiniGateway
-from tests.contract.suite import SWARMS, marks_of
+from tests.contract.suite import marks_of
 from tests.contract.test_conformance import reserved
 from tests.engines.docker import NO_PYTHON, docker_engine
 from tests.harness.waiting import eventually
@@ -25,7 +26,7 @@ from tests.harness.waiting import eventually
 pytestmark = marks_of("docker")
 
 single = pytest.mark.parametrize("bench", [DOCKER.name], indirect=True)
-both = pytest.mark.parametrize("bench", [case.name for case in (DOCKER, *SWARMS)], indirect=True)
+both = pytest.mark.parametrize("bench", [case.name for case in (DOCKER, SWARM)], indirect=True)
 
 
 async def started(bench: Bench, gateway: MiniGateway, name: str = "python") -> tuple[KernelRecord, KernelClient]:
@@ -110,6 +111,24 @@ async def test_limits_are_in_force(bench: Bench) -> None:
         assert "137" in str(reply["content"]) and "out of memory" in str(reply["content"])
         assert await client.execute("print('again')") == "again\n"
         await gateway.service.shutdown(bench.alice, record.id)
+        await eventually(lambda: not bench.leftovers(gateway), "nothing left")
+
+
+@pytest.mark.parametrize("bench", [SWARM.name], indirect=True)
+async def test_a_swarm_without_room_says_so_at_once(bench: Bench) -> None:
+    """Under the cell that waits, long before the launch has failed."""
+    bench.add_spec("no-memory", container_spec(resources={"memory": "100T"}))
+    async with bench.gateway() as gateway:
+        proxy = gateway.proxies.get("docker-swarm")
+        assert isinstance(proxy, SwarmProxy)
+        proxy.pending_seconds = 600.0
+        created = await gateway.service.create(bench.alice, CreateKernel(name="no-memory"))
+        client = await gateway.connect(bench.alice, created.id)
+        client.run("print(1)")
+        shown = await client.receive(lambda message: message["msg_type"] == "display_data", timeout=20)
+        assert "no suitable node (insufficient resources on 1 node)" in shown["content"]["data"]["text/plain"]
+        assert (await gateway.service.get(bench.alice, created.id)).status is KernelStatus.STARTING
+        await gateway.service.shutdown(bench.alice, created.id)
         await eventually(lambda: not bench.leftovers(gateway), "nothing left")
 
 

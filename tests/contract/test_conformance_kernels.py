@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from hub_gateway.kernels.types import KernelStatus
 from tests.contract.conftest import Bench
 from tests.contract.test_conformance import reserved
@@ -29,9 +27,7 @@ async def test_input(bench: Bench) -> None:
 
 async def test_killed_for_its_memory(bench: Bench) -> None:
     """What the out-of-memory killer does, 137 for a shell, is said in words, with what the kernel said last."""
-    folder = bench.state_dir / "kernels" / "killed"
-    folder.mkdir()
-    (folder / "kernel.json").write_text(json.dumps({"argv": KILLED, "display_name": "Killed", "language": "none"}))
+    bench.add_spec("killed", {"argv": KILLED, "display_name": "Killed", "language": "none"})
     async with bench.gateway() as gateway:
         record = await gateway.start(bench.alice, "killed")
         assert record.status is KernelStatus.FAILED

@@ -95,6 +95,11 @@ ENGINES = {
         ("docker.io", "iptables", "iproute2", "debootstrap", "debian-archive-keyring"),
         "kernels in containers, and in a swarm of one node",
     ),
+    "registry": Engine(
+        lambda: shutil.which("docker-registry", path=ADMIN_PATH),
+        ("docker-registry",),
+        "images that are fetched from a registry, with and without a login",
+    ),
     "ssh": Engine(
         lambda: shutil.which("ssh-keygen", path=ADMIN_PATH) and shutil.which("sshd", path=ADMIN_PATH),
         ("openssh-server", "openssh-client"),

@@ -25,12 +25,14 @@ from tests.engines import SYSTEM_PATH, missing
 from tests.engines.images import root_archive
 from tests.harness.waiting import until
 
-__all__ = ["IMAGE", "NO_PYTHON", "NO_PYZMQ", "Dockerd", "docker_engine", "swarm_engine"]
+__all__ = ["IMAGE", "NO_PYTHON", "NO_PYZMQ", "SWARM_PORT", "Dockerd", "docker_engine", "run", "swarm_engine"]
 
 IMAGE = "localhost/hub-gateway-test/python:latest"
 """Debian with Python, pyzmq and ipykernel. Of `localhost`, so that no daemon ever asks a registry for it."""
 NO_PYTHON = "localhost/hub-gateway-test/empty:latest"
 NO_PYZMQ = "localhost/hub-gateway-test/no-pyzmq:latest"
+SWARM_PORT = 2377
+"""At the daemon's own address."""
 PREFIX = "hgt-docker-"
 ENVIRONMENT = {"PATH": SYSTEM_PATH, "LANG": "C"}
 
@@ -51,6 +53,8 @@ class Dockerd:
         (self.directory / "bridge").write_text(self.bridge)
         self.url = f"unix://{self.directory}/docker.sock"
         self.log = self.directory / "dockerd.log"
+        self.address = ""
+        """Where the machine is in the daemon's own network."""
         self._live_restore = live_restore
         self._process: subprocess.Popen[bytes] | None = None
         self._client: docker.DockerClient | None = None
@@ -66,14 +70,16 @@ class Dockerd:
         """Serve; where it cannot, the test is skipped with dockerd's own reason."""
         if not self.directory.exists():
             pytest.skip("dockerd did not come up before")
-        if not Path(f"/sys/class/net/{self.bridge}").exists():
+        if not self.address:
             try:
-                self._make_bridge()
+                self.address, network = self.make_network()
+                (self.directory / "network").write_text(network)
             except RuntimeError as error:
                 self.remove()
                 pytest.skip(f"no bridge can be made here: {' '.join(str(error).split())[-300:]}")
         command = [
             *("dockerd", "--host", self.url, "--bridge", self.bridge, "--exec-opt", "native.cgroupdriver=cgroupfs"),
+            *("--fixed-cidr", (self.directory / "network").read_text()),
             *("--data-root", f"{self.directory}/data", "--exec-root", f"{self.directory}/exec"),
             *("--pidfile", f"{self.directory}/dockerd.pid", "--cgroup-parent", f"/{self.name}"),
             # Another daemon of this machine keeps its rules; what is published goes through docker-proxy.
@@ -92,7 +98,7 @@ class Dockerd:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=end_with_parent,
+                preexec_fn=self.before_exec,
             )
         process = self._process
         until(lambda: process.poll() is not None or self.answers(), "dockerd answers", timeout=60)
@@ -102,12 +108,13 @@ class Dockerd:
             pytest.skip(f"dockerd does not run here: {' '.join(last)[-300:]}")
         return self
 
-    def _make_bridge(self) -> None:
-        # With an address of its own, or it would change with each container, and stall connections.
-        mac = ":".join(("02", *(f"{byte:02x}" for byte in secrets.token_bytes(5))))
-        run("ip", "link", "add", self.bridge, "address", mac, "type", "bridge")
-        run("ip", "addr", "add", free_network(), "dev", self.bridge)
-        run("ip", "link", "set", self.bridge, "up")
+    def before_exec(self) -> None:
+        """What the daemon's process is to be, before it is dockerd."""
+        end_with_parent()
+
+    def make_network(self) -> tuple[str, str]:
+        """A bridge for containers: its address, and those that containers get."""
+        return make_bridge(self.bridge)
 
     def answers(self) -> bool:
         try:
@@ -137,11 +144,12 @@ class Dockerd:
         """Be a swarm of one node."""
         # Its name is fixed, its bridge is not: another swarm of this machine keeps its own.
         self.client.networks.create("docker_gwbridge", options=GATEWAY_BRIDGE | {NAME: f"{self.bridge[:-1]}w"})
+        # An address that nobody else has: its ports are free, and other nodes reach them.
         self.client.swarm.init(
-            advertise_addr="127.0.0.1",
-            listen_addr="127.0.0.1:0",
+            advertise_addr=self.address,
+            listen_addr=f"{self.address}:{SWARM_PORT}",
             default_addr_pool=["10.215.0.0/16"],
-            data_path_addr="127.0.0.1",
+            data_path_addr=self.address,
         )
 
     def stop(self, signum: int = signal.SIGTERM) -> None:
@@ -219,8 +227,20 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
-def free_network() -> str:
-    """An address with its network, that no interface of this machine has."""
+def make_bridge(name: str, *within: str) -> tuple[str, str]:
+    """Make a bridge, `within` a network namespace (`-n`, its name): its address, and the network for containers."""
+    network = free_network()
+    # With an address of its own, or it would change with each container, and stall connections.
+    mac = ":".join(("02", *(f"{byte:02x}" for byte in secrets.token_bytes(5))))
+    run("ip", *within, "link", "add", name, "address", mac, "type", "bridge")
+    run("ip", *within, "addr", "add", f"{network[1]}/{network.prefixlen}", "dev", name)
+    run("ip", *within, "link", "set", name, "up")
+    # The upper half is for other nodes.
+    return str(network[1]), str(next(network.subnets()))
+
+
+def free_network() -> ipaddress.IPv4Network:
+    """A network of which no interface of this machine is."""
     used = [
         ipaddress.ip_network(f"{one['local']}/{one['prefixlen']}", strict=False)
         for link in json.loads(run("ip", "-j", "-4", "addr"))
@@ -229,7 +249,7 @@ def free_network() -> str:
     for number in range(256):
         network = ipaddress.ip_network(f"10.213.{number}.0/24")
         if not any(network.overlaps(one) for one in used):
-            return f"{network[1]}/24"
+            return network
     raise RuntimeError("no network is free for a bridge")
 
 
@@ -264,6 +284,9 @@ def demolish(directory: Path) -> None:
     bridge = (directory / "bridge").read_text() if (directory / "bridge").exists() else ""
     for name in (bridge, f"{bridge[:-1]}w") if bridge else ():
         subprocess.run(["ip", "link", "delete", name], env=ENVIRONMENT, capture_output=True, check=False)
+    if (directory / "namespace").exists():
+        name = (directory / "namespace").read_text()
+        subprocess.run(["ip", "netns", "delete", name], env=ENVIRONMENT, capture_output=True, check=False)
     for cgroup in sorted(Path("/sys/fs/cgroup").glob(f"**/hgt{directory.name[-8:]}/**/"), reverse=True):
         with contextlib.suppress(OSError):
             cgroup.rmdir()

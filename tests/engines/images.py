@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 from tests.engines import SYSTEM_PATH
 
-__all__ = ["root_archive"]
+__all__ = ["debian_archive", "root_archive"]
 
 SUITE = "bookworm"
 PYTHON = "3.11"
@@ -28,30 +29,36 @@ UNUSED = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/loca
 def root_archive() -> Path:
     """A tar of Debian with Python, pyzmq and ipykernel; made at first, for a minute, and kept in the user's cache."""
     wheels = closure("ipykernel")
-    recipe = "\n".join((Path(__file__).read_text(), *mirror(), *wheels))
+    return _kept("python", wheels, lambda root: _with_python(root, wheels), DEBIAN)
+
+
+def debian_archive() -> Path:
+    """A tar of Debian and nothing else, as images are built on."""
+    return _kept("debian", [], lambda root: None, ())
+
+
+def _kept(name: str, recipe_of: list[str], finish: Callable[[Path], None], packages: tuple[str, ...]) -> Path:
+    """The archive of that name, made where the recipe has changed since."""
+    recipe = "\n".join((Path(__file__).read_text(), *mirror(), *recipe_of))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hub-gateway" / "images"
     cache.mkdir(parents=True, exist_ok=True)
-    made = cache / f"{hashlib.sha256(recipe.encode()).hexdigest()[:20]}.tar"
+    made = cache / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:20]}.tar"
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
-            for outdated in cache.glob("*.tar*"):
+            for outdated in cache.glob(f"{name}-*.tar*"):
                 outdated.unlink()
-            _make(made, wheels)
+            _make(made, finish, packages)
     return made
 
 
-def _make(made: Path, wheels: list[str]) -> None:
+def _make(made: Path, finish: Callable[[Path], None], packages: tuple[str, ...]) -> None:
     directory = Path(tempfile.mkdtemp(prefix="hgt-image-"))
     try:
         root = directory / "root"
-        _run("debootstrap", "--variant=minbase", f"--include={','.join(DEBIAN)}", SUITE, str(root), *mirror())
-        packages = root / "usr" / "local" / "lib" / f"python{PYTHON}" / "dist-packages"
-        _run(
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"),
-            *("--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}"),
-            *(f"--target={packages}", *wheels),
-        )
+        include = [f"--include={','.join(packages)}"] if packages else []
+        _run("debootstrap", "--variant=minbase", *include, SUITE, str(root), *mirror())
+        finish(root)
         for path in UNUSED:
             shutil.rmtree(root / path, ignore_errors=True)
         unfinished = made.with_suffix(".tar.part")
@@ -59,6 +66,15 @@ def _make(made: Path, wheels: list[str]) -> None:
         unfinished.replace(made)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _with_python(root: Path, wheels: list[str]) -> None:
+    packages = root / "usr" / "local" / "lib" / f"python{PYTHON}" / "dist-packages"
+    _run(
+        *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"),
+        *("--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}"),
+        *(f"--target={packages}", *wheels),
+    )
 
 
 def _run(*command: str) -> None:

@@ -21,13 +21,13 @@ from hub_gateway.app import HubGateway
 from hub_gateway.cli import probes
 from hub_gateway.errors import GatewayError, LaunchFailed, LaunchRefused, Unavailable
 from hub_gateway.kernels.types import Resources
-from hub_gateway.proxies.base import AgentSettings, LaunchRequest
+from hub_gateway.proxies.base import AgentSettings, LaunchRequest, Phase, PhaseReport
 from hub_gateway.proxies.docker import DockerProxy
 from hub_gateway.proxies.docker_client import DockerDaemon, _note, _progress, pull_refusal, refusal_of
 from hub_gateway.proxies.docker_spec import agent_document, container_config, mount_of
 from hub_gateway.proxies.registry import Proxies
 from hub_gateway.proxies.swarm import SwarmProxy
-from hub_gateway.proxies.swarm_spec import Placement, service_spec
+from hub_gateway.proxies.swarm_spec import Placement, newest, phase_of, service_spec, spoilt
 
 SECRET = "launch-token-of-the-test"
 
@@ -72,6 +72,47 @@ def test_a_service_is_confined_too() -> None:
     assert task["Placement"]["Constraints"] == ["node.role==worker"]
     assert task["RestartPolicy"] == {"Condition": "none"}
     assert SECRET not in json.dumps(spec)
+
+
+def task(state: str, error: str = "", pid: int = 0, **more: Any) -> dict[str, Any]:
+    """A task of a swarm."""
+    status = {"State": state, "Err": error, "ContainerStatus": {"ContainerID": "c", "PID": pid, "ExitCode": 128}}
+    return {"CreatedAt": "1", "DesiredState": "running", "NodeID": "n", "Spec": {}, "Status": status, **more}
+
+
+def test_only_a_task_that_never_ran_is_started_again() -> None:
+    """One that did may have cost a user something already, and most reasons stay."""
+    busy = "starting container failed: unable to remount dir as readonly: device or resource busy"
+    assert spoilt(task("failed", busy)) and spoilt(task("rejected", busy))
+    assert not spoilt(task("failed", busy, pid=7))
+    assert not spoilt(task("rejected", "No such image: x"))
+    assert not spoilt(task("running", pid=7))
+
+
+def test_the_newest_task_is_of_the_newest_attempt() -> None:
+    first = task("failed", CreatedAt="1")
+    second = task("running", CreatedAt="2", Spec={"ForceUpdate": 1})
+    assert newest([], 0) is None
+    assert newest([first], 0) is first
+    assert newest([first], 1) is None
+    assert newest([second, first], 1) is second
+
+
+@pytest.mark.parametrize(
+    ("node", "phase", "words"),
+    [
+        ("ready", Phase.RUNNING, ""),
+        ("unknown", Phase.RUNNING, ""),
+        ("down", Phase.GONE, "its node worker-1 has left the swarm, or does not answer any more (down)"),
+        (None, Phase.GONE, "its node was removed from the swarm"),
+    ],
+)
+def test_a_task_that_the_swarm_has_given_up(node: str | None, phase: Phase, words: str) -> None:
+    """It is gone with its node; on one that is there it runs until it has ended."""
+    nodes = {"n": {"Status": {"State": node}, "Description": {"Hostname": "worker-1"}}} if node else {}
+    given_up = task("running", pid=7, DesiredState="shutdown")
+    assert phase_of(given_up, nodes) == PhaseReport(phase, words)
+    assert phase_of({**given_up, "DesiredState": "running"}, nodes).phase is Phase.RUNNING
 
 
 def test_launchers_are_found_in_the_container() -> None:
@@ -159,7 +200,7 @@ def test_progress_and_refusals_are_sentences() -> None:
     ):
         _note(layers, event)
     assert _progress("x", layers) == "Fetching the image x: 1 of 2 layers, 1 of 4 MiB."
-    assert "no login" in pull_refusal("x", "pull access denied for x, repository does not exist").message
+    assert "login may not have it" in pull_refusal("x", "pull access denied for x, repository does not exist").message
     assert "no disk space" in refusal_of("write /y: no space left on device", image="x", python="python3")
 
 
