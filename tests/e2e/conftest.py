@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from playwright.sync_api import expect
 
 from hub_gateway._paths import jupyterhub_config_dir
 from tests import engines
@@ -12,6 +13,7 @@ from tests.conftest import KERNELSPECS
 from tests.harness.gateway import ROOT
 from tests.harness.hub import RealHub
 
+expect.set_options(timeout=20_000)  # ms: a machine that is busy with kernels draws late
 ARTEFACTS = ROOT / ".artefacts"
 """Where screenshots are kept."""
 COMPANION = "--ServerApp.kernel_websocket_connection_class=hub_gateway.companion.NumberedGatewayConnection"

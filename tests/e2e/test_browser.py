@@ -141,12 +141,17 @@ def test_a_day_in_a_notebook(lab: Lab) -> None:
     figure = lab.run("import matplotlib.pyplot as plt\nplt.plot([1, 4, 9])\nplt.show()")
     expect(figure.locator(".jp-OutputArea img")).to_be_visible(timeout=60_000)
 
-    slider = lab.run("import ipywidgets\nw = ipywidgets.IntSlider(value=3, max=10)\nw")
+    slider = lab.run(
+        "import ipywidgets\nw = ipywidgets.IntSlider(value=3, max=10)\nseen = ipywidgets.Label()\n"
+        "ipywidgets.dlink((w, 'value'), (seen, 'value'), 'the kernel has {}'.format)\nipywidgets.VBox([w, seen])"
+    )
     handle = slider.locator(".noUi-handle")
     expect(handle).to_be_visible(timeout=60_000)
     handle.focus()
     lab.page.keyboard.press("ArrowRight")
     lab.page.keyboard.press("ArrowRight")
+    # The second step waits in the browser until the first one is through: a cell that is run now may overtake it.
+    expect(lab.output(slider)).to_contain_text("the kernel has 5")
     expect(lab.output(lab.run("print('slider at', w.value)"))).to_contain_text("slider at 5")
     lab.shot("outputs")
 
