@@ -207,6 +207,10 @@ def tickets(request: Document, user: pwd.struct_passwd) -> Document:
     if not own_directory(directory):
         raise runas.Refused("there is no directory %s of %s" % (directory, user.pw_name))
     put_tickets(directory, request["tickets"])
+    if not os.path.exists(os.path.join(directory, MARK)):  # it was ended meanwhile, and this is what is left of it
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(directory, CCACHE))
+            os.rmdir(directory)
     return {}
 
 

@@ -76,7 +76,8 @@ class _Reader:
         client, server = self.principal(), self.principal()
         self.number("H")
         self.take(self.number("I"))  # the session key
-        _, begins, ends, renew_till = (self.number("I") for _ in range(4))
+        authenticated, begins, ends, renew_till = (self.number("I") for _ in range(4))
+        begins = begins or authenticated  # which holds where there is no start time (RFC 4120, section 5.3)
         self.number("B")
         flags = self.number("I")
         for _ in range(2):  # addresses, authorization data

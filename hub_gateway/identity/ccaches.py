@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import re
 import secrets
 import shutil
@@ -31,6 +32,11 @@ __all__ = ["CCACHE", "CredentialStore", "TicketSource"]
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 CCACHE = "ccache"
 """The name of the file in the directory of each kernel."""
+RARELY_SECONDS = 600.0
+"""At most so long until tickets that have ended are asked for again.
+
+Their owner may be locked at the KDC for as long as the kernel lives.
+"""
 
 
 class TicketSource(Protocol):
@@ -73,6 +79,8 @@ class CredentialStore(LoggingConfigurable):
         super().__init__(**kwargs)
         self.path = Path(self.directory) if self.directory else Path(state_dir) / "credentials"
         self.calls = BlockingCalls("The Kerberos service (KDC)", limit=self.max_calls, timeout=self.timeout)
+        # Half of the places are for who waits at a launch: after a restart all kernels' tickets are renewed at once.
+        self._renewals = asyncio.Semaphore(max(1, self.max_calls // 2))
         self._kept: dict[str, _Kept] = {}
 
     def start(self, live: Collection[str] = ()) -> None:
@@ -151,10 +159,10 @@ class CredentialStore(LoggingConfigurable):
     async def _renew(self, key: str, kept: _Kept) -> None:
         failures = 0
         while True:
-            life = kept.ends - time.time()
-            await asyncio.sleep(max(0.5, life / 4) if not failures else min(self.retry_seconds, max(0.5, life / 4)))
+            await asyncio.sleep(self._pause(kept.ends - time.time(), failures))
             try:
-                await self._fetch(key, kept)
+                async with self._renewals:
+                    await self._fetch(key, kept)
                 failures = 0
             except (GatewayError, OSError) as error:
                 failures += 1
@@ -166,6 +174,15 @@ class CredentialStore(LoggingConfigurable):
                 # Whatever a source has come up with: nobody but this task would try again.
                 failures += 1
                 self.log.exception("Tickets of %s cannot be renewed", key)
+
+    def _pause(self, life: float, failures: int) -> float:
+        """How long to wait with the next renewal, not all at the same moment."""
+        usual = max(0.5, life / 4) * random.uniform(1.0, 1.2)  # noqa: S311 (no secret)
+        if not failures:
+            return usual
+        if life > 0:
+            return min(self.retry_seconds, usual)
+        return float(min(self.retry_seconds * 2 ** min(failures, 10), RARELY_SECONDS))
 
     def _directory(self, key: str) -> Path:
         if not _KEY.fullmatch(key):

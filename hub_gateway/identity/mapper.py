@@ -197,11 +197,12 @@ class IdentityMapper(LoggingConfigurable):
         hints: Mapping[str, Any] | None = None,
         *,
         name_holders: bool = False,
+        attempt: bool = True,
     ) -> list[Step]:
         """Each step of the mapping of a Hub user (or `services/NAME`), and which credential would be used.
 
-        With `name_holders` it names who has what would be theirs. Nothing is claimed and nothing written.
-        Raises `Unavailable`.
+        With `name_holders` it names who has what would be theirs; with `attempt` it finds out whether kernels' tickets
+        can be had now. Nothing is claimed and nothing written. Raises `Unavailable`.
         """
         service = name.startswith(SERVICES)
         decision = await self._decide(name.removeprefix(SERVICES) if service else name, service, groups, hints)
@@ -216,7 +217,7 @@ class IdentityMapper(LoggingConfigurable):
         for proxy, need in sorted(self.proxies.items()):
             steps.append(self._credential_step(proxy, need, decision))
             if (tickets := self.tickets.get(proxy, IdentityNeed.NONE)) is not IdentityNeed.NONE:
-                steps.append(await self._tickets_step(proxy, tickets, decision))
+                steps.append(await self._tickets_step(proxy, tickets, decision, attempt))
         taken = any(step.stage == "claim" and step.outcome == "refused" for step in steps)
         result = "No kernel would start, for what the mapping gives belongs to somebody else." if taken else ""
         steps.append(Step("result", identity.rule, "refused" if taken else "ok", result or _said(identity)))
@@ -291,10 +292,10 @@ class IdentityMapper(LoggingConfigurable):
             sentence = way(suited.identity.unix_user, suited.identity.principal) or sentence
         return Step("credential", decision.rule, "ok" if served else "unavailable", f"{where}: {sentence}")
 
-    async def _tickets_step(self, proxy: str, need: IdentityNeed, decision: Decision) -> Step:
+    async def _tickets_step(self, proxy: str, need: IdentityNeed, decision: Decision, attempt: bool) -> Step:
         """What kernels get, and whether it can be had at the moment."""
         step = self._credential_step(proxy, need, decision, f"On {proxy}, for the kernels themselves")
-        if step.outcome != "ok" or self.credentials is None or decision.identity is None:
+        if step.outcome != "ok" or self.credentials is None or decision.identity is None or not attempt:
             return step
         try:
             await self.credentials.attempt(decision.identity, need)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from traitlets import Unicode
+from traitlets import TraitError, Unicode, validate
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway.auth.base import AbstractMeta
@@ -116,6 +116,12 @@ class KeytabCredential(CredentialProvider):
     principal = Unicode(help="The gateway's own principal, as `hub-gateway/host.example.com@EXAMPLE.COM`.").tag(
         config=True
     )
+
+    @validate("principal")
+    def _check_principal(self, proposal: Any) -> Any:
+        if proposal["value"] and "@" not in proposal["value"].strip("@"):
+            raise TraitError(f"{type(self).__name__}.principal needs its realm, as in hub-gateway/host@EXAMPLE.COM")
+        return proposal["value"]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

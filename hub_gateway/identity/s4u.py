@@ -8,6 +8,7 @@ for the services. Everything here blocks.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from hub_gateway.identity.krb5errors import NOT_ALLOWED, NoTicket, code_of, reas
 from hub_gateway.identity.names import parse_principal, shown
 
 __all__ = ["ConstrainedDelegation", "ServiceTickets", "person"]
+
+MEMORY = "/dev/shm"  # noqa: S108 (what is made in it is a directory of ours)
 
 
 def person(text: str, realm: str, own: str = "") -> str:
@@ -146,8 +149,13 @@ def shown_service(name: Any) -> str:
 
 
 def _cache_of(credentials: Any) -> Ccache:
-    """What is in credentials. The library writes them to files only: this one is in a directory that is ours alone."""
-    with tempfile.TemporaryDirectory(prefix="hub-gateway-") as directory:
+    """What is in credentials. The library writes them to files only: this one is ours alone, in memory where possible.
+
+    It has the gateway's own TGT in it for that moment, and a process that is killed just then leaves it.
+    """
+    with tempfile.TemporaryDirectory(
+        prefix="hub-gateway-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None
+    ) as directory:
         path = Path(directory) / "ccache"
         credentials.store(store={"ccache": f"FILE:{path}"}, overwrite=True, set_default=True)
         return ccachefile.parse(path.read_bytes())

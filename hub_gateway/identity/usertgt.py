@@ -133,7 +133,12 @@ class UserTgtCredential(CredentialProvider):
     def _places(self, identity: Identity) -> list[str]:
         found = ["the client"] if self.accept_offered else []
         found += [f"the Hub's auth_state ({self.auth_state_key})"] if self.auth_state_key else []
-        return found + ([str(self._path(identity))] if self.ccache_file else [])
+        if not self.ccache_file:
+            return found
+        try:
+            return [*found, str(self._path(identity))]
+        except Forbidden:  # it is said where the ticket is wanted
+            return [*found, self.ccache_file]
 
     def _path(self, identity: Identity) -> Path:
         """The file of a user. Raises `Forbidden` for a name that is none for a file."""
@@ -184,7 +189,7 @@ def _usable(data: bytes, principal: str) -> tuple[Ccache, Ticket]:
 
 def _decoded(text: str, place: str) -> bytes | str:
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)  # programs write it in lines
     except (ValueError, binascii.Error):
         return f"{place} is not in base64"
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from hub_gateway.deadlines import within
 from hub_gateway.errors import GatewayError
@@ -63,7 +64,8 @@ class Reaper:
         # Read after the cluster was: an object without a row now has had one, or never will.
         known = await self.store.some({one.kernel_id for one in objects})
         rows = {key: record for key, record in known.items() if record.live and record.proxy == name}
-        await self._end(name, proxy, [one for one in objects if not _belongs(proxy, one, rows.get(one.kernel_id))])
+        leftovers = [one for one in objects if not _belongs(proxy, one, rows.get(one.kernel_id))]
+        await self._end(name, proxy, [_with_owner(one, known.get(one.kernel_id)) for one in leftovers])
 
     async def _end(self, name: str, proxy: ProcessProxy, leftovers: list[ClusterObject]) -> None:
         now = time.monotonic()
@@ -102,6 +104,13 @@ def _said(error: Exception) -> str:
 
 def _defect(error: Exception) -> Exception | None:
     return None if isinstance(error, GatewayError | OSError | asyncio.TimeoutError) else error
+
+
+def _with_owner(found: ClusterObject, record: KernelRecord | None) -> ClusterObject:
+    """With whose principal it runs, which only the kernel's row knows: to end it may take a ticket of theirs."""
+    if record is None or record.principal is None or record.unix_user != found.state.get("user"):
+        return found
+    return replace(found, state={**found.state, "principal": record.principal})
 
 
 def _belongs(proxy: ProcessProxy, found: ClusterObject, record: KernelRecord | None) -> bool:

@@ -84,7 +84,7 @@ class DistributedProxy(HostCalls, ProcessProxy):
                 state["principal"] = request.principal
             if tickets.text:
                 state |= {"tickets": self.tickets.value, "owner": request.owner}
-            self.remember(state)
+            self.remember(state, anew=True)
             # The intent is recorded before anything is done: whatever follows can be found by it.
             yield {**state, "progress": f"starting on {host.name}"}
             try:

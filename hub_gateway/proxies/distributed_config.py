@@ -207,7 +207,7 @@ class DistributedOptions(LoginOptions):
     def ssh_options(self) -> SshOptions:
         """How to connect."""
         files = tuple(Path(name).expanduser() for name in self.known_hosts)
-        return SshOptions(files, self.authenticate, self.connect_seconds, self.calls_per_user)
+        return SshOptions(files, self.authenticate, self.connect_seconds, self.calls_per_user, self.user)
 
     def node_options(self) -> NodeOptions:
         """How the launcher is called."""

@@ -71,6 +71,8 @@ class SshOptions:
     connect_seconds: float = 10.0
     calls_per_user: int = 4
     """How many calls of one user a host carries out at once."""
+    steady: str = ""
+    """The login whose first connection to a host is kept for good; others' end when they are not used any more."""
 
 
 def importing() -> Any:

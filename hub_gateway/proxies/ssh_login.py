@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from traitlets import Bool, Dict, Enum, Unicode, default
+from traitlets import Bool, Dict, Enum, TraitError, Unicode, default, validate
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway.identity.s4u import ConstrainedDelegation
@@ -64,8 +64,9 @@ class LoginOptions(LoggingConfigurable):
 
         `gateway`: that of `gss_principal`, whom hosts let in as their users by k5login. `s4u`: the owner's own for this
         host, which the KDC gives the gateway by constrained delegation; hosts need to know nothing of the gateway, and
-        who is locked at the KDC is let in nowhere. The owner's principal is that of the mapping (`IdentityMapper`),
-        or, without rules, the unix user's name in the realm of `gss_principal`.
+        who is locked at the KDC is let in nowhere any more, once the connections that are open have ended (a minute
+        after their last use). The owner's principal is that of the mapping (`IdentityMapper`), or, where that names
+        none, the unix user's name in the realm of `gss_principal`.
         """,
     ).tag(config=True)
     kernel_tickets = Enum(
@@ -92,6 +93,12 @@ class LoginOptions(LoggingConfigurable):
         self._principals: dict[str, str] = {}
         """The principals of unix users, as far as kernels of theirs were met."""
 
+    @validate("gss_principal")
+    def _check_principal(self, proposal: Any) -> Any:
+        if proposal["value"] and "@" not in proposal["value"].strip("@"):
+            raise TraitError("DistributedProxy.gss_principal needs its realm, as in hub-gateway/host@EXAMPLE.COM")
+        return proposal["value"]
+
     @default("user")
     def _default_user(self) -> str:
         return pwd.getpwuid(os.getuid()).pw_name
@@ -105,10 +112,10 @@ class LoginOptions(LoggingConfigurable):
         """Whether the gateway logs in as each kernel's unix user."""
         return self.login_as_owner or self.owner_login != "gateway"
 
-    def remember(self, state: Mapping[str, JSON]) -> None:
-        """Learn from a kernel's state whose principal its unix user has."""
+    def remember(self, state: Mapping[str, JSON], *, anew: bool = False) -> None:
+        """Learn from a kernel's state which principal its unix user has; `anew` where the mapping has just said so."""
         user, principal = state.get("user"), state.get("principal")
-        if isinstance(user, str) and isinstance(principal, str):
+        if isinstance(user, str) and isinstance(principal, str) and (anew or user not in self._principals):
             self._principals[user] = principal
 
     def principal_of(self, login: str) -> str:

@@ -107,6 +107,8 @@ class _Connection:
 class _Place:
     """One login at one host, in one lane: its connections, and why the last attempt to make one failed."""
 
+    steady: bool = True
+    """Whether its first connection is kept for good."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held by who makes a connection."""
     connections: list[_Connection] = field(default_factory=list)
@@ -125,6 +127,7 @@ class SshPool:
         self._guard = threading.Lock()
         """Over what is in a `_Place`; never held while waiting for a host."""
         self._closed = False
+        self._swept = time.monotonic()
 
     async def run(self, host: Host, call: Callable[[], T], *, who: str = "", lane: Lane = Lane.CALL) -> T:
         """Have something done in one of a host's threads, to its end, when it is the turn of `who`.
@@ -267,11 +270,13 @@ class SshPool:
 
     def _place(self, host: Host, login: str, lane: Lane) -> _Place:
         with self._guard:
-            return self._places.setdefault((host.address, host.port, login, lane), _Place())
+            steady = self.options.steady in ("", login)
+            return self._places.setdefault((host.address, host.port, login, lane), _Place(steady))
 
     def _connection(self, host: Host, login: str, lane: Lane, deadline: float) -> _Connection:
         """A connection with room for one more channel, which is counted as being opened. Blocks. Raises `SshError`."""
         place = self._place(host, login, lane)
+        self._sweep()
         while True:
             self._tidy(place)
             found = self._roomy(place, lane)
@@ -325,12 +330,23 @@ class SshPool:
         self._tidy(place)
         return found is not None
 
+    def _sweep(self) -> None:
+        """Tidy up everywhere, now and then: of logins that are not used any more, too."""
+        now = time.monotonic()
+        with self._guard:
+            if now - self._swept < IDLE_SECONDS:
+                return
+            self._swept, places = now, list(self._places.values())
+        for place in places:
+            self._tidy(place)
+
     def _tidy(self, place: _Place) -> None:
         """Close what is dead, what is retired and of no use to anybody, and what was needed for a while only."""
         now, over = time.monotonic(), []
         with self._guard:
             for number, one in enumerate(list(place.connections)):
-                idle = not one.sessions() and number > 0 and now - one.used_at > IDLE_SECONDS
+                spare = number > 0 or not place.steady
+                idle = not one.sessions() and spare and now - one.used_at > IDLE_SECONDS
                 if not one.alive or ((one.retired or idle) and one.unused()):
                     place.connections.remove(one)
                     over.append(one)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hub_gateway.errors import GatewayError, LaunchFailed
 from hub_gateway.identity import kerberos
+from hub_gateway.identity.decide import SERVICES
 from hub_gateway.identity.types import Identity
 from hub_gateway.kernels.types import JSON
 from hub_gateway.proxies.base import Finding, IdentityNeed, LaunchRequest, State
@@ -30,6 +31,8 @@ __all__ = ["CCACHE", "Given", "KernelTickets", "check_tickets"]
 CCACHE = "krb5cc"
 """The name of the credential cache in a kernel's directory, as `launchers/node.py` has it."""
 RETRY_SECONDS = 30.0
+RENEWALS = 2
+"""How many kernels get newer tickets at once: launches wait for the same places at the KDC."""
 FORGET_SECONDS = 600.0
 """A kernel that was not polled for so long is another replica's."""
 
@@ -76,6 +79,7 @@ class KernelTickets:
         self.deliver = deliver
         self.log = log
         self._tended: dict[str, _Tended] = {}
+        self._turns = asyncio.Semaphore(RENEWALS)
 
     async def first(self, credentials: Credentials | None, request: LaunchRequest) -> Given:
         """The tickets for a kernel that starts; nothing where it gets none. Raises `LaunchFailed`."""
@@ -85,7 +89,7 @@ class KernelTickets:
             raise LaunchFailed("This gateway has no Kerberos tickets to give. Ask the administrator.")
         identity = Identity(
             request.owner,
-            request.owner,
+            request.owner.removeprefix(SERVICES),
             principal=request.principal,
             unix_user=request.unix_user,
             offered=request.tickets,
@@ -93,12 +97,13 @@ class KernelTickets:
         try:
             found = await credentials.obtain(identity, self.need, request.kernel_id)
             text = _text(await credentials.store.read(request.kernel_id))
-            if self.need is IdentityNeed.USER_TGT:
-                await credentials.ended(request.kernel_id)  # the kernel's copy is the only one
         except GatewayError as error:
             raise LaunchFailed(
                 f"The kernel cannot get the Kerberos tickets that it is to have. {error.message}", hint=error.hint
             ) from error
+        finally:
+            if self.need is IdentityNeed.USER_TGT:
+                await credentials.ended(request.kernel_id)  # the kernel's copy is the only one
         if self.need is IdentityNeed.SERVICE_TICKET:
             self._tended[request.kernel_id] = _Tended(found.ends, seen=time.monotonic())
         return Given(text, found.ends or 0.0, found.life, found.renew_till or 0.0)
@@ -137,9 +142,10 @@ class KernelTickets:
 
     async def _renew(self, credentials: Credentials, kernel_id: str, state: State, tended: _Tended) -> None:
         try:
-            ends = credentials.store.ends(kernel_id)
-            if ends is None:  # an earlier process had them
-                ends = (await credentials.obtain(_owner(state), IdentityNeed.SERVICE_TICKET, kernel_id)).ends
+            async with self._turns:
+                ends = credentials.store.ends(kernel_id)
+                if ends is None:  # an earlier process had them
+                    ends = (await credentials.obtain(_owner(state), IdentityNeed.SERVICE_TICKET, kernel_id)).ends
             await self.deliver(state, _text(await credentials.store.read(kernel_id)))
             tended.ends = ends
         except (GatewayError, SshError) as error:
@@ -157,22 +163,24 @@ async def check_tickets(
     """Whether kernels would get their tickets: those of `user`, where one is given."""
     if need is IdentityNeed.NONE or credentials is None:
         return []
-    principal = await asyncio.to_thread(kerberos.in_default_realm, principal or user) if user else ""
+    if not user:
+        if why := await asyncio.to_thread(credentials.problem, need):
+            return [Finding("error", "tickets", "kernels would get no Kerberos tickets", why)]
+        hint = "set DistributedProxy.check_user to have it tried"
+        return [Finding("ok", "tickets", "kernels get Kerberos tickets of their owners", hint)]
+    principal = await asyncio.to_thread(kerberos.in_default_realm, principal or user)
     identity = Identity(user, user, principal=principal, unix_user=user)
     try:
-        if user:
-            await credentials.attempt(identity, need)
-        elif why := await asyncio.to_thread(credentials.problem, need):
-            return [Finding("error", "tickets", "kernels would get no Kerberos tickets", why)]
+        await credentials.attempt(identity, need)
+        served, sentence = credentials.says(identity, need)
     except GatewayError as error:
         return [Finding("error", "tickets", error.message, error.hint)]
-    served, sentence = credentials.says(identity, need)
     return [Finding("ok" if served else "error", "tickets", f"kernels get {sentence.rstrip('.')}")]
 
 
 def _owner(state: State) -> Identity:
     owner, principal, user = (str(state[key]) if state.get(key) else None for key in ("owner", "principal", "user"))
-    return Identity(owner or "", owner or "", principal=principal, unix_user=user)
+    return Identity(owner or "", (owner or "").removeprefix(SERVICES), principal=principal, unix_user=user)
 
 
 def _text(tickets: bytes) -> str:

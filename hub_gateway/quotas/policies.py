@@ -31,7 +31,7 @@ from hub_gateway.quotas.types import (
     Weekly,
     WindowKind,
 )
-from hub_gateway.quotas.use import lock
+from hub_gateway.quotas.use import METERS, lock
 
 __all__ = ["MAINTENANCE", "PolicyIndex", "PolicyStore", "Standing", "written"]
 
@@ -197,6 +197,7 @@ class PolicyStore:
     def _changed(self, tx: Transaction) -> None:
         tx.info.pop(self, None)
         tx.info.pop(Standing, None)
+        tx.info.pop(METERS, None)
         found = tx.get(Setting, VERSION)
         value = uuid.uuid4().hex
         if found is None:

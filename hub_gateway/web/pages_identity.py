@@ -92,7 +92,9 @@ class IdentityPage(_IdentityPage):
     async def _mapped(self, person: Person, name_holders: bool) -> Step:
         """How the mapping of somebody ends."""
         try:
-            steps: list[Step] = await self.identity.explain(person.name, person.groups, name_holders=name_holders)
+            steps: list[Step] = await self.identity.explain(
+                person.name, person.groups, name_holders=name_holders, attempt=False
+            )
         except Unavailable as error:
             return Step("result", "", "unavailable", error.message)
         return steps[-1]

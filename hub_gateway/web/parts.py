@@ -85,7 +85,9 @@ class QuotaPart(Protocol):
 class IdentityPart(Protocol):
     """`hub_gateway.identity.mapper.IdentityMapper`."""
 
-    async def explain(self, name: str, groups: Collection[str], *, name_holders: bool = False) -> Any: ...
+    async def explain(
+        self, name: str, groups: Collection[str], *, name_holders: bool = False, attempt: bool = True
+    ) -> Any: ...
 
     async def release(self, hub_user: str, actor: str) -> Any: ...
 

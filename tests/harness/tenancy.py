@@ -224,7 +224,9 @@ class Identity:
     def __init__(self) -> None:
         self.released: list[tuple[str, str]] = []
 
-    async def explain(self, name: str, groups: Collection[str], *, name_holders: bool = False) -> list[dict[str, Any]]:
+    async def explain(
+        self, name: str, groups: Collection[str], *, name_holders: bool = False, attempt: bool = True
+    ) -> list[dict[str, Any]]:
         return [{"rule": "same-name", "matched": True, "sentence": f"{name} runs as {name}."}]
 
     async def release(self, hub_user: str, actor: str) -> bool:

@@ -120,6 +120,25 @@ async def test_a_failed_renewal_leaves_the_tickets_and_is_tried_again(store: Cre
     assert len(list(path.parent.iterdir())) == 1
 
 
+async def test_tickets_that_have_ended_are_asked_for_ever_more_rarely(
+    store: CredentialStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their owner may be locked at the KDC for as long as the kernel lives, and that may be months."""
+    real, pauses, source = asyncio.sleep, list[float](), Source(life=-5.0)
+
+    async def sleep(seconds: float) -> None:
+        await real(0 if seconds >= 0.5 else seconds)
+        if seconds >= 0.5:
+            pauses.append(seconds)
+
+    await store.keep("k1", source)
+    source.error = Unavailable("The account is locked.")
+    store.retry_seconds = 30.0
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    await eventually(lambda: len(pauses) > 7, "tried several times", timeout=20)
+    assert pauses[1:8] == [60.0, 120.0, 240.0, 480.0, 600.0, 600.0, 600.0]
+
+
 async def test_tickets_go_with_their_kernel(store: CredentialStore) -> None:
     before = asyncio.all_tasks()
     path = await store.keep("k1", Source())
@@ -252,6 +271,8 @@ async def test_explain_says_which_credential(store: CredentialStore) -> None:
         "constrained delegation (S4U). They cannot be had now. The gateway cannot get Kerberos tickets; ask its "
         "administrator."
     ) in told
+    steps = await mapper.explain("alice", (), attempt=False)
+    assert not any("They cannot be had now" in step.sentence for step in steps), "a page of twenty people asks no KDC"
     mapper.services = {"gw": {"principal": "GW/host@EXAMPLE.TEST"}}
     assert "a system's principal" in (await mapper.explain("services/gw", ()))[-1].sentence
 
@@ -260,6 +281,7 @@ async def test_a_users_own_ticket_is_that_users(store: CredentialStore, tmp_path
     """Names make no path outside of the directory, and what is offered is taken only where that is wanted."""
     provider = UserTgtCredential(store=store, ccache_file=str(tmp_path / "{user}" / "{unix_user}"))
     assert provider.says(ALICE) == f"a copy of the TGT of alice@EXAMPLE.TEST, from {tmp_path}/alice/alice."
+    assert "{user}" in provider.says(replace(ALICE, hub_user=".."))
     for name in ("../etc", "..", "", "a b"):
         with pytest.raises(Forbidden, match="none for a file"):
             await provider.obtain(replace(ALICE, hub_user=name), "k1")
@@ -268,7 +290,8 @@ async def test_a_users_own_ticket_is_that_users(store: CredentialStore, tmp_path
     with pytest.raises(Unavailable, match="cannot be read"):
         await provider.obtain(replace(ALICE, offered=offered), "k1")
     provider.accept_offered = True
-    found = await provider.obtain(replace(ALICE, offered=offered), "k1")
+    in_lines = base64.encodebytes(base64.b64decode(offered)).decode()
+    found = await provider.obtain(replace(ALICE, offered=in_lines), "k1")
     assert found.ccache is not None and mode(found.ccache) == 0o600 and found.renew_till == found.ends
     with pytest.raises(Unavailable, match=r"is not in base64; .* cannot be read"):
         await provider.obtain(replace(ALICE, offered="?"), "k2")
@@ -285,6 +308,9 @@ def test_a_cache_that_is_none_is_refused() -> None:
     parsed = ccachefile.parse(whole)
     assert parsed.principal == "alice@EXAMPLE.TEST" and parsed.only(parsed.tickets) != b""
     assert [(one.server, one.ends) for one in parsed.tickets] == [("krbtgt/EXAMPLE.TEST@EXAMPLE.TEST", 2000)]
+    times = b"".join(number.to_bytes(4, "big") for number in (1, 0, 2000, 3000))
+    (without_start,) = ccachefile.parse(whole.replace(times[:4] * 2 + times[8:], times)).tickets
+    assert without_start.begins == 1, "the time of the authentication stands in for it (RFC 4120, section 5.3)"
     for broken in (b"", b"\x05\x03", whole[:-3], whole[:40], whole.replace(b"\x00\x00\x00\x05alice", b"\xff" * 9)):
         with pytest.raises(ValueError, match=r"version 4|in the middle"):
             ccachefile.parse(broken)

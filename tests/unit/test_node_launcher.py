@@ -172,3 +172,22 @@ def test_a_process_with_an_odd_epoch_disturbs_nobody(tmp_path: Path, epoch: str,
             found = find(tmp_path)["agents"] if where else [vars(one) for one in tagged.agents("g")]
             assert [one["epoch"] for one in found] == [read]
             process.kill()
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_tickets_that_come_too_late_are_not_left_behind(tmp_path: Path, lives: bool) -> None:
+    """A call that nobody waits for any more goes on, and may meet a kernel that has just been ended."""
+    directory = folder(tmp_path) / "k1"
+    if lives:
+        marked(directory)
+    else:
+        directory.mkdir()
+    directory.chmod(0o700)
+    answer = asked(
+        "node.py", {"action": "tickets", "user": None, "runtime_dir": str(directory), "tickets": "dGlja2V0cw=="}
+    )
+    assert answer["ok"], answer
+    if lives:
+        assert (directory / "krb5cc").read_bytes() == b"tickets"
+    else:
+        assert not directory.exists()

@@ -56,7 +56,13 @@ def test_lists_of_kernelspecs() -> None:
 
 
 def test_a_configuration_that_is_wrong_is_refused() -> None:
-    for traits in ({"hosts": ["a", "a"]}, {"hosts": ["a b"]}, {"port_range": "5..1"}, {"limit_command": ["nice"]}):
+    for traits in (
+        {"hosts": ["a", "a"]},
+        {"hosts": ["a b"]},
+        {"port_range": "5..1"},
+        {"limit_command": ["nice"]},
+        {"gss_principal": "gw/host"},
+    ):
         with pytest.raises(TraitError):
             DistributedProxy(config=Config(DistributedProxy=traits))
 
