@@ -183,10 +183,12 @@ def test_tickets_that_come_too_late_are_not_left_behind(tmp_path: Path, lives: b
     else:
         directory.mkdir()
     directory.chmod(0o700)
-    answer = asked(
-        "node.py", {"action": "tickets", "user": None, "runtime_dir": str(directory), "tickets": "dGlja2V0cw=="}
+    # Not by its protocol: it does nothing for root, as whom tests may run.
+    call = (
+        f"import os, pwd, sys; sys.path.insert(0, {str(launchers_dir())!r}); import node; "
+        "node.tickets({'runtime_dir': sys.argv[1], 'tickets': 'dGlja2V0cw=='}, pwd.getpwuid(os.getuid()))"
     )
-    assert answer["ok"], answer
+    subprocess.run([sys.executable, "-I", "-c", call, str(directory)], check=True, timeout=20)
     if lives:
         assert (directory / "krb5cc").read_bytes() == b"tickets"
     else:
