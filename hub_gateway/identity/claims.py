@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
-from sqlalchemy import Table, and_, delete, func, insert, literal, or_, select, tuple_
+from sqlalchemy import Table, bindparam, delete, func, insert, literal, or_, select, tuple_
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.audit import append
@@ -25,6 +25,11 @@ from hub_gateway.quotas.use import lock
 __all__ = ["Claim", "Taken", "claim", "claims_of", "find", "holders", "release"]
 
 _TABLE = cast(Table, IdentityClaim.__table__)
+_HOLDERS = (
+    select(_TABLE)
+    .where(tuple_(_TABLE.c.kind, _TABLE.c.name).in_(bindparam("wanted", expanding=True)))
+    .order_by(_TABLE.c.hub_user)
+)
 _ENDED = (KernelStatus.STOPPED.value, KernelStatus.FAILED.value)
 
 
@@ -48,8 +53,7 @@ def holders(tx: Transaction, identity: Identity) -> Sequence[Claim]:
     wanted = identity.claimed
     if not wanted:
         return ()
-    where = or_(*(and_(_TABLE.c.kind == kind, _TABLE.c.name == name) for kind, name in wanted))
-    return [Claim(*row) for row in tx.connection().execute(select(_TABLE).where(where).order_by(_TABLE.c.hub_user))]
+    return [Claim(*row) for row in tx.connection().execute(_HOLDERS, {"wanted": list(wanted)})]
 
 
 def claims_of(tx: Transaction, hub_user: str) -> Sequence[Claim]:

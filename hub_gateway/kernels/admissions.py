@@ -146,11 +146,11 @@ class Admitter:
             "epoch": 1,
             "launch_epoch": 1,
             "proxy_state": {},
-            **self._stands(verdict, now),
+            # Until when the lease is held stands in the statement, which is made once.
+            **self._stands(verdict, now, lease=False),
             **launch,
         }
         if verdict.outcome == "admitted":
-            del values["lease_until"]  # an expression: it stands in the statement, which is made once
             made = self._made(tx, _STARTS, {**values, "lease_seconds": self.lease_seconds})
             self._reserve(tx, demand, new, now)
         else:
@@ -279,7 +279,7 @@ class Admitter:
             again=again,
         )
 
-    def _stands(self, verdict: Verdict, now: datetime) -> dict[str, Any]:
+    def _stands(self, verdict: Verdict, now: datetime, *, lease: bool = True) -> dict[str, Any]:
         """The columns that say whether a kernel waits or starts. What waits needs no lease: it holds nothing."""
         if verdict.outcome == "queued":
             return {
@@ -294,7 +294,7 @@ class Admitter:
         return {
             "status": KernelStatus.STARTING.value,
             "lease_holder": self.instance,
-            "lease_until": db_now() + self.lease_seconds,
+            **({"lease_until": db_now() + self.lease_seconds} if lease else {}),
             "queue_deadline": None,
             "queue_policy": "",
             "queue_reason": "",
