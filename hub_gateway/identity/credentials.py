@@ -114,6 +114,11 @@ class Credentials(LoggingConfigurable):
         """Find out whether `obtain` would do now; nothing is kept. Raises what that would."""
         await self._serving(need).attempt(identity)
 
+    def takes_offered(self, need: IdentityNeed) -> bool:
+        """Whether tickets that a client has brought along are used for a need."""
+        provider = self.provider(need)
+        return provider is not None and provider.takes_offered()
+
     def problem(self, need: IdentityNeed) -> str:
         """Why a need cannot be served as this is configured; empty if it can. May block."""
         provider = self.provider(need)

@@ -69,6 +69,10 @@ class CredentialProvider(LoggingConfigurable, metaclass=AbstractMeta):
         if why := await self.store.calls.run(self.problem):
             raise Unavailable("The gateway cannot get Kerberos tickets; ask its administrator.", hint=why)
 
+    def takes_offered(self) -> bool:
+        """Whether it uses tickets that a client has brought along; they are not kept otherwise."""
+        return False
+
     def unset(self) -> str:
         """Which options it lacks; empty where none."""
         return ""

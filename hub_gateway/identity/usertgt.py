@@ -58,13 +58,16 @@ class UserTgtCredential(CredentialProvider):
         False,
         help="""Whether clients may bring tickets along: KERNEL_KRB5_CCACHE, a credential cache of type FILE in base64.
 
-        It is taken out of the environment, whether it is accepted or not, and is kept encrypted with the kernel's
-        plan, for another start.
+        It is taken out of the environment, whether it is accepted or not. Where it is, it is kept encrypted with the
+        kernel's plan, for another start.
         """,
     ).tag(config=True)
 
     def says(self, identity: Identity) -> str:
         return f"a copy of the TGT of {identity.principal or 'nobody'}, from {' or '.join(self._places(identity))}."
+
+    def takes_offered(self) -> bool:
+        return self.accept_offered
 
     def unset(self) -> str:
         if not (self.auth_state_key or self.ccache_file or self.accept_offered):

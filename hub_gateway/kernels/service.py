@@ -159,7 +159,7 @@ class KernelService(LoggingConfigurable):
             path=wanted.path or notebook_of(wanted.env),
             plan=replace(
                 _plan(spec, wanted, client, kernel_id=key, username=username),
-                tickets=offered if found.tickets is IdentityNeed.USER_TGT else "",
+                tickets=offered if self._takes_offered(found.tickets) else "",
             ),
             resources=resources,
             least=spec.bounds.least,
@@ -445,6 +445,10 @@ class KernelService(LoggingConfigurable):
         if identity.unix_user != record.unix_user:
             raise Forbidden("Your kernels do not run as the unix user of this one any more; start a new kernel.")
         return identity
+
+    def _takes_offered(self, need: IdentityNeed) -> bool:
+        credentials = self.controller.proxies.credentials
+        return credentials is not None and credentials.takes_offered(need)
 
     async def _identity(self, caller: Caller, proxy: str) -> Identity:
         """As whom the caller's kernels run there. Raises `Forbidden`, `Unavailable`."""

@@ -289,7 +289,9 @@ async def test_a_users_own_ticket_is_that_users(store: CredentialStore, tmp_path
     offered = base64.b64encode(CCACHE.replace((2000).to_bytes(4, "big"), fresh)).decode()
     with pytest.raises(Unavailable, match="cannot be read"):
         await provider.obtain(replace(ALICE, offered=offered), "k1")
+    assert not provider.takes_offered()
     provider.accept_offered = True
+    assert provider.takes_offered()
     in_lines = base64.encodebytes(base64.b64decode(offered)).decode()
     found = await provider.obtain(replace(ALICE, offered=in_lines), "k1")
     assert found.ccache is not None and mode(found.ccache) == 0o600 and found.renew_till == found.ends
