@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hub_gateway.deadlines import within
 from hub_gateway.errors import LaunchFailed, Unavailable
 from hub_gateway.proxies.threads import to_its_end
 
@@ -24,7 +25,9 @@ __all__ = ["DockerDaemon", "errors", "fault_of_logins", "last_words", "refusal",
 
 T = TypeVar("T")
 PROGRESS_SECONDS = 2.0
-PULLS = 4
+SILENT_SECONDS = 10.0
+"""After so long without news of an image it is said that it is still waited for."""
+PULLS = 8
 """How many images are fetched at once."""
 
 
@@ -150,12 +153,12 @@ class DockerDaemon:
         await self.change(start)
 
     async def pull(self, image: str, seconds: float) -> AsyncGenerator[str, None]:
-        """Fetch an image; sentences of how far it is, every two seconds. Raises `LaunchFailed`."""
+        """Fetch an image; sentences of how far it is, every few seconds. Raises `LaunchFailed`."""
         loop, news = asyncio.get_running_loop(), asyncio.Queue[str | None]()
         unwanted = threading.Event()
 
         def fetch() -> None:
-            began = told = time.monotonic()
+            told = time.monotonic()
             layers: dict[str, tuple[bool, int, int]] = {}
             try:
                 repository, tag = _split(image)
@@ -165,11 +168,6 @@ class DockerDaemon:
                         return
                     if "error" in event:
                         raise pull_refusal(image, str(event["error"]))
-                    if now - began > seconds:
-                        raise LaunchFailed(
-                            f"The image {image} was not there after {seconds:.0f} seconds of fetching it; try again, "
-                            "or ask the administrator to fetch it beforehand."
-                        )
                     _note(layers, event)
                     if layers and now - told > PROGRESS_SECONDS:
                         told = now
@@ -186,8 +184,22 @@ class DockerDaemon:
                 raise pull_refusal(image, said(error)) from error
 
         task = loop.run_in_executor(self._pulls, guarded)
+        ends = loop.time() + seconds
         try:
-            while (sentence := await news.get()) is not None:
+            while not task.done() or not news.empty():
+                try:
+                    sentence = await within(news.get(), SILENT_SECONDS)
+                except asyncio.TimeoutError:
+                    sentence = (
+                        f"The image {image} is still waited for; its registry says nothing, or others come first."
+                    )
+                if sentence is None:
+                    break
+                if loop.time() > ends:
+                    raise LaunchFailed(
+                        f"The image {image} was not there after {seconds:.0f} seconds of fetching it; try again, "
+                        "or ask the administrator to fetch it beforehand."
+                    )
                 yield sentence
             await task
         finally:
@@ -260,7 +272,19 @@ def fault_of_logins(path: str) -> str:
         return f"{path} is not JSON"
     if not isinstance(found, dict) or not isinstance(found.get("auths", {}), dict):
         return f"{path} has not the form that `docker login` writes"
-    return f"every user of this machine may use {path}; chmod 600 it" if open_to_all else ""
+    if open_to_all:
+        return f"every user of this machine may use {path}; chmod 600 it"
+    try:
+        _read_logins(path)
+    except (ValueError, errors().DockerException):
+        return f"{path} has a login that cannot be read; write it anew by `docker login`"
+    return ""
+
+
+def _read_logins(path: str) -> None:
+    import docker.auth
+
+    docker.auth.load_config(path)
 
 
 REFUSALS = (

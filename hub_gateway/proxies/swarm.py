@@ -87,10 +87,11 @@ class SwarmProxy(ContainerProxy):
         state: State = {"swarm": await self._swarm_id()}
         yield dict(state)
         if request.previous is not None:
-            adopted = await self._adopt(request, plan)
-            if adopted is not None:
-                yield {**state, **adopted}
-                return
+            async for adopted in self._adopt(request, plan):
+                if not isinstance(adopted, str):
+                    yield {**state, **adopted}
+                    return
+                yield {**state, "progress": adopted}
         try:
             configs = await self._ship()
             secret = await self._secret(request, plan)
@@ -105,7 +106,7 @@ class SwarmProxy(ContainerProxy):
             raise refusal(error, image=plan.image, python=plan.python) from error
         state["service"] = service
         yield dict(state)
-        async for progress in self._await_registration(request.kernel_id, service, plan):
+        async for progress in self._await_registration(request.kernel_id, service, plan, 0):
             if isinstance(progress, str):
                 yield {**state, "progress": progress}
             else:
@@ -149,19 +150,24 @@ class SwarmProxy(ContainerProxy):
         return {"id": str(made["ID"]), "name": plan.name}
 
     async def _await_registration(
-        self, kernel_id: str, service: str, plan: ContainerPlan
+        self, kernel_id: str, service: str, plan: ContainerPlan, attempt: int
     ) -> AsyncIterator[str | dict[str, Any]]:
-        """Why it waits, whenever that changes, and at last the registration. Raises `LaunchFailed`."""
+        """Why the task of this attempt waits, whenever that changes, and at last the registration.
+
+        Raises `LaunchFailed`.
+        """
         loop = asyncio.get_running_loop()
         began, started_at, told, delay = loop.time(), 0.0, "", LOOK_SECONDS[0]
-        attempt, prepared_at, said_at = 0, 0.0, 0.0
+        prepared_at = said_at = 0.0
         while True:
             task, report = await self.manager.look(service, attempt)
             now = loop.time()
             if task is not None and spoilt(task) and attempt_of(task["Spec"]) + 1 < ATTEMPTS:
                 self.log.info("Kernel %s: its task is started anew: %s", kernel_id, report.reason)
-                attempt = await self.manager.again(service)
                 yield "The node was busy and could not start the kernel; it is started again."
+                # Only now: who goes on still has the kernel.
+                attempt = await self.manager.again(service, attempt_of(task["Spec"]))
+                began, prepared_at = loop.time(), 0.0
                 continue
             if report.phase is Phase.GONE:
                 lines = await self.logs({"service": service}, 5)
@@ -222,19 +228,24 @@ class SwarmProxy(ContainerProxy):
             "The kernel's task has no address at which the gateway could reach it; ask the administrator."
         )
 
-    async def _adopt(self, request: LaunchRequest, plan: ContainerPlan) -> State | None:
-        """What an interrupted launch of the same kernel left, if its agent comes up; the rest of it is removed."""
+    async def _adopt(self, request: LaunchRequest, plan: ContainerPlan) -> AsyncIterator[str | State]:
+        """What an interrupted launch of the same kernel left, if its agent comes up; until then, why it does not yet.
+
+        Where nothing comes up, what is left is removed.
+        """
         for found in await self.manager.services(request.gateway_id, request.kernel_id):
-            service = str(found["ID"])
+            service, attempt = str(found["ID"]), attempt_of(found["Spec"]["TaskTemplate"])
             try:
-                async for progress in self._await_registration(request.kernel_id, service, plan):
-                    if not isinstance(progress, str):
-                        return {"service": service, "epoch": _epoch(found), "registration": progress}
+                async for progress in self._await_registration(request.kernel_id, service, plan, attempt):
+                    if isinstance(progress, str):
+                        yield progress
+                    else:
+                        yield {"service": service, "epoch": _epoch(found), "registration": progress}
+                        return
             except LaunchFailed as error:
                 self.log.info("Kernel %s: what is left of its launch is of no use: %s", request.kernel_id, error)
         seconds = self.shutdown_seconds + REMOVAL_SECONDS
         await self.manager.remove(request.gateway_id, request.kernel_id, only=None, seconds=seconds)
-        return None
 
     # Afterwards
 

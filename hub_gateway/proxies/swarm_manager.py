@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,8 @@ from hub_gateway.proxies.swarm_spec import attempt_of, given_up, newest, phase_o
 __all__ = ["SwarmManager"]
 
 LOOK_SECONDS = (0.1, 0.5)
+OVERTAKEN = 3
+"""How often a change is tried again that somebody else's has overtaken."""
 _INCOMPLETE = re.compile(rb"(?m)^(Error grabbing logs: .*)?warning: incomplete log stream\..*\n?")
 """What a manager writes between the lines where it does not reach a node: none of the kernel's words."""
 
@@ -69,22 +71,30 @@ class SwarmManager:
                 ) from error
             raise
 
-    async def again(self, service: str) -> int:
-        """Have the service's task started anew; which attempt that is. The service stays the same."""
+    async def again(self, service: str, seen: int) -> int:
+        """Have the service's task started anew, whose attempt `seen` is spoilt; which attempt there is then.
+
+        The service stays the same. Nothing is changed where somebody else has done it by now.
+        """
 
         def update(api: Any) -> int:
             found = api.inspect_service(service)
             template = found["Spec"]["TaskTemplate"]
-            attempt = attempt_of(template) + 1
-            api.update_service(
+            if attempt_of(template) != seen:
+                return attempt_of(template)
+            # With the logins of the launch: whatever this client has loaded is sent along.
+            self.daemon.connect_with_logins().update_service(
                 service,
                 found["Version"]["Index"],
-                task_template={**template, "ForceUpdate": attempt},
+                task_template={**template, "ForceUpdate": seen + 1},
                 fetch_current_spec=True,
             )
-            return attempt
+            return seen + 1
 
         with _answered():
+            for _ in range(OVERTAKEN):
+                with contextlib.suppress(_OutOfSequence):
+                    return await self.daemon.change(lambda api: _in_sequence(update, api))
             return await self.daemon.change(update)
 
     async def log(self, service: str, *, stdout: bool, lines: int | str = "all") -> bytes:
@@ -126,6 +136,19 @@ class SwarmManager:
     async def _drop(self, remove: str, what: str) -> None:
         with _answered("The swarm did not remove the kernel; it is tried again."):
             await self.daemon.change(partial(_gone, remove, what))
+
+
+class _OutOfSequence(Exception):
+    """The swarm itself has written to the service between it was read and changed, as it does when a task fails."""
+
+
+def _in_sequence(update: Callable[[Any], int], api: Any) -> int:
+    try:
+        return update(api)
+    except errors().APIError as error:
+        if "out of sequence" in said(error):
+            raise _OutOfSequence from error
+        raise
 
 
 def _wanted(gateway_id: str, kernel_id: str | None = None) -> list[str]:

@@ -119,7 +119,7 @@ def attempt_of(task_template: Mapping[str, Any]) -> int:
 
 def newest(tasks: Iterable[Mapping[str, Any]], attempt: int) -> Mapping[str, Any] | None:
     """The task of a service, of those that it ever had; None where the one of this attempt is not there yet."""
-    found = max(tasks, key=lambda one: str(one["CreatedAt"]), default=None)
+    found = max(tasks, key=lambda one: (attempt_of(one["Spec"]), str(one["CreatedAt"])), default=None)
     return None if found is None or attempt_of(found["Spec"]) < attempt else found
 
 

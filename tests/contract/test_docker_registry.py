@@ -6,7 +6,8 @@ import base64
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -94,25 +95,45 @@ def daemon_of(gateway: MiniGateway, bench: Bench) -> docker_client.DockerDaemon:
     return proxy.daemon
 
 
+@asynccontextmanager
+async def silent(registry: Registry) -> AsyncIterator[Callable[[], None]]:
+    """A registry that takes questions and answers none, until what this gives is called; in any case at the end."""
+    registry.pause()
+    try:
+        yield registry.go_on
+    finally:
+        registry.go_on()
+
+
 def text_of(message: Message) -> str:
     """What a message shows, if it is one that does."""
     return str(message["content"].get("data", {}).get("text/plain", ""))
 
 
 @single
-async def test_the_user_sees_how_far_it_is(missing: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the cell that waits; then the cell runs."""
+async def test_the_user_sees_how_far_it_is(
+    missing: Bench, registries: tuple[Registry, Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the cell that waits, also while the registry says nothing; then the cell runs."""
     monkeypatch.setattr(docker_client, "PROGRESS_SECONDS", 0.0)
-    async with missing.gateway() as gateway:
+    monkeypatch.setattr(docker_client, "SILENT_SECONDS", 0.5)
+    async with missing.gateway() as gateway, silent(registries[0]) as go_on:
         created = await gateway.service.create(missing.alice, CreateKernel(name="open"))
         client = await gateway.connect(missing.alice, created.id)
+        cell = client.run(f"import os; size = os.path.getsize('{FILE}')")
         shown: list[str] = []
+
+        def waited_for(message: Message) -> bool:
+            shown.append(text_of(message))
+            return "is still waited for" in shown[-1]
 
         def replied(message: Message) -> bool:
             shown.append(text_of(message))
             return message["msg_type"] == "execute_reply"
 
-        cell = client.run(f"import os; size = os.path.getsize('{FILE}')")
+        await client.receive(waited_for)
+        go_on()
+
         reply = await client.receive(replied)
         assert (reply["parent_header"]["msg_id"], reply["content"]["status"]) == (cell, "ok")
         assert any("which is not on the Docker host yet" in text for text in shown)
@@ -128,14 +149,13 @@ async def test_the_user_sees_that_a_node_fetches_it(
 ) -> None:
     """A swarm says no more of it, and a kernel is not too late because of it."""
     monkeypatch.setattr(swarm, "PREPARING_SECONDS", 0.5)
-    async with missing.gateway() as gateway:
-        registries[0].pause()
+    async with missing.gateway() as gateway, silent(registries[0]) as go_on:
         created = await gateway.service.create(missing.alice, CreateKernel(name="open"))
         client = await gateway.connect(missing.alice, created.id)
         cell = client.run("print('it is there')")
         for _ in range(2):
             await client.receive(lambda message: "it fetches the image" in text_of(message))
-        registries[0].go_on()
+        go_on()
         text, reply = await client.result(cell)
         assert (text, reply["content"]["status"]) == ("it is there\n", "ok")
         await gateway.service.shutdown(missing.alice, created.id)

@@ -29,9 +29,11 @@ def main() -> int:
     """Bring the engines that this machine can have. What stays missing is no error here: the tests decide."""
     wanted = [name for name in ENGINES if missing(name)]
     if wanted and os.geteuid() == 0 and shutil.which("apt-get") and not os.environ.get("HUB_GATEWAY_NO_APT"):
-        packages = [package for name in wanted for package in ENGINES[name].packages]
-        if apt("update"):
-            apt("install", "--no-install-recommends", *packages)
+        packages = {name: ENGINES[name].packages for name in wanted}
+        everything = [package for some in packages.values() for package in some]
+        if apt("update") and not apt("install", "--no-install-recommends", *everything):
+            for some in packages.values():  # one that this system does not have keeps no other engine away
+                apt("install", "--no-install-recommends", *some)
     for name in wanted:
         if reason := missing(name):
             print(f"engines: {reason}")

@@ -13,7 +13,8 @@ import bcrypt
 import pytest
 
 from tests.engines import ADMIN_PATH, missing
-from tests.engines.docker import ENVIRONMENT, end_with_parent
+from tests.engines.docker import ENVIRONMENT
+from tests.engines.ssh import die_with_parent
 from tests.harness.waiting import until
 
 __all__ = ["Registry"]
@@ -52,7 +53,7 @@ class Registry:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                preexec_fn=end_with_parent,
+                preexec_fn=die_with_parent,  # also while it is paused
             )
         found = until(lambda: re.search(r"listening on (127\.0\.0\.1:\d+)", log.read_text()), "the registry listens")
         self.address = found[1]

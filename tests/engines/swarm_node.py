@@ -7,12 +7,14 @@ import ctypes
 import os
 import signal
 from ipaddress import IPv4Address
+from typing import Any
 
 from docker.errors import APIError
 
 from tests.engines.docker import IMAGE, SWARM_PORT, Dockerd, make_bridge, run
 from tests.engines.images import root_archive
 from tests.engines.mount_faults import MountFaults
+from tests.harness.waiting import until
 
 __all__ = ["LABEL", "SwarmNode"]
 
@@ -73,11 +75,22 @@ class SwarmNode(Dockerd):
             data_path_addr=self.place,
         )
         self._id = self.client.info()["Swarm"]["NodeID"]
-        node = self.manager.client.nodes.get(self._id)
-        self.hostname = str(node.attrs["Description"]["Hostname"])
-        name, value = LABEL.split("=")
-        node.update({"Role": "worker", "Availability": "active", "Labels": {name: value}})
+        until(lambda: self._facts()["Status"]["State"] == "ready", "the second node is ready", timeout=60)
+        self.hostname = str(self._facts()["Description"]["Hostname"])
+        until(self._labelled, "the second node has its label", timeout=60)
         return self
+
+    def _facts(self) -> dict[str, Any]:
+        return dict(self.manager.client.api.inspect_node(self._id))
+
+    def _labelled(self) -> bool:
+        """Label it; false where the manager itself has just written to the node."""
+        name, value = LABEL.split("=")
+        try:
+            spec = {"Role": "worker", "Availability": "active", "Labels": {name: value}}
+            return bool(self.manager.client.nodes.get(self._id).update(spec))
+        except APIError:
+            return False
 
     def leave(self) -> None:
         """Go, as by `docker swarm leave`."""
