@@ -20,6 +20,7 @@ from hub_gateway.kernels.types import KernelRecord
 from hub_gateway.proxies.docker_spec import GATEWAY
 from tests.contract.cases import ProxyCase, administer
 from tests.engines.docker import IMAGE, NO_PYTHON, NO_PYZMQ, Dockerd, docker_engine, swarm_engine
+from tests.harness.waiting import until
 
 __all__ = ["DOCKER", "SWARM", "DockerCase", "SwarmCase", "container_spec"]
 
@@ -167,11 +168,17 @@ class SwarmCase(DockerCase):
         api.kill(found["Id"])
 
     def clean(self, gateway_ids: set[str], state_dir: Path) -> None:
+        api = self.engine().client.api
         for gateway_id in gateway_ids:
-            api = self.engine().client.api
-            for one in api.services(filters={"label": [f"{GATEWAY}={gateway_id}"]}):
+            wanted = {"label": [f"{GATEWAY}={gateway_id}"]}
+            for one in api.services(filters=wanted):
                 with contextlib.suppress(NotFound, APIError):
                     api.remove_service(one["ID"])
+            with contextlib.suppress(AssertionError):
+                until(lambda wanted=wanted: not api.tasks(filters=wanted), "the tasks are gone", timeout=60)
+            for one in api.secrets(filters=wanted):
+                with contextlib.suppress(NotFound, APIError):
+                    api.remove_secret(one["ID"])
 
 
 SWARM = SwarmCase(
