@@ -175,7 +175,7 @@ class SwarmCase(DockerCase):
                 with contextlib.suppress(NotFound, APIError):
                     api.remove_service(one["ID"])
             with contextlib.suppress(AssertionError):
-                until(lambda wanted=wanted: not api.tasks(filters=wanted), "the tasks are gone", timeout=60)
+                until(lambda wanted=wanted: not api.tasks(filters=wanted), "the tasks are gone", timeout=10)
             for one in api.secrets(filters=wanted):
                 with contextlib.suppress(NotFound, APIError):
                     api.remove_secret(one["ID"])
