@@ -57,6 +57,7 @@ def _spec(argv: Sequence[str], **config: Any) -> dict[str, Any]:
 @contextmanager
 def _hosts(directory: Path) -> Iterator[tuple[SshNodes, dict[str, Any]]]:
     """OpenSSH servers, and the configuration of a gateway that runs kernels there as their owners, by sudo."""
+    directory.parent.chmod(0o711)  # kernels run as other users, who must get to what is in it
     nodes = ssh_case.prepare_nodes(directory)
     try:
         yield nodes, dict(ssh_case.distributed(nodes, directory))
@@ -148,6 +149,7 @@ def _network(daemon: Dockerd) -> Iterator[tuple[str, str]]:
 @contextmanager
 def _docker(bench: Bench) -> Iterator[tuple[Floor, HubGateway]]:
     directory, daemon = bench.fresh("engine-docker"), docker_engine()
+    directory.parent.chmod(0o711)
     directory.chmod(0o755)
     config = dict(docker_case.in_containers(directory))
     with _network(daemon) as (network, address):
@@ -198,13 +200,15 @@ def _start_row(name: str, engine: Callable[[Bench], Any], bench: Bench, rounds: 
                         direct.append(floor())
                     else:
                         seconds, kernel_id = _first_reply(gateway, "ipykernel")
+                        assert _states(gateway)[kernel_id] == "idle", "the kernel does not run"
                         ours.append(seconds)
                         gateway.delete(kernel_id)
                 if number == 0:  # caches of the disk and of the engine are cold, and the gateway connects at first
                     cold, direct, ours = ours[0], [], []
     except pytest.skip.Exception as reason:
         return Row(title, ours=f"not measured: {reason}")
-    except (zmq.ZMQError, subprocess.SubprocessError, OSError, RuntimeError) as error:  # the other engines' rows stay
+    except (zmq.ZMQError, subprocess.SubprocessError, AssertionError, OSError, RuntimeError) as error:
+        # The rows of the other engines stay.
         return Row(title, ours=f"failed: {error}".splitlines()[0], met=False)
     ratio = statistics.median(ours) / statistics.median(direct)
     return Row(
@@ -243,16 +247,12 @@ def idle_kernels(bench: Bench) -> list[Row]:
                 cpu, began = hub.cpu(), time.perf_counter()
                 time.sleep(10)
                 share = (hub.cpu() - cpu) / (time.perf_counter() - began)
-                with Http(hub.endpoint) as http:
-                    found = json.loads(http.request("GET", "/api/kernels")[1])
-                wrong = [kernel for kernel in found if kernel["execution_state"] != "idle"]
-                assert len(found) == first + count and not wrong, f"{len(found)} kernels live; not idle: {wrong[:3]}"
-                alive = hub.kernels()
+                alive = _states(hub)
+                assert list(alive.values()) == ["idle"] * (first + count), f"not all kernels are idle: {alive}"
                 with ThreadPoolExecutor(5) as pool:
                     list(pool.map(hub.delete, alive))
     except pytest.skip.Exception as reason:
         return [Row(title, ours=f"not measured: {reason}")]
-    assert len(alive) == first + count, f"{len(alive)} kernels of {first + count} live"
     each, fds = 1e6 * (after - before) / count, (more - descriptors) / count
     bench.report.notes.append(
         f"Idle kernels: {count} more beside {first} on three hosts, without websockets; what they add to the gateway's "
@@ -281,8 +281,9 @@ def dead_host(bench: Bench) -> list[Row]:
             users = ssh_case.USERS
             with HubGateway(directory / "hub", users=users, specs=specs, config=_config(config)) as hub:
                 other = Endpoint("127.0.0.1", hub.gateway.port, hub.gateway.headers(users[1]))
-                with hub.channels(hub.start("good"), v1=True) as channels:
-                    channels.kernel_info()
+                good = hub.start("good")
+                with hub.channels(good, v1=True) as channels:
+                    assert _states(hub)[good] == "idle", "the kernel does not run"
                     before = [channels.execute("pass") for _ in range(count)]
                     nodes.nodes[1].freeze()
                     try:
@@ -314,6 +315,12 @@ def dead_host(bench: Bench) -> list[Row]:
             raw={"before": before, "beside": beside},
         )
     ]
+
+
+def _states(hub: HubGateway) -> dict[str, str]:
+    """The caller's kernels, and what they do."""
+    with Http(hub.endpoint) as http:
+        return {one["id"]: one["execution_state"] for one in json.loads(http.request("GET", "/api/kernels")[1])}
 
 
 def _post(endpoint: Endpoint, spec: str) -> int:
