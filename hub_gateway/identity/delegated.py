@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from traitlets import List, Unicode
 
-from hub_gateway.errors import Forbidden, Unavailable
+from hub_gateway.errors import Forbidden
 from hub_gateway.identity.providers import Credential, KeytabCredential
 from hub_gateway.identity.s4u import ConstrainedDelegation, ServiceTickets
 from hub_gateway.identity.types import Identity
@@ -35,18 +35,14 @@ class S4UCredential(KeytabCredential):
         return f"tickets of {identity.principal or 'nobody'} for {services} alone, by constrained delegation (S4U)."
 
     async def obtain(self, identity: Identity, kernel_id: str) -> Credential:
-        await self._usable()
+        await super().attempt(identity)
         path = await self.store.keep(kernel_id, self._source(identity))
         return Credential(self.kind, identity.unix_user, None, identity.principal, path, self.store.ends(kernel_id))
 
     async def attempt(self, identity: Identity) -> None:
-        await self._usable()
+        await super().attempt(identity)
         source = self._source(identity)
         await self.store.calls.run(lambda: source.delegation.tickets(source.principal, source.services))
-
-    async def _usable(self) -> None:
-        if why := await self.store.calls.run(self.problem):
-            raise Unavailable("The gateway cannot get Kerberos tickets; ask its administrator.", hint=why)
 
     def _source(self, identity: Identity) -> ServiceTickets:
         if identity.principal is None:
