@@ -21,6 +21,7 @@ from benchmarks.client import Endpoint, Http
 from benchmarks.report import Row
 from hub_gateway.db import revision
 from hub_gateway.db.engine import Database
+from hub_gateway.db.lock import lock
 from hub_gateway.db.models import Kernel, Reservation, Setting, utcnow
 from hub_gateway.db.secrets import Vault
 from hub_gateway.db.tenancy import LedgerEntry, Policy
@@ -323,7 +324,7 @@ def chunks(lines: list[Line]) -> Iterator[list[Line]]:
 
 
 def _held_up(tx: Any, store: KernelStore, lines: list[Line], longest: list[float]) -> None:
-    use.lock(tx)
+    lock(tx)
     began = time.perf_counter()
     enforce(tx, store.admission, utcnow(), lines)
     longest[0] = max(longest[0], time.perf_counter() - began)

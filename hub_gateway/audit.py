@@ -14,15 +14,16 @@ from datetime import datetime, timezone
 from hashlib import sha256
 from typing import Any, cast
 
-from sqlalchemy import Table, bindparam, delete, func, insert, select, update
+from sqlalchemy import Table, delete, func, insert, select
 from sqlalchemy.orm import Session as Transaction
 from traitlets import Float
 from traitlets.config import LoggingConfigurable
 
-from hub_gateway.db.models import Setting, utcnow
+from hub_gateway.db.lock import lock
+from hub_gateway.db.models import utcnow
+from hub_gateway.db.settings import put, settings
 from hub_gateway.db.tenancy import AuditEntry
 from hub_gateway.metrics import METRICS
-from hub_gateway.quotas.use import lock
 
 __all__ = ["COMMITTED", "GATEWAY", "AuditLog", "Line", "Verification", "append", "purge", "query", "verify"]
 
@@ -35,12 +36,7 @@ ANCHOR = "audit_anchor"
 NOTHING = "0" * 64
 PAGE = 10_000
 _TABLE = cast(Table, AuditEntry.__table__)
-_SETTINGS = cast(Table, Setting.__table__)
-# Made once, and not objects of the session: each launch writes a line.
-_GET = select(_SETTINGS.c.value).where(_SETTINGS.c.key == bindparam("of"))
-_CHANGE = update(_SETTINGS).where(_SETTINGS.c.key == bindparam("of")).values(value=bindparam("to"))
-_MAKE = insert(_SETTINGS)
-_ADD = insert(_TABLE)
+_ADD = insert(_TABLE)  # made once: each launch writes a line
 
 
 @dataclass(frozen=True)
@@ -79,17 +75,11 @@ def _moment(at: datetime) -> str:
 
 def _setting(tx: Transaction, key: str) -> tuple[int, str]:
     """The number and the hash that a setting holds."""
-    found = tx.connection().execute(_GET, {"of": key}).scalar_one_or_none()
+    found = settings(tx).get(key)
     if found is None:
         return 0, NOTHING
     number, _, value = found.partition(":")
     return int(number), value
-
-
-def _set(tx: Transaction, key: str, number: int, value: str) -> None:
-    text = f"{number}:{value}"
-    if not tx.connection().execute(_CHANGE, {"of": key, "to": text}).rowcount:
-        tx.connection().execute(_MAKE, {"key": key, "value": text})
 
 
 def append(
@@ -122,7 +112,7 @@ def append(
             "hash": made,
         },
     )
-    _set(tx, HEAD, number, made)
+    put(tx, HEAD, f"{number}:{made}")
     METRICS.audit_entries.inc()
     line = Line(number, at, actor, action, subject, outcome, json.loads(text), made)
     tx.info.setdefault(COMMITTED, []).append(line)
@@ -199,7 +189,7 @@ def purge(tx: Transaction, before: datetime, actor: str = GATEWAY) -> int:
     if last is None:
         return 0
     row = tx.get_one(AuditEntry, last)
-    _set(tx, ANCHOR, row.id, row.hash)
+    put(tx, ANCHOR, f"{row.id}:{row.hash}")
     gone = tx.execute(delete(AuditEntry).where(AuditEntry.id <= last).execution_options(synchronize_session=False))
     count = int(cast(Any, gone).rowcount)
     append(tx, actor=actor, action="audit.purge", subject="audit", detail={"before": _moment(before), "lines": count})

@@ -32,7 +32,7 @@ LINK_COUNTS: Mapping[str, tuple[str, str]] = {
 }
 SWALLOWED = (
     *("controller", "culler", "activity", "reaper", "poll", "scan", "flush", "renew", "reap", "tidy", "hub"),
-    *("queue", "enforcer", "audit", "events", "credentials", "use", "waiting", "other"),
+    *("queue", "enforcer", "audit", "events", "credentials", "use", "waiting", "checkpoint", "other"),
 )
 OUTCOMES = ("admitted", "queued", "refused", "failed")
 PROXIES = ("local", "distributed", "docker", "docker-swarm")

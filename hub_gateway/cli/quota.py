@@ -91,6 +91,11 @@ class _Policy(Client):
         **Client.flags,
         "disabled": ({"_Policy": {"enabled": False}}, "Keep the policy, but do not apply it."),
         "enabled": ({"_Policy": {"enabled": True}}, "Apply a policy again that was disabled."),
+        "delegated": (
+            {"_Policy": {"delegated": True}},
+            "Have it hold beside administrators' limits, as a lead's: lower, if anything. Leads may change it.",
+        ),
+        "not-delegated": ({"_Policy": {"delegated": False}}, "Make a limit of administrators of it."),
         "dry-run": ({"_Policy": {"dry_run": True}}, "Only say what is wrong with it."),
     }
 
@@ -129,6 +134,9 @@ class _Policy(Client):
     enabled = Bool(
         None, allow_none=True, help="Whether it is applied; by default as it is, and yes for a new one."
     ).tag(config=True)
+    delegated = Bool(
+        None, allow_none=True, help="Whether it is a lead's; by default as it is, and for a new one as who sets it."
+    ).tag(config=True)
     dry_run = Bool(False, help="Only say what is wrong with it.").tag(config=True)
 
     def asked(self) -> dict[str, Any]:
@@ -151,8 +159,9 @@ class _Policy(Client):
                 self.fail("--weekly is not JSON", self.name + " --help")
         if self.priority is not None:
             found["priority"] = self.priority
-        if self.enabled is not None:
-            found["enabled"] = self.enabled
+        for name in ("enabled", "delegated"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
         return found
 
     def put(self, name: str, body: Mapping[str, Any]) -> int:

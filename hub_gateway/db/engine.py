@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
 from hub_gateway.errors import BadRequest, Unavailable
+from hub_gateway.metrics import METRICS
 
 __all__ = ["Database", "not_opened"]
 
@@ -29,6 +32,10 @@ T = TypeVar("T")
 RETRIED = frozenset({"40001", "40P01"})  # PostgreSQL: serialization failure, deadlock; nothing was committed
 ATTEMPTS = 5
 SQLITE_READERS = 4  # it reads from memory, mostly: more readers only cost descriptors
+CHECKPOINT_SECONDS = 1.0
+"""How often at most SQLite's log of what was written is copied into its file."""
+LOG_PAGES = 16_000
+"""From how many pages (4 KiB) on who commits copies the log: only where that thread of ours cannot keep up."""
 
 
 class Database:
@@ -50,6 +57,8 @@ class Database:
         self._write_session = sessionmaker(self._writing, expire_on_commit=False)
         self._readers = ThreadPoolExecutor(pool_size, thread_name_prefix="db-read")
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="db-write") if self.sqlite else self._readers
+        self._checkpoints = ThreadPoolExecutor(1, thread_name_prefix="db-checkpoint")
+        self._copied = time.monotonic()
         self._max_waiting = max_waiting
         self.on_commit: Callable[[Mapping[Any, Any]], None] | None = None
         """Told what a transaction left in its `info`, in its thread, when it is committed."""
@@ -70,30 +79,57 @@ class Database:
     async def write(self, fn: Callable[[Session], T]) -> T:
         """Run `fn` in a thread, in one transaction that is committed.
 
-        `fn` is called again where the database asks for it (serialization failure, deadlock), so it
-        must do nothing but talk to its session. A caller that is cancelled does not undo the
-        transaction. Raises `Unavailable`.
+        `fn` is called again where the database asks for it (serialization failure, deadlock), and where its
+        connection turns out to be lost, so it must do nothing but talk to its session. A caller that is
+        cancelled does not undo the transaction. Raises `Unavailable`.
         """
         return await self._run(self._writers, lambda: self.write_sync(fn))
 
     def read_sync(self, fn: Callable[[Session], T]) -> T:
         """`read`, in the calling thread."""
-        with self._read_session() as session:
-            return fn(session)
+        for attempt in range(ATTEMPTS):
+            try:
+                with self._read_session() as session:
+                    return fn(session)
+            except DBAPIError as error:
+                if not error.connection_invalidated or attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
 
     def write_sync(self, fn: Callable[[Session], T]) -> T:
         """`write`, in the calling thread."""
         for attempt in range(ATTEMPTS):
+            committing = False
             try:
                 with self._write_session.begin() as session:
                     result = fn(session)
+                    session.flush()
+                    committing = True
                 if session.info and self.on_commit is not None:
                     self.on_commit(session.info)
+                self._written()
                 return result
             except DBAPIError as error:
-                if getattr(error.orig, "sqlstate", None) not in RETRIED or attempt == ATTEMPTS - 1:
+                # Whether what was lost at the commit was committed nobody knows.
+                lost = error.connection_invalidated and not committing
+                again = lost or getattr(error.orig, "sqlstate", None) in RETRIED
+                if not again or attempt == ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
+
+    def _written(self) -> None:
+        """Have SQLite's log copied now and then: who commits does not wait for the disk."""
+        now = time.monotonic()
+        if self.sqlite and now - self._copied > CHECKPOINT_SECONDS:
+            self._copied = now
+            self._checkpoints.submit(self._checkpoint)
+
+    def _checkpoint(self) -> None:
+        try:
+            with closing(self.engine.raw_connection()) as connection:
+                connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)").close()
+        except (DBAPIError, PoolTimeout, sqlite3.Error):
+            METRICS.count_swallowed("checkpoint")  # what was committed stays in the log until the next time
 
     async def check(self) -> None:
         """Raise `Unavailable` where the database does not answer, or is not the file any more that it was at first."""
@@ -121,7 +157,7 @@ class Database:
     async def close(self) -> None:
         """Wait for what runs, and let the connections go."""
         loop = asyncio.get_running_loop()
-        for pool in {self._readers, self._writers}:
+        for pool in (self._writers, self._readers, self._checkpoints):
             await loop.run_in_executor(None, pool.shutdown)
         self.engine.dispose()
 
@@ -185,8 +221,8 @@ def _parse(url: str) -> URL:
 
 def _engine(url: URL, pool_size: int, timeout: float) -> Engine:
     if url.get_backend_name() == "sqlite":
-        # One connection more than reader threads: the writer's.
-        engine = create_engine(url, pool_size=pool_size + 1, max_overflow=0, pool_timeout=timeout)
+        # Two connections more than reader threads: the writer's, and the one that copies the log.
+        engine = create_engine(url, pool_size=pool_size + 2, max_overflow=0, pool_timeout=timeout)
         event.listen(engine, "connect", _sqlite_connect(timeout))
         event.listen(engine, "begin", _sqlite_begin)
         return engine
@@ -197,7 +233,6 @@ def _engine(url: URL, pool_size: int, timeout: float) -> Engine:
             pool_size=pool_size,
             max_overflow=0,
             pool_timeout=timeout,
-            pool_pre_ping=True,
             connect_args={
                 "connect_timeout": max(1, int(timeout)),
                 "options": f"-c statement_timeout={milliseconds} -c lock_timeout={milliseconds} -c timezone=UTC",
@@ -216,6 +251,7 @@ def _sqlite_connect(timeout: float) -> Callable[[sqlite3.Connection, Any], None]
         cursor.execute("PRAGMA journal_mode = WAL")
         # Survives every death of this process; only a power cut may undo the last transactions, as a whole.
         cursor.execute("PRAGMA synchronous = NORMAL")
+        cursor.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.close()
 

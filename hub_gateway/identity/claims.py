@@ -15,12 +15,12 @@ from sqlalchemy import Table, bindparam, delete, func, insert, literal, or_, sel
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.audit import append
+from hub_gateway.db.lock import lock
 from hub_gateway.db.models import Kernel, utcnow
 from hub_gateway.db.tenancy import IdentityClaim
 from hub_gateway.errors import Conflict, LaunchRefused
 from hub_gateway.identity.types import Identity
 from hub_gateway.kernels.types import KernelStatus
-from hub_gateway.quotas.use import lock
 
 __all__ = ["Claim", "Taken", "claim", "claims_of", "find", "holders", "release"]
 

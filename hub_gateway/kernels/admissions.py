@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway import audit
 from hub_gateway.db.clock import db_now
+from hub_gateway.db.lock import lock
 from hub_gateway.db.models import Kernel, utcnow
 from hub_gateway.db.secrets import Vault
 from hub_gateway.errors import Conflict, LaunchRefused
@@ -31,7 +32,6 @@ from hub_gateway.kernels.types import (
 from hub_gateway.metrics import METRICS
 from hub_gateway.quotas.admission import Admission
 from hub_gateway.quotas.types import Demand, SubjectKind, Verdict
-from hub_gateway.quotas.use import lock
 
 __all__ = ["Admitted", "Admitter", "Claim", "demand_of", "tell_refusal"]
 

@@ -16,11 +16,11 @@ from sqlalchemy import Table, bindparam, delete, insert, or_, select, update
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.db.clock import db_now
+from hub_gateway.db.lock import lock
 from hub_gateway.db.models import Instance, Kernel, utcnow
 from hub_gateway.kernels.rows import LIVE
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import KernelRecord, KernelStatus, KernelTarget
-from hub_gateway.quotas.use import lock
 
 __all__ = ["Lease", "LeaseLost", "Leases"]
 

@@ -10,11 +10,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, insert, select, update
 from sqlalchemy.orm import Session as Transaction
 
+from hub_gateway.db.lock import lock
 from hub_gateway.db.models import Kernel, Session, utcnow
 from hub_gateway.errors import BadRequest, NotFound
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import JSON, KernelStatus
-from hub_gateway.quotas.use import lock
 
 __all__ = ["SessionRow", "SessionWish", "Sessions"]
 

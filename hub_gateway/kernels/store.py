@@ -23,8 +23,10 @@ from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway import audit
 from hub_gateway.db.engine import Database
-from hub_gateway.db.models import Kernel, Setting, utcnow
+from hub_gateway.db.lock import lock
+from hub_gateway.db.models import Kernel, utcnow
 from hub_gateway.db.secrets import Vault
+from hub_gateway.db.settings import put, settings
 from hub_gateway.errors import BadRequest, Conflict, Forbidden, LaunchRefused, NotFound
 from hub_gateway.identity.types import Identity
 from hub_gateway.kernels import failpoints, notices
@@ -55,12 +57,12 @@ from hub_gateway.kernels.types import (
 )
 from hub_gateway.metrics import METRICS
 from hub_gateway.quotas.admission import Admission
-from hub_gateway.quotas.use import lock
 
 __all__ = ["Activity", "KernelStore", "LinkFacts", "number", "storable"]
 
 T = TypeVar("T")
 
+GATEWAY_ID = "gateway_id"
 _HOSTNAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?")
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 SOME_LISTED = ALL_LISTED.where(KERNELS.c.id.in_(bindparam("kernels", expanding=True)))
@@ -166,16 +168,14 @@ class KernelStore:
         """The id of this installation: what its objects on clusters are labelled with. Made on first use."""
 
         def read_or_make(tx: Transaction) -> str:
-            found = tx.get(Setting, "gateway_id")
+            lock(tx)  # two replicas may begin at once
+            found = settings(tx).get(GATEWAY_ID)
             if found is None:
-                found = Setting(key="gateway_id", value=uuid.uuid4().hex[:12])
-                tx.add(found)
-            return found.value
+                found = uuid.uuid4().hex[:12]
+                put(tx, GATEWAY_ID, found)
+            return found
 
-        try:
-            return await self.write(read_or_make)
-        except IntegrityError:  # two replicas made it at once, and the other was first
-            return await self.write(read_or_make)
+        return await self.write(read_or_make)
 
     # Reading
 

@@ -1,6 +1,6 @@
 """Whether a launch is admitted: decided, and reserved, in one transaction.
 
-Everything here runs inside of a writing transaction of the caller's, under `use.lock`: admissions of one database
+Everything here runs inside of a writing transaction of the caller's, under `db.lock`: admissions of one database
 happen one after the other, through however many processes.
 """
 
@@ -15,6 +15,7 @@ from typing import TypeAlias, cast
 from sqlalchemy import Table, bindparam, delete, insert, select, update
 from sqlalchemy.orm import Session as Transaction
 
+from hub_gateway.db.lock import lock, locked
 from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.db.tenancy import PolicyState
 from hub_gateway.errors import LaunchRefused
@@ -26,7 +27,7 @@ from hub_gateway.quotas.policies import MAINTENANCE, PolicyIndex, PolicyStore
 from hub_gateway.quotas.rates import EPSILON, prices_at, rate_of
 from hub_gateway.quotas.resolve import applicable, covers, window_bounds
 from hub_gateway.quotas.types import Action, Counts, Demand, Policy, Resource, SubjectKind, Verdict, WindowKind
-from hub_gateway.quotas.use import Held, Holder, change, held_by, holders_of, lock, locked, metered_for, scope_of
+from hub_gateway.quotas.use import Held, Holder, change, held_by, holders_of, metered_for, scope_of
 
 __all__ = ["BURST", "QUEUED", "Admission", "Burst", "Fit", "burst_after"]
 
@@ -110,7 +111,7 @@ class Admission:
         """
         if not looking:
             lock(tx)
-        closed = self.policies.standing(tx).maintenance
+        closed = self.policies.maintenance(tx)
         if closed and kernel_id is not None:
             return Verdict("queued", sentence=sentences.maintenance(closed).rstrip("."))
         if closed:

@@ -15,6 +15,7 @@ from sqlalchemy import cast as cast_to
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway import audit
+from hub_gateway.db.lock import lock
 from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.db.tenancy import PolicyState
 from hub_gateway.kernels.types import KernelTarget, Resources
@@ -26,7 +27,7 @@ from hub_gateway.quotas.policies import PolicyIndex
 from hub_gateway.quotas.rates import EPSILON, prices_of, rate_of
 from hub_gateway.quotas.resolve import applicable, slot
 from hub_gateway.quotas.types import Counts, Demand, Policy, SubjectKind
-from hub_gateway.quotas.use import EVERYONE, Holder, held_by, lock, scope_of
+from hub_gateway.quotas.use import EVERYONE, Holder, held_by, scope_of
 
 __all__ = ["Line", "Notice", "Stop", "enforce", "look"]
 

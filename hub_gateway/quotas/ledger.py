@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy import cast as cast_to
 from sqlalchemy.orm import Session as Transaction
 
+from hub_gateway.db.lock import lock
 from hub_gateway.db.models import Reservation, utcnow
 from hub_gateway.db.tenancy import LedgerEntry, LedgerMonth
 from hub_gateway.errors import BadRequest, Conflict, NotFound
@@ -39,7 +40,7 @@ from hub_gateway.metrics import METRICS
 from hub_gateway.quotas.holders import in_group as reserved_in_group
 from hub_gateway.quotas.prices import all_prices
 from hub_gateway.quotas.types import Resource
-from hub_gateway.quotas.use import drop_meters, lock, metered_for
+from hub_gateway.quotas.use import drop_meters, metered_for
 
 __all__ = [
     "Closed",

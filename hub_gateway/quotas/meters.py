@@ -19,6 +19,7 @@ from sqlalchemy import RowMapping, Table, bindparam, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session as Transaction
 
+from hub_gateway.db.lock import locked
 from hub_gateway.db.tenancy import Meter
 from hub_gateway.kernels.types import Resources
 from hub_gateway.quotas import ledger
@@ -26,7 +27,7 @@ from hub_gateway.quotas.policies import PolicyIndex
 from hub_gateway.quotas.rates import prices_of, rate_of
 from hub_gateway.quotas.resolve import covers, window_bounds
 from hub_gateway.quotas.types import Policy, SubjectKind, WindowKind
-from hub_gateway.quotas.use import METERS, Holder, locked, metered_for
+from hub_gateway.quotas.use import METERS, Holder, metered_for
 
 __all__ = ["given_back", "read", "taken", "timed_use", "used"]
 

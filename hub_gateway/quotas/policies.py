@@ -14,7 +14,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway import audit
-from hub_gateway.db.models import Setting, utcnow
+from hub_gateway.db.lock import lock
+from hub_gateway.db.models import utcnow
+from hub_gateway.db.settings import put, settings
 from hub_gateway.db.tenancy import Policy as Row
 from hub_gateway.errors import Conflict, NotFound
 from hub_gateway.quotas.resolve import name_of
@@ -31,11 +33,12 @@ from hub_gateway.quotas.types import (
     Weekly,
     WindowKind,
 )
-from hub_gateway.quotas.use import METERS, lock
+from hub_gateway.quotas.use import METERS
 
-__all__ = ["MAINTENANCE", "PolicyIndex", "PolicyStore", "Standing", "written"]
+__all__ = ["MAINTENANCE", "PolicyIndex", "PolicyStore", "written"]
 
 VERSION = "policies_version"
+"""The setting that holds the version of all policies together: never the same again, also after a roll-back."""
 MAINTENANCE = "maintenance"
 """The setting that holds the sentence while nothing is launched."""
 _ENUMS: dict[str, type[enum.Enum]] = {
@@ -48,7 +51,6 @@ _ENUMS: dict[str, type[enum.Enum]] = {
     "action": Action,
     "origin": Origin,
 }
-_STANDING = select(Setting.key, Setting.value).where(Setting.key.in_((VERSION, MAINTENANCE)))
 _KEPT = ("id", "version", "created_at", "created_by", "updated_at", "updated_by")
 
 
@@ -100,36 +102,23 @@ class PolicyIndex:
         return self.about(demand.owner, demand.owner_kind, demand.groups)
 
 
-@dataclass(frozen=True)
-class Standing:
-    """What has to be looked up in every transaction, in one statement."""
-
-    version: str
-    """Of all policies together: never the same again, also where a change was rolled back."""
-    maintenance: str
-    """The sentence while nothing is launched, or nothing."""
-
-
 class PolicyStore:
     """Policies, read anew only when their version has changed: of any process, on the same database."""
 
     def __init__(self) -> None:
         self._index = PolicyIndex("none yet", {}, {})
 
-    def standing(self, tx: Transaction) -> Standing:
-        """How things stand, as of this transaction."""
-        known: Standing | None = tx.info.get(Standing)
-        if known is None:
-            found = {row.key: row.value for row in tx.connection().execute(_STANDING)}
-            known = tx.info[Standing] = Standing(found.get(VERSION, ""), found.get(MAINTENANCE, ""))
-        return known
+    @staticmethod
+    def maintenance(tx: Transaction) -> str:
+        """The sentence while nothing is launched, or nothing."""
+        return settings(tx).get(MAINTENANCE, "")
 
     def index(self, tx: Transaction) -> PolicyIndex:
         """All policies, as of this transaction."""
         known: PolicyIndex | None = tx.info.get(self)
         if known is not None:
             return known
-        version = self.standing(tx).version
+        version = settings(tx).get(VERSION, "")
         kept = self._index
         if kept.version == version:
             tx.info[self] = kept
@@ -196,12 +185,5 @@ class PolicyStore:
 
     def _changed(self, tx: Transaction) -> None:
         tx.info.pop(self, None)
-        tx.info.pop(Standing, None)
         tx.info.pop(METERS, None)
-        found = tx.get(Setting, VERSION)
-        value = uuid.uuid4().hex
-        if found is None:
-            tx.add(Setting(key=VERSION, value=value))
-        else:
-            found.value = value
-        tx.flush()
+        put(tx, VERSION, uuid.uuid4().hex)

@@ -10,11 +10,11 @@ from typing import Any
 from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session as Transaction
 
+from hub_gateway.db.lock import lock
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.tenancy import PriceList
 from hub_gateway.errors import BadRequest
 from hub_gateway.quotas.amounts import rate
-from hub_gateway.quotas.use import lock
 
 __all__ = ["CURRENT", "FREE", "Prices", "all_prices", "set_prices"]
 

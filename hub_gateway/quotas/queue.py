@@ -12,6 +12,7 @@ from sqlalchemy import Integer, Table, case, func, select, update
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.orm import Session as Transaction
 
+from hub_gateway.db.lock import lock
 from hub_gateway.db.models import Kernel, Reservation
 from hub_gateway.db.tenancy import LedgerEntry
 from hub_gateway.kernels.admissions import Admitter, tell_refusal
@@ -26,7 +27,7 @@ from hub_gateway.quotas.prices import Prices
 from hub_gateway.quotas.rates import EPSILON, prices_at, rate_of
 from hub_gateway.quotas.resolve import applicable
 from hub_gateway.quotas.types import Counts, Demand
-from hub_gateway.quotas.use import Holder, lock, scope_of
+from hub_gateway.quotas.use import Holder, scope_of
 
 __all__ = ["Dispatched", "QueueEntry", "decayed_use", "dispatch", "due", "entries", "ordinal"]
 
@@ -225,7 +226,7 @@ def entries(
 ) -> Sequence[QueueEntry]:
     """What waits, in order; of `only` these kernels, where that is given. Only reads."""
     index = admitter.admission.policies.index(tx)
-    closed = admitter.admission.policies.standing(tx).maintenance
+    closed = admitter.admission.policies.maintenance(tx)
     shut = sentences.maintenance(closed).rstrip(".") if closed else ""
     positions: dict[Line | None, int] = defaultdict(int)
     rooms: dict[Line, tuple[Fit, Room] | None] = {}

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway import audit
 from hub_gateway.db.among import among
+from hub_gateway.db.lock import lock
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.tenancy import QuotaRequest
 from hub_gateway.errors import BadRequest, Conflict, NotFound, TooManyRequests
@@ -19,7 +20,6 @@ from hub_gateway.quotas.grants import check_counts, check_lead, grant_from, kind
 from hub_gateway.quotas.policies import PolicyStore
 from hub_gateway.quotas.resolve import concerns
 from hub_gateway.quotas.types import Counts, Demand, Policy, Resource
-from hub_gateway.quotas.use import lock
 
 __all__ = ["Request", "answer", "find", "get", "open_request", "withdraw"]
 

@@ -237,7 +237,7 @@ class QuotaRunner(LoggingConfigurable):
         now = utcnow()
         holding = [policy for policy in index.by_name.values() if active(policy, now)]
         METRICS.policies.set(len(holding))
-        METRICS.maintenance.set(bool(self.store.admission.policies.standing(tx).maintenance))
+        METRICS.maintenance.set(bool(self.store.admission.policies.maintenance(tx)))
         everyone = (SubjectKind.EVERYONE.value, use.EVERYONE)
         rows = use.held_by(tx, [everyone])[everyone]
         for name in ("kernels", "cpu", "memory", "gpu"):

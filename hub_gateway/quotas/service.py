@@ -14,7 +14,9 @@ from traitlets.config import LoggingConfigurable
 from hub_gateway import audit
 from hub_gateway.auth.people import NoPeople, People
 from hub_gateway.db.engine import Database
-from hub_gateway.db.models import Setting, utcnow
+from hub_gateway.db.lock import lock
+from hub_gateway.db.models import utcnow
+from hub_gateway.db.settings import put
 from hub_gateway.errors import BadRequest, NotFound, Unavailable
 from hub_gateway.kernels.admissions import Admitter
 from hub_gateway.kernels.specs import KernelSpecs
@@ -23,11 +25,10 @@ from hub_gateway.quotas import explain, queue, requests, simulate
 from hub_gateway.quotas.admission import Admission
 from hub_gateway.quotas.document import Diff, difference, document, policies_of
 from hub_gateway.quotas.explain import Explanation, LimitView
-from hub_gateway.quotas.policies import MAINTENANCE, Standing
+from hub_gateway.quotas.policies import MAINTENANCE
 from hub_gateway.quotas.requests import Request
 from hub_gateway.quotas.simulate import Simulation
 from hub_gateway.quotas.types import Demand, Origin, Policy, SubjectKind, Verdict
-from hub_gateway.quotas.use import lock
 from hub_gateway.quotas.validate import Problem, SpecFacts, check, check_all
 
 __all__ = ["PutResult", "QuotaService", "spec_facts"]
@@ -311,19 +312,13 @@ class QuotaService(LoggingConfigurable):
     async def maintenance(self) -> str | None:
         """The sentence that is shown while nothing is launched, or None."""
 
-        return await self.db.read(lambda tx: self.admission.policies.standing(tx).maintenance or None)
+        return await self.db.read(lambda tx: self.admission.policies.maintenance(tx) or None)
 
     async def set_maintenance(self, sentence: str | None, actor: str) -> None:
         """Begin maintenance (nothing is launched, what runs goes on), or end it with None."""
 
         def write(tx: Transaction) -> None:
-            lock(tx)
-            found = tx.get(Setting, MAINTENANCE)
-            if found is None:
-                tx.add(Setting(key=MAINTENANCE, value=sentence or ""))
-            else:
-                found.value = sentence or ""
-            tx.info.pop(Standing, None)
+            put(tx, MAINTENANCE, sentence or "")
             detail = {"sentence": sentence}
             audit.append(tx, actor=actor, action="maintenance.set", subject="gateway", detail=detail)
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
-from sqlalchemy import Table, bindparam, delete, insert, select, text, tuple_
+from sqlalchemy import Table, bindparam, delete, insert, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session as Transaction
 
+from hub_gateway.db.lock import lock, locked
 from hub_gateway.db.models import Reservation
 from hub_gateway.db.tenancy import Meter, Use
 from hub_gateway.kernels.types import Resources
@@ -25,8 +26,6 @@ __all__ = [
     "drop_meters",
     "held_by",
     "holders_of",
-    "lock",
-    "locked",
     "metered_for",
     "recount",
     "scope_of",
@@ -34,7 +33,6 @@ __all__ = [
 
 HELD, METERS = "quota use", "quota meters"
 """What a transaction has read: nobody else can change it as long as it holds the lock."""
-LOCK = 0x51756F74  # "Quot": everything that admits, gives back or changes a limit, one after the other
 EVERYONE = "*"
 AMOUNTS = ("kernels", "starting", "cpu", "memory", "gpu")
 KEYS = ("subject_kind", "subject", "kernelspec", "proxy", "queue", "gpu_model")
@@ -56,7 +54,6 @@ def _add(dialect: Any) -> Any:
 
 # Made once: building statements takes longer than running them.
 _ADD = {"sqlite": _add(sqlite), "postgresql": _add(postgresql)}
-_LOCK = text(f"SELECT pg_advisory_xact_lock({LOCK})")
 _HELD_BY = select(_TABLE).where(
     tuple_(_TABLE.c.subject_kind, _TABLE.c.subject).in_(bindparam("holders", expanding=True))
 )
@@ -75,25 +72,6 @@ class Held:
     cpu: float
     memory: int
     gpu: int
-
-
-def lock(tx: Transaction) -> None:
-    """Make this transaction the only one that admits, gives back or changes a limit, until it ends.
-
-    To be called before anything is read that the others may change. On SQLite every writing transaction is that
-    already, from its first statement on, which this makes sure of.
-    """
-    if locked(tx):
-        return
-    connection = tx.connection()
-    if connection.dialect.name == "postgresql":
-        connection.execute(_LOCK)
-    tx.info[LOCK] = True
-
-
-def locked(tx: Transaction) -> bool:
-    """Whether this transaction is the only one that admits, gives back or changes a limit."""
-    return bool(tx.info.get(LOCK))
 
 
 def holders_of(owner: str, owner_kind: SubjectKind, groups: Iterable[str]) -> list[Holder]:

@@ -90,7 +90,11 @@ async def test_a_limit_is_set_shown_changed_and_deleted(run: Run, quotas: Quotas
     await run("quota", "set", "all", "--hard=13")
     assert quotas.kept["all"].hard == 13 and not quotas.kept["all"].enabled, "it stays switched off"
     await run("quota", "set", "all", "--enabled")
-    assert quotas.kept["all"].enabled
+    assert quotas.kept["all"].enabled and not quotas.kept["all"].delegated
+    await run("quota", "set", "all", "--delegated")
+    assert quotas.kept["all"].delegated
+    await run("quota", "set", "all", "--not-delegated")
+    assert not quotas.kept["all"].delegated
     shown = json.loads((await run("quota", "show", "bob-one", "--json"))[1])
     assert shown["hard"] == 1 and shown["version"] == 1
     assert (await run("quota", "delete", "bob-one"))[0] == 0 and "bob-one" not in quotas.kept

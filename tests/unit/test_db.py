@@ -26,6 +26,7 @@ from hub_gateway.kernels.sessions import Sessions, SessionWish
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import LaunchPlan, NewKernel
 from hub_gateway.kernels.waiting import WaitingRequests
+from tests.harness.waiting import until
 
 
 @pytest.fixture
@@ -370,3 +371,43 @@ async def test_rows_stay_when_the_server_goes_away(db: Database) -> None:
     assert await value(db, "a") == "1"
     await db.write(lambda tx: tx.execute(update(Setting).values(value="2")) and None)
     await other.close()
+
+
+@pytest.mark.parametrize("writes", [False, True])
+async def test_a_server_that_goes_away_within_a_transaction(db: Database, writes: bool) -> None:
+    """What was not committed is done again; where it goes away at every attempt, that is said."""
+    if db.sqlite:
+        pytest.skip("not applicable: SQLite has no server")
+    await db.write(put("n", "0"))
+    lost = 0
+
+    def increment(times: int) -> Callable[..., str]:
+        def run(tx):  # type: ignore[no-untyped-def]
+            nonlocal lost
+            tx.execute(update(Setting).values(value=literal("1") + Setting.value))
+            if lost < times:
+                lost += 1
+                tx.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+            return tx.execute(select(Setting.value)).scalar_one()
+
+        return run
+
+    call = db.write if writes else db.read
+    assert await call(increment(1)) == "10"
+    with pytest.raises(Unavailable, match="cannot reach its database"):
+        await call(increment(1000))
+    assert await value(db, "n") == ("10" if writes else "0")
+
+
+async def test_what_is_written_gets_into_the_file_while_the_gateway_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's log is not left to grow until somebody's launch has to copy it."""
+    monkeypatch.setattr("hub_gateway.db.engine.CHECKPOINT_SECONDS", -1.0)
+    path = tmp_path / "gateway.sqlite"
+    db = Database(f"sqlite:///{path}")
+    migrate.prepare(db, upgrade_older=True)
+    for number in range(2):
+        await db.write(put(f"large{number}", "x" * 1_000_000))
+    await asyncio.to_thread(until, lambda: path.stat().st_size > 2_000_000, "the file to hold what was written")
+    await db.close()

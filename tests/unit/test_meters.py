@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, update
 
+from hub_gateway.db.lock import lock
 from hub_gateway.db.models import Reservation
 from hub_gateway.db.tenancy import LedgerEntry, Meter
 from hub_gateway.kernels import admissions
@@ -16,7 +17,7 @@ from hub_gateway.kernels.types import Resources
 from hub_gateway.quotas import ledger, meters, prices
 from hub_gateway.quotas.resolve import window_bounds
 from hub_gateway.quotas.types import Counts, ObjectKind, Period, Policy, Resource, SubjectKind, WindowKind
-from hub_gateway.quotas.use import EVERYONE, Holder, lock
+from hub_gateway.quotas.use import EVERYONE, Holder
 from tests.harness.quotas import drift, new, put, release
 
 MONTH = {"window": WindowKind.CALENDAR, "period": Period.MONTH, "hard": 1e6}

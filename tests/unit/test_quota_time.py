@@ -297,6 +297,28 @@ async def test_a_webhook_hears_of_it_and_one_that_fails_disturbs_nobody(tmp_path
     assert failed._value.get() == before + 2
 
 
+@pytest.mark.parametrize(("answers", "heard"), [((503, 429, 200), 3), ((503, 403, 200), 2)])
+async def test_a_notice_is_sent_again_where_that_may_help(answers: tuple[int, ...], heard: int) -> None:
+    coming = list(answers)
+
+    class Hook(RequestHandler):
+        def post(self) -> None:
+            self.set_status(coming.pop(0))
+
+    listening, port = bind_unused_port()
+    server = HTTPServer(Application([("/", Hook)]))
+    server.add_sockets([listening])
+    sent, failed = (METRICS.notices.labels("webhook", outcome) for outcome in ("sent", "failed"))
+    before = (sent._value.get(), failed._value.get())
+    notifier = Notifier(webhook_url=f"http://127.0.0.1:{port}/", retry_seconds=[0.01, 0.01, 0.01])
+    notifier.tell("bob", "gpus", "soft", "Too many.")
+    await eventually(lambda: sum(before) < sent._value.get() + failed._value.get(), "what became of it")
+    server.stop()
+    assert len(answers) - len(coming) == heard
+    assert (sent._value.get(), failed._value.get()) == (before[0] + (heard == 3), before[1] + (heard < 3))
+    await notifier.close()
+
+
 async def test_an_e_mail_hears_of_it() -> None:
     said: list[bytes] = []
 
