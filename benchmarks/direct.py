@@ -140,29 +140,39 @@ class DirectKernel:
         return Transfer(seconds, numbers)
 
 
-async def start_and_ask(argv: Sequence[str], context: zmq.asyncio.Context) -> AsyncKernelManager:
-    """Start a kernel and wait for its kernel_info_reply."""
-    manager = AsyncKernelManager(kernel_name="bench")
+async def start_and_ask(manager: AsyncKernelManager, argv: Sequence[str], context: zmq.asyncio.Context) -> bool:
+    """Start a kernel and wait for its kernel_info_reply; False where it ended."""
     manager._kernel_spec = KernelSpec(argv=list(argv), display_name="bench", language="python")
     await manager.start_kernel(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     shell = context.socket(zmq.DEALER)
     shell.connect(f"tcp://127.0.0.1:{manager.shell_port}")
     session = manager.session
     await shell.send_multipart(session.serialize(session.msg("kernel_info_request", {})))
+    while not await shell.poll(1000):
+        if not await manager.is_alive():
+            return False
     await shell.recv_multipart()
-    return manager
+    return True
 
 
-async def concurrent_starts_async(argv: Sequence[str], count: int) -> float:
+async def concurrent_starts_async(argv: Sequence[str], count: int) -> tuple[float, bool]:
     context = zmq.asyncio.Context()
+    managers = [AsyncKernelManager(kernel_name="bench") for _ in range(count)]
     started = time.perf_counter()
-    managers = await asyncio.gather(*(start_and_ask(argv, context) for _ in range(count)))
+    up = await asyncio.gather(*(start_and_ask(manager, argv, context) for manager in managers))
     seconds = time.perf_counter() - started
     await asyncio.gather(*(manager.shutdown_kernel(now=True) for manager in managers))
     context.destroy(linger=0)
-    return seconds
+    return seconds, all(up)
 
 
 def concurrent_starts(argv: Sequence[str], count: int) -> float:
-    """Seconds from the first start to the last kernel_info_reply of `count` kernels started at once."""
-    return asyncio.run(concurrent_starts_async(argv, count))
+    """Seconds from the first start to the last kernel_info_reply of `count` kernels started at once.
+
+    jupyter_client chooses ports before the kernel has them; a round in which somebody else took one is repeated.
+    """
+    for _ in range(3):
+        seconds, up = asyncio.run(concurrent_starts_async(argv, count))
+        if up:
+            return seconds
+    raise AssertionError(f"of {count} kernels that were started directly one ended, three times")

@@ -164,7 +164,8 @@ def launch(request: Document, user: pwd.struct_passwd) -> Document:
     try:
         answer = launch_in(directory, request, user)
         if request.get("tickets"):
-            answer["kinit"] = shutil.which("kinit", path=request["agent_env"]["PATH"]) is not None
+            path = request["config"]["env"].get("PATH", request["agent_env"]["PATH"])
+            answer["kinit"] = shutil.which("kinit", path=path) is not None
         return answer
     except runas.Taken as error:
         return {"taken": str(error)}  # the gateway has another name
@@ -173,9 +174,10 @@ def launch(request: Document, user: pwd.struct_passwd) -> Document:
 def launch_in(directory: str, request: Document, user: pwd.struct_passwd) -> Document:
     with alone(directory):
         runas.private_directory(directory)
-        if request.get("tickets"):
-            put_tickets(directory, request["tickets"])
         found = adopt(request, user)
+        # An agent that renews them has its own already, and counts by when those end.
+        if request.get("tickets") and not (found and request["config"].get("tickets")):
+            put_tickets(directory, request["tickets"])
         if found:
             return found
         drained = drain(request)

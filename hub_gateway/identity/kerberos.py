@@ -13,7 +13,7 @@ from typing import Any
 from hub_gateway.errors import Unavailable
 from hub_gateway.identity.krb5errors import reason, said
 
-__all__ = ["KeytabTickets", "first_token", "gssapi", "in_default_realm", "missing"]
+__all__ = ["KeytabTickets", "first_token", "gssapi", "in_default_realm", "missing", "unusable"]
 
 
 def missing() -> str:
@@ -25,10 +25,15 @@ def missing() -> str:
     return ""
 
 
+def unusable(why: str) -> Unavailable:
+    """What a user is told where no tickets can be had at all, for a reason that is the administrator's affair."""
+    return Unavailable("The gateway cannot get Kerberos tickets; ask its administrator.", hint=why)
+
+
 def gssapi() -> Any:
     """The module gssapi, which is optional. Raises `Unavailable`."""
     if why := missing():
-        raise Unavailable("The gateway cannot get Kerberos tickets; ask its administrator.", hint=why)
+        raise unusable(why)
     return importlib.import_module("gssapi")
 
 

@@ -14,7 +14,7 @@ from traitlets import TraitError, Unicode, validate
 from traitlets.config import LoggingConfigurable
 
 from hub_gateway.auth.base import AbstractMeta
-from hub_gateway.errors import Forbidden, Unavailable
+from hub_gateway.errors import Forbidden
 from hub_gateway.identity import kerberos
 from hub_gateway.identity.ccaches import CCACHE, CredentialStore
 from hub_gateway.identity.types import Identity
@@ -67,7 +67,7 @@ class CredentialProvider(LoggingConfigurable, metaclass=AbstractMeta):
     async def attempt(self, identity: Identity) -> None:
         """Find out whether `obtain` would do now; nothing is kept. Raises what that would."""
         if why := await self.store.calls.run(self.problem):
-            raise Unavailable("The gateway cannot get Kerberos tickets; ask its administrator.", hint=why)
+            raise kerberos.unusable(why)
 
     def takes_offered(self) -> bool:
         """Whether it uses tickets that a client has brought along; they are not kept otherwise."""
@@ -148,7 +148,7 @@ class KeytabCredential(CredentialProvider):
     async def ccache(self) -> Path:
         """A file with the gateway's own tickets that is kept fresh: for programs that the gateway itself runs."""
         if why := await self.store.calls.run(self.problem):
-            raise Unavailable("The gateway cannot get Kerberos tickets; ask its administrator.", hint=why)
+            raise kerberos.unusable(why)
         async with self._one_at_a_time:
             ends = self.store.ends(GATEWAY)
             if ends is not None and ends > time.time():

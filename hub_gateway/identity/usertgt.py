@@ -20,8 +20,8 @@ from typing import ClassVar
 
 from traitlets import Bool, Unicode
 
-from hub_gateway.errors import Forbidden, Unavailable
-from hub_gateway.identity import ccachefile
+from hub_gateway.errors import Forbidden
+from hub_gateway.identity import ccachefile, kerberos
 from hub_gateway.identity.ccachefile import RENEWABLE, Ccache, Ticket
 from hub_gateway.identity.krb5errors import NoTicket
 from hub_gateway.identity.names import hub_name_problem, shown
@@ -97,7 +97,7 @@ class UserTgtCredential(CredentialProvider):
     async def ticket(self, identity: Identity) -> tuple[Ccache, Ticket]:
         """The owner's TGT, in the cache that it comes from. Raises `Forbidden`, `NoTicket` with all reasons."""
         if why := self.unset():
-            raise Unavailable("The gateway cannot get Kerberos tickets; ask its administrator.", hint=why)
+            raise kerberos.unusable(why)
         if identity.principal is None:
             raise Forbidden(
                 "Nothing says whose Kerberos tickets your kernels get; ask the administrator of the gateway.",

@@ -243,7 +243,6 @@ class DistributedProxy(HostCalls, ProcessProxy):
         if "" in by_host:
             reports.update({kernel_id: PhaseReport(Phase.PENDING) for kernel_id in by_host.pop("")})
         await asyncio.gather(*(ask(name, some) for name, some in by_host.items()))
-        await self.ticket_keeper.forget(self.credentials)
         return reports
 
     async def _deliver(self, state: State, tickets: str) -> None:

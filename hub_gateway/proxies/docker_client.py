@@ -57,6 +57,7 @@ class DockerDaemon:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="docker")
         # A pull takes minutes; it must not hold the place of what takes milliseconds.
         self._pulls = ThreadPoolExecutor(PULLS, thread_name_prefix="docker-pull")
+        self._pulling: dict[str, _Pull] = {}
         self._lock = threading.Lock()
         self._api: Any = None
 
@@ -153,40 +154,18 @@ class DockerDaemon:
         await self.change(start)
 
     async def pull(self, image: str, seconds: float) -> AsyncGenerator[str, None]:
-        """Fetch an image; sentences of how far it is, every few seconds. Raises `LaunchFailed`."""
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[str | None]()
-        unwanted = threading.Event()
+        """Fetch an image; sentences of how far it is, every few seconds. Raises `LaunchFailed`.
 
-        def fetch() -> None:
-            told = time.monotonic()
-            layers: dict[str, tuple[bool, int, int]] = {}
-            try:
-                repository, tag = _split(image)
-                for event in self.connect_with_logins().pull(repository, tag=tag, stream=True, decode=True):
-                    now = time.monotonic()
-                    if unwanted.is_set():
-                        return
-                    if "error" in event:
-                        raise pull_refusal(image, str(event["error"]))
-                    _note(layers, event)
-                    if layers and now - told > PROGRESS_SECONDS:
-                        told = now
-                        loop.call_soon_threadsafe(news.put_nowait, _progress(image, layers))
-            finally:
-                with contextlib.suppress(RuntimeError):  # the loop ended meanwhile
-                    loop.call_soon_threadsafe(news.put_nowait, None)
-
-        def guarded() -> None:
-            try:
-                with self._heard():
-                    fetch()
-            except errors().APIError as error:
-                raise pull_refusal(image, said(error)) from error
-
-        task = loop.run_in_executor(self._pulls, guarded)
-        ends = loop.time() + seconds
-        try:
-            while not task.done() or not news.empty():
+        Whoever wants one that is being fetched already waits for it, too.
+        """
+        pull = self._pulling.get(image)
+        if pull is None:
+            pull = self._pulling[image] = _Pull(image, asyncio.get_running_loop())
+            pull.task = pull.loop.run_in_executor(self._pulls, self._fetch, pull)
+            pull.task.add_done_callback(lambda _: self._pulled(pull))
+        with pull.news() as news:
+            ends = pull.loop.time() + seconds
+            while not pull.task.done() or not news.empty():
                 try:
                     sentence = await within(news.get(), SILENT_SECONDS)
                 except asyncio.TimeoutError:
@@ -195,15 +174,75 @@ class DockerDaemon:
                     )
                 if sentence is None:
                     break
-                if loop.time() > ends:
+                if pull.loop.time() > ends:
                     raise LaunchFailed(
                         f"The image {image} was not there after {seconds:.0f} seconds of fetching it; try again, "
                         "or ask the administrator to fetch it beforehand."
                     )
                 yield sentence
-            await task
+            await asyncio.shield(pull.task)
+        if not pull.wanted:
+            self._pulled(pull)
+
+    def _pulled(self, pull: _Pull) -> None:
+        """Whoever wants the image from now on has it fetched anew."""
+        if self._pulling.get(pull.image) is pull:
+            del self._pulling[pull.image]
+
+    def _fetch(self, pull: _Pull) -> None:
+        """Fetch it, in a thread."""
+        told = time.monotonic()
+        layers: dict[str, tuple[bool, int, int]] = {}
+        repository, tag = _split(pull.image)
+        try:
+            with self._heard():
+                for event in self.connect_with_logins().pull(repository, tag=tag, stream=True, decode=True):
+                    now = time.monotonic()
+                    if not pull.wanted:
+                        return
+                    if "error" in event:
+                        raise pull_refusal(pull.image, str(event["error"]))
+                    _note(layers, event)
+                    if layers and now - told > PROGRESS_SECONDS:
+                        told = now
+                        pull.tell(_progress(pull.image, layers))
+        except errors().APIError as error:
+            raise pull_refusal(pull.image, said(error)) from error
         finally:
-            unwanted.set()
+            pull.tell(None)
+
+
+class _Pull:
+    """An image that is being fetched, for as many as wait for it. `tell` is for threads."""
+
+    task: asyncio.Future[None]
+
+    def __init__(self, image: str, loop: asyncio.AbstractEventLoop) -> None:
+        self.image = image
+        self.loop = loop
+        self._waiting: set[asyncio.Queue[str | None]] = set()
+        self.wanted = True
+
+    @contextlib.contextmanager
+    def news(self) -> Iterator[asyncio.Queue[str | None]]:
+        """What one who waits for it hears: sentences, None at the end."""
+        news = asyncio.Queue[str | None]()
+        self._waiting.add(news)
+        try:
+            yield news
+        finally:
+            self._waiting.discard(news)
+            self.wanted = bool(self._waiting)
+
+    def tell(self, sentence: str | None) -> None:
+        """Have everybody hear it who waits."""
+
+        def tell() -> None:
+            for news in self._waiting:
+                news.put_nowait(sentence)
+
+        with contextlib.suppress(RuntimeError):  # the loop ended meanwhile
+            self.loop.call_soon_threadsafe(tell)
 
 
 def _split(image: str) -> tuple[str, str]:

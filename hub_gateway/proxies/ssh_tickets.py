@@ -68,7 +68,13 @@ class _Tended:
     """When what the kernel has ends, as far as this process has handed it over."""
     task: asyncio.Task[None] | None = None
     not_before: float = 0.0
-    seen: float = 0.0
+    forgetting: asyncio.TimerHandle | None = None
+
+    def cancel(self) -> None:
+        """Do nothing more for it."""
+        for begun in (self.task, self.forgetting):
+            if begun is not None:
+                begun.cancel()
 
 
 class KernelTickets:
@@ -79,6 +85,7 @@ class KernelTickets:
         self.deliver = deliver
         self.log = log
         self._tended: dict[str, _Tended] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
         self._turns = asyncio.Semaphore(RENEWALS)
 
     async def first(self, credentials: Credentials | None, request: LaunchRequest) -> Given:
@@ -105,7 +112,8 @@ class KernelTickets:
             if self.need is IdentityNeed.USER_TGT:
                 await credentials.ended(request.kernel_id)  # the kernel's copy is the only one
         if self.need is IdentityNeed.SERVICE_TICKET:
-            self._tended[request.kernel_id] = _Tended(found.ends, seen=time.monotonic())
+            tended = self._tended[request.kernel_id] = _Tended(found.ends)
+            self._seen(credentials, request.kernel_id, tended)
         return Given(text, found.ends or 0.0, found.life, found.renew_till or 0.0)
 
     def tend(self, credentials: Credentials | None, kernel_id: str, state: State) -> None:
@@ -113,23 +121,18 @@ class KernelTickets:
         if credentials is None or state.get("tickets") != IdentityNeed.SERVICE_TICKET.value or "pid" not in state:
             return
         tended = self._tended.setdefault(kernel_id, _Tended())
-        tended.seen = now = time.monotonic()
+        self._seen(credentials, kernel_id, tended)
+        now = time.monotonic()
         ends = credentials.store.ends(kernel_id)
         fresh = ends is not None and ends == tended.ends
         if not fresh and now >= tended.not_before and (tended.task is None or tended.task.done()):
             tended.task = asyncio.ensure_future(self._renew(credentials, kernel_id, state, tended))
 
-    async def forget(self, credentials: Credentials | None) -> None:
-        """Keep nothing of kernels that are another replica's by now."""
-        now = time.monotonic()
-        for kernel_id in [key for key, tended in self._tended.items() if now - tended.seen > FORGET_SECONDS]:
-            await self.ended(credentials, kernel_id)
-
     async def ended(self, credentials: Credentials | None, kernel_id: str) -> None:
         """Renew no more, and keep nothing of it here."""
         tended = self._tended.pop(kernel_id, None)
-        if tended is not None and tended.task is not None:
-            tended.task.cancel()
+        if tended is not None:
+            tended.cancel()
         if credentials is not None:
             with contextlib.suppress(ValueError):  # of what only looks like a kernel of ours, nothing was ever kept
                 await credentials.ended(kernel_id)
@@ -137,8 +140,19 @@ class KernelTickets:
     def close(self) -> None:
         """Begin nothing more; what kernels have stays."""
         for tended in self._tended.values():
-            if tended.task is not None:
-                tended.task.cancel()
+            tended.cancel()
+
+    def _seen(self, credentials: Credentials, kernel_id: str, tended: _Tended) -> None:
+        """Keep nothing of a kernel that is another replica's by then."""
+        if tended.forgetting is not None:
+            tended.forgetting.cancel()
+
+        def forget() -> None:
+            task = asyncio.ensure_future(self.ended(credentials, kernel_id))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+        tended.forgetting = asyncio.get_running_loop().call_later(FORGET_SECONDS, forget)
 
     async def _renew(self, credentials: Credentials, kernel_id: str, state: State, tended: _Tended) -> None:
         try:

@@ -163,6 +163,31 @@ async def test_the_user_sees_that_a_node_fetches_it(
 
 
 @single
+async def test_many_who_wait_for_one_image_keep_nobody_from_another(
+    missing: Bench, registries: tuple[Registry, Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is fetched once for all of them."""
+    monkeypatch.setattr(docker_client, "PULLS", 2)
+    async with missing.gateway() as gateway, silent(registries[0]) as go_on:
+        log_in(gateway, missing, registries[1])
+        waiting = [
+            (who, await gateway.service.create(who, CreateKernel(name="open")))
+            for who in (missing.alice, missing.bob, missing.alice)
+        ]
+        daemon = daemon_of(gateway, missing)
+        await eventually(lambda: daemon._pulling, "the image is being fetched")
+        other = await gateway.start(missing.bob, "closed")
+        assert other.status is KernelStatus.RUNNING, other.message
+        go_on()
+        for _, record in waiting:
+            assert (await gateway.settled(record.id)).status is KernelStatus.RUNNING
+        assert not daemon._pulling
+        for who, record in (*waiting, (missing.bob, other)):
+            await gateway.service.shutdown(who, record.id)
+        await eventually(lambda: not missing.leftovers(gateway), "nothing left")
+
+
+@single
 async def test_an_image_that_its_registry_does_not_have(missing: Bench) -> None:
     async with missing.gateway() as gateway:
         record = await gateway.start(missing.alice, "none")

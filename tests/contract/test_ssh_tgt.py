@@ -20,6 +20,7 @@ from tests.contract.kerberos_case import KDCS, SERVICES, KerberosCase, with_tgt
 from tests.contract.mini import MiniGateway
 from tests.contract.ssh_case import USERS
 from tests.contract.suite import marks_of
+from tests.contract.test_conformance import killed_at
 from tests.contract.test_conformance_ssh import gateway_with, refused, trouble
 from tests.contract.test_ssh_tickets import ccache_of, ends, whom_the_service_sees
 from tests.harness.waiting import eventually
@@ -99,6 +100,21 @@ async def test_the_agent_renews_it_without_a_gateway(bench: Bench) -> None:
         assert await client.execute("print('alive')") == "alive\n"
         await gateway.service.shutdown(bench.alice, record.id)
         assert not path.exists()
+        await eventually(lambda: not bench.leftovers(gateway), f"nothing left: {bench.leftovers(gateway)}")
+
+
+@pytest.mark.parametrize("bench", ["sudo"], indirect=True)
+async def test_a_launch_that_is_taken_up_again_keeps_the_ticket_that_its_agent_renews(bench: Bench) -> None:
+    """A newer one in its place would be renewed too late: the agent goes by the end of the first one."""
+    ticket(bench, USERS[0], "-l", "30min", "-r", "1h")
+    assert killed_at(bench, "launch.2.yielded")
+    ticket(bench, USERS[0], "-l", "10min", "-r", "40min")
+    async with bench.gateway() as gateway:
+        (record,) = await gateway.service.list(bench.alice)
+        record = await gateway.settled(record.id)
+        assert record.status is KernelStatus.RUNNING, record.message
+        assert ends(ccache_of(record)) > time.time() + 20 * 60
+        await gateway.service.shutdown(bench.alice, record.id)
         await eventually(lambda: not bench.leftovers(gateway), f"nothing left: {bench.leftovers(gateway)}")
 
 
