@@ -21,7 +21,7 @@ from traitlets.config import LoggingConfigurable
 
 from hub_gateway.db.lock import lock
 from hub_gateway.db.models import utcnow
-from hub_gateway.db.settings import put, settings
+from hub_gateway.db.settings import Beside, put, put_beside, settings
 from hub_gateway.db.tenancy import AuditEntry
 from hub_gateway.metrics import METRICS
 
@@ -36,7 +36,7 @@ ANCHOR = "audit_anchor"
 NOTHING = "0" * 64
 PAGE = 10_000
 _TABLE = cast(Table, AuditEntry.__table__)
-_ADD = insert(_TABLE)  # made once: each launch writes a line
+_ADD = Beside(insert(_TABLE))  # made once: each launch writes a line
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,10 @@ def append(
     text = json.dumps(detail or {}, sort_keys=True, default=str)
     actor, subject = actor[:255], subject[:255]
     made = _hash(number, _moment(at), actor, action, subject, outcome, text, before)
-    tx.connection().execute(
+    put_beside(
+        tx,
+        HEAD,
+        f"{number}:{made}",
         _ADD,
         {
             "id": number,
@@ -112,7 +115,6 @@ def append(
             "hash": made,
         },
     )
-    put(tx, HEAD, f"{number}:{made}")
     METRICS.audit_entries.inc()
     line = Line(number, at, actor, action, subject, outcome, json.loads(text), made)
     tx.info.setdefault(COMMITTED, []).append(line)

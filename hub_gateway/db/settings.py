@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-from sqlalchemy import Table, bindparam, insert, select, update
+from sqlalchemy import Insert, Table, bindparam, insert, select, update
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.db.lock import lock, locked
 from hub_gateway.db.models import Setting
 
-__all__ = ["put", "settings"]
+__all__ = ["Beside", "put", "put_beside", "settings"]
 
 SETTINGS = "settings"
 _TABLE = cast(Table, Setting.__table__)
@@ -39,6 +39,26 @@ def put(tx: Transaction, key: str, value: str) -> None:
     else:
         tx.connection().execute(_MAKE, {"key": key, "value": value})
     known[key] = value
+
+
+class Beside:
+    """An INSERT of a row that is made together with a change of a setting. To be made once."""
+
+    def __init__(self, alone: Insert) -> None:
+        self.alone = alone
+        self.both = alone.add_cte(_CHANGE.cte("setting"))
+
+
+def put_beside(tx: Transaction, key: str, value: str, insert: Beside, row: Mapping[str, object]) -> None:
+    """Set one of them and insert a row: in one statement where the database has that (PostgreSQL)."""
+    lock(tx)
+    known = _known(tx)
+    if key in known and tx.get_bind().dialect.name == "postgresql":
+        tx.connection().execute(insert.both, {**row, "of": key, "to": value})
+        known[key] = value
+    else:
+        tx.connection().execute(insert.alone, row)
+        put(tx, key, value)
 
 
 def _known(tx: Transaction) -> dict[str, str]:

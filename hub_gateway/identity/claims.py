@@ -6,6 +6,7 @@ who come at once with one principal only one gets it.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,12 +18,13 @@ from sqlalchemy.orm import Session as Transaction
 from hub_gateway.audit import append
 from hub_gateway.db.lock import lock
 from hub_gateway.db.models import Kernel, utcnow
+from hub_gateway.db.settings import put, settings
 from hub_gateway.db.tenancy import IdentityClaim
 from hub_gateway.errors import Conflict, LaunchRefused
 from hub_gateway.identity.types import Identity
 from hub_gateway.kernels.types import KernelStatus
 
-__all__ = ["Claim", "Taken", "claim", "claims_of", "find", "holders", "release"]
+__all__ = ["Claim", "Claims", "Taken", "claims_of", "find", "holders", "release"]
 
 _TABLE = cast(Table, IdentityClaim.__table__)
 _HOLDERS = (
@@ -30,6 +32,9 @@ _HOLDERS = (
     .where(tuple_(_TABLE.c.kind, _TABLE.c.name).in_(bindparam("wanted", expanding=True)))
     .order_by(_TABLE.c.hub_user)
 )
+VERSION = "claims_version"
+"""The setting that changes whenever something is released."""
+MOST_SEEN = 50_000
 _ENDED = (KernelStatus.STOPPED.value, KernelStatus.FAILED.value)
 
 
@@ -86,30 +91,53 @@ def find(
     return found
 
 
-def claim(tx: Transaction, identity: Identity) -> None:
-    """Take what the identity needs for its owner, and write down the decision. Raises `Taken`.
+class Claims:
+    """Claims for one gateway process, which remembers what it has seen to be whose until anything is released."""
 
-    Nothing but the line of the audit trail is written where it raises; the transaction is to be committed then, too.
-    """
-    if not identity.claimed:
-        return
-    lock(tx)
-    found = holders(tx, identity)
-    own = {(one.kind, one.name) for one in found if one.hub_user == identity.owner}
-    if not identity.shared:
-        for one in found:
-            if (one.kind, one.name) not in own:
-                _audit(tx, identity, "refused", {"taken": f"{one.kind} {one.name}", "held_by": one.hub_user})
-                raise Taken(taken_sentence(identity, one.kind), hint=f"{one.kind} {one.name} is held by {one.hub_user}")
-    missing = [key for key in identity.claimed if key not in own]
-    if missing:
-        now = utcnow()
-        rows = [
-            {"kind": kind, "name": name, "hub_user": identity.owner, "rule": identity.rule, "claimed_at": now}
-            for kind, name in missing
-        ]
-        tx.connection().execute(insert(_TABLE), rows)
-    _audit(tx, identity, "ok", {"first": [f"{kind} {name}" for kind, name in missing]} if missing else {})
+    def __init__(self) -> None:
+        self._version = ""
+        self._seen: set[tuple[str, str, str]] = set()
+
+    def claim(self, tx: Transaction, identity: Identity) -> None:
+        """Take what the identity needs for its owner, and write down the decision. Raises `Taken`.
+
+        Nothing but the line of the audit trail is written where it raises; the transaction is to be committed then,
+        too.
+        """
+        if not identity.claimed:
+            return
+        lock(tx)
+        missing = [] if self._all_seen(tx, identity) else self._missing(tx, identity)
+        if missing:
+            now = utcnow()
+            rows = [
+                {"kind": kind, "name": name, "hub_user": identity.owner, "rule": identity.rule, "claimed_at": now}
+                for kind, name in missing
+            ]
+            tx.connection().execute(insert(_TABLE), rows)
+        _audit(tx, identity, "ok", {"first": [f"{kind} {name}" for kind, name in missing]} if missing else {})
+
+    def _all_seen(self, tx: Transaction, identity: Identity) -> bool:
+        """Whether all of it is known to be its owner's."""
+        version = settings(tx).get(VERSION, "")
+        if version != self._version or len(self._seen) > MOST_SEEN:
+            self._version = version
+            self._seen.clear()
+        return all((kind, name, identity.owner) in self._seen for kind, name in identity.claimed)
+
+    def _missing(self, tx: Transaction, identity: Identity) -> Sequence[tuple[str, str]]:
+        """What of it its owner does not have yet. Raises `Taken`."""
+        found = holders(tx, identity)
+        own = {(one.kind, one.name) for one in found if one.hub_user == identity.owner}
+        if not identity.shared:
+            for one in found:
+                if (one.kind, one.name) not in own:
+                    _audit(tx, identity, "refused", {"taken": f"{one.kind} {one.name}", "held_by": one.hub_user})
+                    hint = f"{one.kind} {one.name} is held by {one.hub_user}"
+                    raise Taken(taken_sentence(identity, one.kind), hint=hint)
+        # Not what is inserted only now: that may be rolled back.
+        self._seen.update((kind, name, identity.owner) for kind, name in own)
+        return [key for key in identity.claimed if key not in own]
 
 
 def release(tx: Transaction, hub_user: str, actor: str) -> Sequence[Claim]:
@@ -127,6 +155,7 @@ def release(tx: Transaction, hub_user: str, actor: str) -> Sequence[Claim]:
             "stop them first."
         )
     tx.connection().execute(delete(_TABLE).where(_TABLE.c.hub_user == hub_user))
+    put(tx, VERSION, uuid.uuid4().hex)
     released = [f"{one.kind} {one.name}" for one in found]
     append(tx, actor=actor, action="identity.release", subject=hub_user, outcome="ok", detail={"released": released})
     return found

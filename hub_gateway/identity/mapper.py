@@ -134,6 +134,7 @@ class IdentityMapper(LoggingConfigurable):
         """`ProcessProxy.says` of the proxies."""
         self._rules = self._read(self.rules)
         self.observe(self._changed, ["rules", "default_realm", "auth_state_keys"])
+        self._claims = claims.Claims()
         self._calls = BlockingCalls("The directory of users", limit=8, timeout=self.timeout)
 
     @validate("services")
@@ -183,7 +184,7 @@ class IdentityMapper(LoggingConfigurable):
         Raises `hub_gateway.identity.claims.Taken` (a `LaunchRefused`) where another Hub user has them; the audit trail
         has the decision if the transaction is committed.
         """
-        claims.claim(tx, identity)
+        self._claims.claim(tx, identity)
 
     async def release(self, hub_user: str, actor: str) -> bool:
         """Give back everything that a Hub user holds; whether that was anything. Raises `Conflict`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from sqlalchemy import RowMapping, Select, Table, bindparam, select
@@ -75,7 +76,7 @@ def plan_of(found: Any) -> LaunchPlan:
     return LaunchPlan(**{**found, "argv": tuple(found["argv"])})
 
 
-def record_of(row: RowMapping) -> KernelRecord:
+def record_of(row: RowMapping | Mapping[str, Any]) -> KernelRecord:
     """A row of one of the statements above."""
     port = row["agent_port"]
     return KernelRecord(
