@@ -50,6 +50,9 @@ SPECIAL: dict[int, dict[str, Any]] = {
 """Policies of everyone that the enforcer looks at."""
 MONTHLY = {"resource": "core_hours", "counts": "together", "window": "calendar", "period": "month"}
 """One for each group: a launch meets two of them."""
+WEEKLY = {"resource": "core_hours", "counts": "together", "window": "rolling", "window_seconds": 7 * 86400}
+"""And two of these."""
+WINDOWS = {1: MONTHLY, 2: WEEKLY}
 ENFORCE_SECONDS = 10.0
 AIMS = {"SQLite": 10.0, "PostgreSQL": 15.0}
 
@@ -142,8 +145,8 @@ def policy(number: int) -> dict[str, Any]:
         "created_by": "benchmark",
         "updated_at": now,
         "updated_by": "benchmark",
-        **dict.fromkeys(("soft", "burst", "burst_seconds", "grace_seconds", "period")),
-        **(SPECIAL.get(number) or (MONTHLY if 100 <= number < 200 else {})),
+        **dict.fromkeys(("soft", "burst", "burst_seconds", "grace_seconds", "period", "window_seconds")),
+        **(SPECIAL.get(number) or WINDOWS.get(number // 100, {})),
     }
 
 
@@ -224,8 +227,8 @@ def admission(bench: Bench) -> list[Row]:
     bench.report.notes.append(
         f"Admission: {KERNELS} live kernels of {USERS} users in {GROUPS} groups, {POLICIES} policies; direct is a "
         "transaction of the same database that writes one row. Its launch plan is encrypted, its keys are made and its "
-        "identity is claimed, too. Each launch meets a soft limit, a burst and two monthly limits of core-hours that "
-        f"its groups have together; the enforcer looks at everything meanwhile, every {ENFORCE_SECONDS:.0f} s as by "
+        "identity is claimed, too. Each launch meets a soft limit, a burst, and two monthly and two rolling limits of "
+        f"core-hours that its groups have together; the enforcer looks at everything meanwhile, every {ENFORCE_SECONDS:.0f} s as by "
         "default. Before, it has told those who are above the soft limit, and each group's meters have been read "
         "once."
     )

@@ -205,7 +205,7 @@ class Admission:
         need: float,
     ) -> Fit:
         scope = scope_of(policy, demand.owner, demand.owner_kind)
-        used = self.used(tx, policy, scope, held.get(scope, ()), now)
+        used = self.used(tx, policy, scope, held.get(scope, ()), now, enough=policy.least)
         limit = policy.hard
         if limit is not None and policy.burst is not None and used + need > limit:
             limit = self.burst_limit(policy, _burst_of(tx, policy, scope), now)
@@ -220,12 +220,16 @@ class Admission:
         now: datetime,
         *,
         since: datetime | None = None,
+        enough: float | None = None,
     ) -> float:
-        """What is used of a policy by its scope, in the base unit; of what is used up over time `since` then only."""
+        """What is used of a policy by its scope, in the base unit; of what is used up over time `since` then only.
+
+        `enough` is for who only wants to know whether it is less than that, see `meters.used`.
+        """
         if policy.resource.timed and since is not None:
             return meters.timed_use(tx, policy, scope, since, now).amount
         if policy.resource.timed:
-            return meters.used(tx, policy, scope, now)
+            return meters.used(tx, policy, scope, now, enough=enough)
         mine = (row for row in held if covers(policy, row.kernelspec, row.proxy, row.queue))
         if policy.resource is Resource.GPU and policy.gpu_model:
             mine = (row for row in mine if row.gpu_model == policy.gpu_model)
@@ -440,7 +444,7 @@ class Admission:
         held = held_by(tx, holders_of(demand.owner, demand.owner_kind, demand.groups)) if policies else {}
         scopes = [scope_of(policy, demand.owner, demand.owner_kind) for policy in policies]
         return [
-            self.used(tx, policy, scope, held.get(scope, ()), now) > (policy.hard or 0.0) + EPSILON
+            self.used(tx, policy, scope, held.get(scope, ()), now, enough=policy.hard) > (policy.hard or 0.0) + EPSILON
             for policy, scope in zip(policies, scopes, strict=True)
         ]
 

@@ -198,7 +198,7 @@ def _survey(
     for (name, scope), kernels in paced(held.items()):
         policy, subject = index.by_name[name], ":".join(scope)
         soft, over, burst = (states.pop((policy.id, subject, one), None) for one in (SOFT, OVER, BURST))
-        used = admission.used(tx, policy, scope, uses[scope], now)
+        used = admission.used(tx, policy, scope, uses[scope], now, enough=policy.least)
         changes = _Changes()
         limit = policy.hard
         if policy.burst is not None and limit is not None:

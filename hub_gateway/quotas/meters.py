@@ -1,4 +1,4 @@
-"""Meters: what was used up in a calendar window, told without reading the ledger at each launch.
+"""Meters: what was used up in a window, told without reading the ledger at each launch.
 
 A meter is a straight line, base + slope * (t - beginning of the window). A kernel that takes r and is held from s on
 adds r to the slope and takes r * (s - beginning) off the base; given back at e, it takes r off the slope and adds
@@ -6,7 +6,11 @@ r * (e - beginning) to the base. So it does not matter in which order that happe
 need not agree to the millisecond.
 
 The ledger and the open reservations are the truth: a meter that is missing, or of another version of its policy, is
-read from them. Where a new window begins, only the slope goes on. Rolling windows have no meters.
+read from them. Where a new calendar window begins, only the slope goes on.
+
+A rolling window begins anew at every moment, and what has grown older than it is in the ledger alone. Its meter counts
+from where the window began when it was read: that is at least what is used. As long as even that is below a limit nothing
+has to be read; where it is not, the meter is read anew.
 """
 
 from __future__ import annotations
@@ -84,32 +88,62 @@ def _put(dialect: Any) -> Any:
 _PUT = {"sqlite": _put(sqlite), "postgresql": _put(postgresql)}
 
 
-def used(tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> float:
-    """What its scope has used up of a policy in its window, in hours or cost units; never less than nothing."""
-    return max(0.0, _used(tx, policy, scope, now))
+def used(tx: Transaction, policy: Policy, scope: Holder, now: datetime, *, enough: float | None = None) -> float:
+    """What its scope has used up of a policy in its window, in hours or cost units; never less than nothing.
+
+    Who only wants to know whether it is less than `enough` may be told more than it is, if that is less, too.
+    """
+    return max(0.0, _used(tx, policy, scope, now, enough))
 
 
-def _used(tx: Transaction, policy: Policy, scope: Holder, now: datetime) -> float:
+def _used(tx: Transaction, policy: Policy, scope: Holder, now: datetime, enough: float | None) -> float:
     begin, end = window_bounds(policy, now)
-    if policy.window is not WindowKind.CALENDAR or policy.id is None:
+    if policy.id is None or policy.window is WindowKind.NOW:
         return timed_use(tx, policy, scope, begin, now).amount
     begins, moment = begin.timestamp(), now.timestamp()
+    if policy.window is WindowKind.ROLLING:
+        return _rolled(tx, policy, scope, now, enough)
     known = _line(tx, policy.id, scope)
     line = None if known is None else known.at(begins)
     if line is None or line.version != policy.version:
         if not locked(tx) or timed_use(tx, policy, scope, end, end + YEAR).latest >= end.timestamp():
             # What a clock that goes before has written into the next window would not be in this line, nor in the next.
             return timed_use(tx, policy, scope, begin, now).amount
-        # As of the window's end all that is open is a straight line.
-        found = timed_use(tx, policy, scope, begin, end)
-        base = found.amount * HOUR - found.per_hour * (end.timestamp() - begins)
-        line = _Line(policy.id, *scope, policy.version, begins, base, found.per_hour, max(found.latest, begins))
-        tx.connection().execute(_PUT[tx.get_bind().dialect.name], line._asdict())
-        read(tx, [scope])[scope][policy.id] = line
+        line = _read_anew(tx, policy, policy.id, scope, begin, end)
     if line.begins > begins or moment < line.latest - SKEW:
         # The clock was put back, into the window before or before what is known.
         return timed_use(tx, policy, scope, begin, now).amount
     return line.used(moment)
+
+
+def _rolled(tx: Transaction, policy: Policy, scope: Holder, now: datetime, enough: float | None) -> float:
+    """What was used up in a rolling window, see `used`."""
+    assert policy.id is not None
+    begin, moment = window_bounds(policy, now)[0], now.timestamp()
+    line = None if enough is None else _line(tx, policy.id, scope)
+    if line is not None and enough is not None and line.version == policy.version:
+        # Else the clock was put back.
+        holds = line.begins <= begin.timestamp() and moment >= line.latest - SKEW
+        if holds and line.used(moment) < enough:
+            return line.used(moment)
+    if locked(tx):
+        line = _read_anew(tx, policy, policy.id, scope, begin, now + YEAR)
+        if moment >= line.latest - SKEW:
+            return line.used(moment)
+    return timed_use(tx, policy, scope, begin, now).amount
+
+
+def _read_anew(
+    tx: Transaction, policy: Policy, policy_id: int, scope: Holder, begin: datetime, end: datetime
+) -> _Line:
+    """A meter as the ledger and what is open say it, from `begin` on. As of `end` all that is open is a straight line."""
+    found = timed_use(tx, policy, scope, begin, end)
+    begins = begin.timestamp()
+    base = found.amount * HOUR - found.per_hour * (end.timestamp() - begins)
+    line = _Line(policy_id, *scope, policy.version, begins, base, found.per_hour, max(found.latest, begins))
+    tx.connection().execute(_PUT[tx.get_bind().dialect.name], line._asdict())
+    read(tx, [scope])[scope][policy_id] = line
+    return line
 
 
 def read(tx: Transaction, holders: Iterable[Holder]) -> dict[Holder, dict[int, _Line]]:
@@ -176,7 +210,8 @@ def _move(
         if not covers(policy, reservation["kernelspec"], reservation["proxy"], reservation["queue"]):
             continue
         rate = rate_of(policy, resources, prices(reservation["price_version"]))
-        moved = line.at(window_bounds(policy, at)[0].timestamp()).moved(sign * rate, at.timestamp())
+        begins = window_bounds(policy, at)[0].timestamp() if policy.window is WindowKind.CALENDAR else line.begins
+        moved = line.at(begins).moved(sign * rate, at.timestamp())
         known[line.subject_kind, line.subject][line.policy_id] = moved
         changed.append(
             {f"of_{name}": getattr(moved, name) for name in _KEY} | {f"new_{n}": getattr(moved, n) for n in _LINE}

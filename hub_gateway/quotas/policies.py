@@ -83,7 +83,7 @@ class PolicyIndex:
     by_name: Mapping[str, Policy]
     by_subject: Mapping[tuple[SubjectKind, str], tuple[Policy, ...]]
     metered: Mapping[int, Policy] = field(default_factory=dict)
-    """Those that count what is used up in a calendar window, by id."""
+    """Those that count what is used up in a window, by id."""
 
     def only(self, wanted: Callable[[Policy], bool]) -> PolicyIndex:
         """Some of them, by whom they are about; no longer by name."""
@@ -131,7 +131,7 @@ class PolicyStore:
         metered = {
             policy.id: policy
             for policy in by_name.values()
-            if policy.resource.timed and policy.window is WindowKind.CALENDAR and policy.id is not None
+            if policy.resource.timed and policy.window is not WindowKind.NOW and policy.id is not None
         }
         made = PolicyIndex(version, by_name, {key: tuple(some) for key, some in by_subject.items()}, metered)
         self._index = tx.info[self] = made

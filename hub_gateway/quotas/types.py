@@ -158,6 +158,11 @@ class Policy:
     updated_at: datetime | None = None
     updated_by: str = ""
 
+    @property
+    def least(self) -> float | None:
+        """From which amount on it does something: the soft limit, or the hard one; None where it has neither."""
+        return min((one for one in (self.soft, self.hard) if one is not None), default=None)
+
 
 @dataclass(frozen=True)
 class Demand:

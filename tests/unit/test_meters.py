@@ -1,4 +1,4 @@
-"""Meters of calendar windows: straight lines that say what the ledger and the open reservations say."""
+"""Meters: straight lines that say what the ledger and the open reservations say."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.harness.quotas import drift, new, put, release
 
 MONTH = {"window": WindowKind.CALENDAR, "period": Period.MONTH, "hard": 1e6}
 TOGETHER = {**MONTH, "counts": Counts.TOGETHER}
+WEEK = {"window": WindowKind.ROLLING, "window_seconds": 7 * 86400, "hard": 1e6, "counts": Counts.TOGETHER}
 TAKEN = Resources(cpu=2.0, memory=2**30, gpu=1, gpu_model="a100")
 LAB, ALICE, ALL = (SubjectKind.GROUP.value, "lab"), (SubjectKind.USER.value, "alice"), ("everyone", EVERYONE)
 
@@ -49,11 +50,19 @@ async def admit(store: KernelStore, clock: Clock, number: int, when: datetime, *
     await store.admit(new(number, **{**usual, **more}))
 
 
-async def told(store: KernelStore, policy: Policy, scope: Holder, now: datetime, *, admitting: bool = False) -> float:
+async def told(
+    store: KernelStore,
+    policy: Policy,
+    scope: Holder,
+    now: datetime,
+    *,
+    admitting: bool = False,
+    enough: float | None = None,
+) -> float:
     def ask(tx: Any) -> float:
         if admitting:
             lock(tx)
-        return meters.used(tx, policy, scope, now)
+        return meters.used(tx, policy, scope, now, enough=enough)
 
     return await (store.write if admitting else store.db.read)(ask)
 
@@ -194,6 +203,35 @@ async def test_less_than_nothing_is_not_shown(quota_store: KernelStore, clock: C
         assert await told(quota_store, policy, LAB, at(5), admitting=admitting) == 0.0
 
 
+@pytest.mark.parametrize("admitting", [False, True])
+async def test_a_rolling_window_is_never_told_as_less_than_it_is(
+    quota_store: KernelStore, clock: Clock, admitting: bool
+) -> None:
+    """And as enough only where it is: whatever was read before, and also where the clock was put back."""
+    policy = await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=Resource.KERNEL_HOURS, **WEEK))
+    steps = [
+        (at(1), "admit", 1),
+        (at(2), "admit", 2),
+        (at(4), "release", 1),
+        (at(9.5), "release", 2),
+        (at(9.75), "admit", 3),
+        (at(9.25), "admit", 4),  # by a clock that is behind
+        (at(20), "release", 3),
+        (at(30), "release", 4),
+    ]
+    for when, what, number in steps:
+        if what == "admit":
+            await admit(quota_store, clock, number, when)
+        else:
+            await release(quota_store, f"k{number}", when)
+        for now in (when, when + timedelta(days=0.3), when + timedelta(days=8), when - timedelta(days=2)):
+            exact = await right(quota_store, policy, LAB, now)
+            for enough in (1.0, 20.0, 100.0, 170.0, 400.0):
+                found = await told(quota_store, policy, LAB, now, admitting=admitting, enough=enough)
+                assert found >= exact - 1e-6 and (found < enough) == (exact < enough), (when, now, enough)
+            assert await told(quota_store, policy, LAB, now) == pytest.approx(exact, abs=1e-6)
+
+
 async def test_a_start_reads_meters_anew(quota_store: KernelStore, clock: Clock) -> None:
     """Whatever has made them wrong: a table that was restored, or a hand."""
     policy = await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=Resource.KERNEL_HOURS, **TOGETHER))
@@ -204,18 +242,19 @@ async def test_a_start_reads_meters_anew(quota_store: KernelStore, clock: Clock)
     assert await told(quota_store, policy, LAB, at(3), admitting=True) == pytest.approx(24.0)
 
 
+@pytest.mark.parametrize("window", [TOGETHER, WEEK], ids=["month", "week"])
 async def test_launches_do_not_read_the_ledger_each_time(
-    quota_store: KernelStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    quota_store: KernelStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, window: dict[str, Any]
 ) -> None:
     """Once for each line, and never again: neither launches nor ends of other kernels make it be read anew."""
-    await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=Resource.KERNEL_HOURS, **TOGETHER))
+    await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=Resource.KERNEL_HOURS, **window))
     read = []
     known = ledger.timed_use
     monkeypatch.setattr(ledger, "timed_use", lambda *args, **more: read.append(args) or known(*args, **more))
     for number in range(5):
         await admit(quota_store, clock, number, at(2 + number))
         await release(quota_store, f"k{number}", at(2.5 + number))
-    assert len(read) == 2, "what is in this month, and whether anything is in the next"
+    assert len(read) == (2 if window is TOGETHER else 1), "what is in this window, and whether anything is in the next"
     held = await quota_store.db.read(
         lambda tx: tx.scalars(select(Reservation.kernel_id).where(Reservation.released_at.is_(None))).all()
     )
