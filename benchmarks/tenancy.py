@@ -228,9 +228,9 @@ def admission(bench: Bench) -> list[Row]:
         f"Admission: {KERNELS} live kernels of {USERS} users in {GROUPS} groups, {POLICIES} policies; direct is a "
         "transaction of the same database that writes one row. Its launch plan is encrypted, its keys are made and its "
         "identity is claimed, too. Each launch meets a soft limit, a burst, and two monthly and two rolling limits of "
-        f"core-hours that its groups have together; the enforcer looks at everything meanwhile, every {ENFORCE_SECONDS:.0f} s as by "
-        "default. Before, it has told those who are above the soft limit, and each group's meters have been read "
-        "once."
+        "core-hours that its groups have together; the enforcer looks at everything meanwhile, every "
+        f"{ENFORCE_SECONDS:.0f} s as by default. Before, it has told those who are above the soft limit, and each "
+        "group's meters have been read once. At once: 600 launches that come together, after 200 others."
     )
     with databases(bench) as found:
         return [row for name, url in found for row in asyncio.run(_admission(bench, name, url))]

@@ -27,6 +27,7 @@ from hub_gateway.db.lock import lock
 from hub_gateway.db.models import Kernel, utcnow
 from hub_gateway.db.secrets import Vault
 from hub_gateway.db.settings import put, settings
+from hub_gateway.db.together import Together
 from hub_gateway.errors import BadRequest, Conflict, Forbidden, LaunchRefused, NotFound
 from hub_gateway.identity.types import Identity
 from hub_gateway.kernels import failpoints, notices
@@ -152,6 +153,7 @@ class KernelStore:
         self.lease_seconds = lease_seconds
         self.admission = admission or Admission()
         self.admitter = Admitter(vault, self.admission, instance=instance, lease_seconds=lease_seconds)
+        self._together = Together(self.write)
         self._cache_seconds = cache_seconds
         self._version = 0
         self._lists: dict[str, tuple[int, float, asyncio.Future[tuple[KernelRecord, ...]]]] = {}
@@ -276,7 +278,7 @@ class KernelStore:
 
         try:
             with METRICS.admission_seconds.time():
-                found = await self.write(write)
+                found = await self._together.run(write)
         except IntegrityError as error:
             raise Conflict(
                 f"There is, or was, a kernel with the id {new.id}; leave the id out to get a new one."

@@ -9,8 +9,8 @@ The ledger and the open reservations are the truth: a meter that is missing, or 
 read from them. Where a new calendar window begins, only the slope goes on.
 
 A rolling window begins anew at every moment, and what has grown older than it is in the ledger alone. Its meter counts
-from where the window began when it was read: that is at least what is used. As long as even that is below a limit nothing
-has to be read; where it is not, the meter is read anew.
+from where the window began when it was read: that is at least what is used. As long as even that is below a limit
+nothing has to be read; where it is not, the meter is read anew.
 """
 
 from __future__ import annotations
@@ -133,10 +133,8 @@ def _rolled(tx: Transaction, policy: Policy, scope: Holder, now: datetime, enoug
     return timed_use(tx, policy, scope, begin, now).amount
 
 
-def _read_anew(
-    tx: Transaction, policy: Policy, policy_id: int, scope: Holder, begin: datetime, end: datetime
-) -> _Line:
-    """A meter as the ledger and what is open say it, from `begin` on. As of `end` all that is open is a straight line."""
+def _read_anew(tx: Transaction, policy: Policy, policy_id: int, scope: Holder, begin: datetime, end: datetime) -> _Line:
+    """A meter from `begin` on, as the ledger and what is open say it. As of `end` all that is open is a line."""
     found = timed_use(tx, policy, scope, begin, end)
     begins = begin.timestamp()
     base = found.amount * HOUR - found.per_hour * (end.timestamp() - begins)

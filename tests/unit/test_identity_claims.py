@@ -84,6 +84,18 @@ async def test_the_second_hub_user_is_refused(mapper: IdentityMapper, db: Databa
     assert (await db.read(audit.verify)).ok
 
 
+async def test_what_another_gateway_has_released_is_not_remembered(mapper: IdentityMapper, db: Database) -> None:
+    """A process does not ask again for what it has seen to be somebody's."""
+    other = IdentityMapper(rules=RULES, default_realm="EXAMPLE.TEST", require_unix_user=False, db=db)
+    for _ in range(3):
+        await claim(mapper, "alice")
+    assert await other.release("alice", "admin")
+    await claim(other, "Alice")
+    with pytest.raises(Taken):
+        await claim(mapper, "alice")
+    assert {user for _, _, user in await held(db)} == {"Alice"}
+
+
 async def test_two_spellings_of_a_principal_are_one(mapper: IdentityMapper) -> None:
     mapper.rules = [{"pattern": "(.*)", "principal": "$1"}]
     await claim(mapper, "Alice")

@@ -14,12 +14,12 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session as Transaction
 
 from hub_gateway.db.engine import Database
+from hub_gateway.db.lock import LOCK
 from hub_gateway.db.models import Kernel, Reservation, Setting, utcnow
 from hub_gateway.db.tenancy import LedgerEntry
 from hub_gateway.errors import Conflict, LaunchRefused, Unavailable
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import KernelStatus, Resources
-from hub_gateway.quotas import use
 from hub_gateway.quotas.policies import MAINTENANCE
 from hub_gateway.quotas.queue import Dispatched, dispatch
 from hub_gateway.quotas.types import Action, Counts, Policy, Resource, SubjectKind
@@ -56,7 +56,7 @@ async def held_up(db: Database, waiting: int) -> AsyncIterator[None]:
     if db.sqlite:
         pytest.skip("not applicable: SQLite has one writer at a time, whatever is done")
     connection = db.engine.connect()
-    await asyncio.to_thread(connection.execute, text(f"SELECT pg_advisory_xact_lock({use.LOCK})"))
+    await asyncio.to_thread(connection.execute, text(f"SELECT pg_advisory_xact_lock({LOCK})"))
     yield
     await eventually(lambda: waiters(db, waiting), f"{waiting} to wait for the lock", timeout=5)
     await asyncio.to_thread(connection.rollback)
