@@ -73,7 +73,10 @@ class Database:
         return self.url.get_backend_name() == "sqlite"
 
     async def read(self, fn: Callable[[Session], T]) -> T:
-        """Run `fn` in a thread, in one transaction that is rolled back. Raises `Unavailable`."""
+        """Run `fn` in a thread, in one transaction that is rolled back. Raises `Unavailable`.
+
+        It is called again where its connection turns out to be lost.
+        """
         return await self._run(self._readers, lambda: self.read_sync(fn))
 
     async def write(self, fn: Callable[[Session], T]) -> T:

@@ -162,8 +162,9 @@ class DockerDaemon:
         if pull is None:
             pull = self._pulling[image] = _Pull(image, asyncio.get_running_loop())
             pull.task = pull.loop.run_in_executor(self._pulls, self._fetch, pull)
-            pull.task.add_done_callback(lambda _: self._pulled(pull))
-        with pull.news() as news:
+            pull.task.add_done_callback(lambda _: self._ended(pull))
+        news = pull.join()
+        try:
             ends = pull.loop.time() + seconds
             while not pull.task.done() or not news.empty():
                 try:
@@ -181,10 +182,16 @@ class DockerDaemon:
                     )
                 yield sentence
             await asyncio.shield(pull.task)
-        if not pull.wanted:
-            self._pulled(pull)
+        finally:
+            pull.leave(news)
+            if not pull.wanted:
+                self._forget(pull)
 
-    def _pulled(self, pull: _Pull) -> None:
+    def _ended(self, pull: _Pull) -> None:
+        self._forget(pull)
+        pull.end()
+
+    def _forget(self, pull: _Pull) -> None:
         """Whoever wants the image from now on has it fetched anew."""
         if self._pulling.get(pull.image) is pull:
             del self._pulling[pull.image]
@@ -208,12 +215,10 @@ class DockerDaemon:
                         pull.tell(_progress(pull.image, layers))
         except errors().APIError as error:
             raise pull_refusal(pull.image, said(error)) from error
-        finally:
-            pull.tell(None)
 
 
 class _Pull:
-    """An image that is being fetched, for as many as wait for it. `tell` is for threads."""
+    """An image that is being fetched, for as many as wait for it."""
 
     task: asyncio.Future[None]
 
@@ -223,26 +228,31 @@ class _Pull:
         self._waiting: set[asyncio.Queue[str | None]] = set()
         self.wanted = True
 
-    @contextlib.contextmanager
-    def news(self) -> Iterator[asyncio.Queue[str | None]]:
+    def join(self) -> asyncio.Queue[str | None]:
         """What one who waits for it hears: sentences, None at the end."""
         news = asyncio.Queue[str | None]()
         self._waiting.add(news)
-        try:
-            yield news
-        finally:
-            self._waiting.discard(news)
-            self.wanted = bool(self._waiting)
+        return news
 
-    def tell(self, sentence: str | None) -> None:
-        """Have everybody hear it who waits."""
+    def leave(self, news: asyncio.Queue[str | None]) -> None:
+        """Wait no more; what nobody waits for is fetched no further."""
+        self._waiting.discard(news)
+        self.wanted = bool(self._waiting)
 
-        def tell() -> None:
-            for news in self._waiting:
-                news.put_nowait(sentence)
-
+    def tell(self, sentence: str) -> None:
+        """Have everybody hear it who waits; from a thread."""
         with contextlib.suppress(RuntimeError):  # the loop ended meanwhile
-            self.loop.call_soon_threadsafe(tell)
+            self.loop.call_soon_threadsafe(self._tell, sentence)
+
+    def end(self) -> None:
+        """Have everybody hear that it has ended, in whatever way."""
+        if not self.task.cancelled():
+            self.task.exception()  # perhaps nobody waits for it any more
+        self._tell(None)
+
+    def _tell(self, sentence: str | None) -> None:
+        for news in self._waiting:
+            news.put_nowait(sentence)
 
 
 def _split(image: str) -> tuple[str, str]:
