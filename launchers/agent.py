@@ -205,6 +205,17 @@ class Settings:
 # The kernel as a process
 
 
+def find_packages() -> None:
+    """Have pyzmq found, which the interpreter does not know of while it runs with -S.
+
+    To look through site-packages can take as long as all else that comes before the kernel's start.
+    """
+    if sys.flags.no_site and "site" not in sys.modules:
+        import site
+
+        site.main()
+
+
 def die_with_parent() -> Optional[Callable[[], None]]:
     """A function for the forked child that asks Linux to kill it when the agent dies; None elsewhere."""
     if not sys.platform.startswith("linux"):
@@ -257,6 +268,7 @@ class KernelProcess:
         for sock in held:
             sock.close()
         if self.settings.kernel_encryption == "curve":
+            find_packages()
             import zmq
 
             public, secret = zmq.curve_keypair()
@@ -2436,6 +2448,7 @@ def main() -> int:
     agent.heed_signals()
     # The kernel is slow to start, so it starts before anything that it does not need (pyzmq above all).
     failure = agent.kernel.start()
+    find_packages()
     try:
         registration = json.dumps(agent.open())
         write_private(os.path.join(settings.runtime_dir, "agent.json"), registration)

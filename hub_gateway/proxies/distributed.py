@@ -173,7 +173,7 @@ class DistributedProxy(HostCalls, ProcessProxy):
             asked = {
                 **self._names(state, request.gateway_id, request.kernel_id),
                 "epoch": request.epoch,
-                "command": [self.python, "-I", shelf.agent, *tags, "--host", host.name],
+                "command": [self.python, "-IS", shelf.agent, *tags, "--host", host.name],
                 "agent_env": {"PATH": self.path, "LANG": "C.UTF-8", **AGENT_ENVIRONMENT},
                 "config": {**config, "tickets": tickets.renewal(ccache)},
                 "tickets": tickets.text,

@@ -250,7 +250,7 @@ class LocalProxy(ProcessProxy):
 
     def _command(self, request: LaunchRequest) -> list[str]:
         tags = tagged.arguments(request.kernel_id, request.gateway_id, request.epoch)
-        return [self.python, "-I", self._agent_program, *tags]
+        return [self.python, "-IS", self._agent_program, *tags]
 
     @cached_property
     def _agent_program(self) -> str:
