@@ -230,7 +230,7 @@ def admission(bench: Bench) -> list[Row]:
         "identity is claimed, too. Each launch meets a soft limit, a burst, and two monthly and two rolling limits of "
         "core-hours that its groups have together; the enforcer looks at everything meanwhile, every "
         f"{ENFORCE_SECONDS:.0f} s as by default. Before, it has told those who are above the soft limit, and each "
-        "group's meters have been read once. At once: 600 launches that come together, after 200 others."
+        "group's meters have been read once. At once: launches that come together, after a third as many others."
     )
     with databases(bench) as found:
         return [row for name, url in found for row in asyncio.run(_admission(bench, name, url))]

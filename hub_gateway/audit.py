@@ -23,7 +23,6 @@ from hub_gateway.db.lock import lock
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.settings import Beside, put, put_beside, settings
 from hub_gateway.db.tenancy import AuditEntry
-from hub_gateway.metrics import METRICS
 
 __all__ = ["COMMITTED", "GATEWAY", "AuditLog", "Line", "Verification", "append", "purge", "query", "verify"]
 
@@ -115,7 +114,6 @@ def append(
             "hash": made,
         },
     )
-    METRICS.audit_entries.inc()
     line = Line(number, at, actor, action, subject, outcome, json.loads(text), made)
     tx.info.setdefault(COMMITTED, []).append(line)
     return line
@@ -149,7 +147,12 @@ def query(
 
 
 def verify(tx: Transaction) -> Verification:
-    """Follow the chain from its beginning (or from where earlier lines were purged) to its end."""
+    """Follow the chain from its beginning (or from where earlier lines were purged) to its end.
+
+    To be called first in a transaction that reads: what is added meanwhile is not seen.
+    """
+    if tx.get_bind().dialect.name == "postgresql":
+        tx.connection(execution_options={"isolation_level": "REPEATABLE READ"})
     number, before = _setting(tx, ANCHOR)
     checked, purged = 0, number
     columns = (_TABLE.c[name] for name in ("id", "at", "actor", "action", "subject", "outcome", "detail"))

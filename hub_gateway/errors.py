@@ -82,11 +82,15 @@ class Forbidden(GatewayError):
 
 
 class LaunchRefused(Forbidden):
-    """A policy or a limit does not admit the launch; nothing was started. `policy` is its name."""
+    """A policy or a limit does not admit the launch; nothing was started.
+
+    `policy` is its name, `resource` what it limits; both are empty where no policy is the reason.
+    """
 
     code = "launch_refused"
     reason = "Launch refused"
     policy: str = ""
+    resource: str = ""
 
 
 class NotFound(GatewayError):

@@ -50,8 +50,9 @@ class Events(LoggingConfigurable):
             self.logger.register_handler(handler)
 
     def audited(self, lines: Iterable[Line]) -> None:
-        """Send lines of the audit trail that have been committed."""
+        """Count and send lines of the audit trail that have been committed."""
         for line in lines:
+            METRICS.audit_entries.inc()
             data = {name: getattr(line, name) for name in ("id", "actor", "action", "subject", "outcome", "hash")}
             self.emit(AUDIT, {**data, "detail": dict(line.detail)})
 

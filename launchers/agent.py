@@ -3,7 +3,7 @@
 
 Needs Python 3.8 and pyzmq, nothing else, and is shipped as this one file. It is started as
 
-    python -I agent.py --kernel-id K --gateway-id G --epoch N  <  configuration.json
+    python -IS agent.py --kernel-id K --gateway-id G --epoch N  <  configuration.json
 
 The arguments are tags, so that the process can be found; everything that matters is one JSON document
 on standard input (see `Settings`). It answers with one line of JSON on standard output, its

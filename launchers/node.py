@@ -163,9 +163,9 @@ def launch(request: Document, user: pwd.struct_passwd) -> Document:
     directory = runas.inside(request["runtime_dir"])
     try:
         answer = launch_in(directory, request, user)
-        if request.get("tickets"):
-            path = request["config"]["env"].get("PATH", request["agent_env"]["PATH"])
-            answer["kinit"] = shutil.which("kinit", path=path) is not None
+        path = request["config"]["env"].get("PATH", request["agent_env"]["PATH"])
+        if shutil.which("kinit", path=path) is None:
+            answer.pop("renew_till", None)
         return answer
     except runas.Taken as error:
         return {"taken": str(error)}  # the gateway has another name
@@ -175,11 +175,12 @@ def launch_in(directory: str, request: Document, user: pwd.struct_passwd) -> Doc
     with alone(directory):
         runas.private_directory(directory)
         found = adopt(request, user)
-        # An agent that renews them has its own already, and counts by when those end.
-        if request.get("tickets") and not (found and request["config"].get("tickets")):
+        # An agent that renews its tickets counts by when those end that it came with.
+        renew_till = renewed(directory) if found else (request["config"].get("tickets") or {}).get("renew_till")
+        if request.get("tickets") and not (found and renew_till):
             put_tickets(directory, request["tickets"])
         if found:
-            return found
+            return dict(found, renew_till=renew_till)
         drained = drain(request)
         if drained:
             runas.remove(request, user)
@@ -187,7 +188,8 @@ def launch_in(directory: str, request: Document, user: pwd.struct_passwd) -> Doc
         try:
             aside = os.path.join(directory, ".%s" % MARK)
             with open(aside, "w") as file:
-                json.dump({name: request[name] for name in ("gateway_id", "kernel_id", "epoch", "host")}, file)
+                mark = {name: request[name] for name in ("gateway_id", "kernel_id", "epoch", "host")}
+                json.dump(dict(mark, renew_till=renew_till), file)
             os.replace(aside, os.path.join(directory, MARK))
             for name, value in session().items():
                 request["config"]["env"].setdefault(name, value)
@@ -200,7 +202,16 @@ def launch_in(directory: str, request: Document, user: pwd.struct_passwd) -> Doc
         if not answer["line"]:
             answer["log"] = runas.logs(request, user)["text"]
     answer["boot"] = boot()
+    answer["renew_till"] = renew_till
     return answer
+
+
+def renewed(directory: str) -> Optional[float]:
+    """Until when the agent there renews its tickets; None where it does not."""
+    try:
+        return float(json.loads(own_text(os.path.join(directory, MARK)))["renew_till"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def tickets(request: Document, user: pwd.struct_passwd) -> Document:

@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from hub_gateway.errors import BadRequest, Unavailable
 from hub_gateway.metrics import METRICS
 
-__all__ = ["Database", "not_opened"]
+__all__ = ["Database", "not_opened", "overloaded"]
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class Database:
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="db-write") if self.sqlite else self._readers
         self._checkpoints = ThreadPoolExecutor(1, thread_name_prefix="db-checkpoint")
         self._copied = time.monotonic()
-        self._max_waiting = max_waiting
+        self.max_waiting = max_waiting
         self.on_commit: Callable[[Mapping[Any, Any]], None] | None = None
         """Told what a transaction left in its `info`, in its thread, when it is committed."""
         self._waiting = 0
@@ -165,8 +165,8 @@ class Database:
         self.engine.dispose()
 
     async def _run(self, pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:
-        if self._waiting >= self._max_waiting:
-            raise Unavailable("The gateway's database does not keep up with the requests; try again in a moment.")
+        if self._waiting >= self.max_waiting:
+            raise overloaded()
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(pool, call)
@@ -181,6 +181,11 @@ class Database:
             raise not_opened(self.url, error) from error
         finally:
             self._waiting -= 1
+
+
+def overloaded() -> Unavailable:
+    """What to say to whoever comes while too many wait."""
+    return Unavailable("The gateway's database does not keep up with the requests; try again in a moment.")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

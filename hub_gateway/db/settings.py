@@ -49,15 +49,15 @@ class Beside:
         self.both = alone.add_cte(_CHANGE.cte("setting"))
 
 
-def put_beside(tx: Transaction, key: str, value: str, insert: Beside, row: Mapping[str, object]) -> None:
+def put_beside(tx: Transaction, key: str, value: str, beside: Beside, row: Mapping[str, object]) -> None:
     """Set one of them and insert a row: in one statement where the database has that (PostgreSQL)."""
     lock(tx)
     known = _known(tx)
     if key in known and tx.get_bind().dialect.name == "postgresql":
-        tx.connection().execute(insert.both, {**row, "of": key, "to": value})
+        tx.connection().execute(beside.both, {**row, "of": key, "to": value})
         known[key] = value
     else:
-        tx.connection().execute(insert.alone, row)
+        tx.connection().execute(beside.alone, row)
         put(tx, key, value)
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 from sqlalchemy.orm import Session as Transaction
 
+from hub_gateway.db.engine import overloaded
 from hub_gateway.errors import Unavailable
 
 __all__ = ["Together"]
@@ -27,16 +28,19 @@ class Together:
     must do nothing but talk to their transaction. For one event loop.
     """
 
-    def __init__(self, write: Write) -> None:
+    def __init__(self, write: Write, *, max_waiting: int) -> None:
         self._write = write
+        self._max_waiting = max_waiting
         self._waiting: deque[tuple[Callable[[Transaction], Any], asyncio.Future[Any]]] = deque()
         self._working: asyncio.Task[None] | None = None
 
     async def run(self, fn: Callable[[Transaction], T]) -> T:
-        """Have it written; what it returns. Raises what it raises, and `Unavailable`.
+        """Have it written; what it returns. Raises what it raises, and `Unavailable`, at once where too many wait.
 
         One that is cancelled while others are written is not begun; else it is written all the same.
         """
+        if len(self._waiting) >= self._max_waiting:
+            raise overloaded()
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((fn, future))
         if self._working is None or self._working.done():
@@ -56,8 +60,9 @@ class Together:
             made = await self._write(lambda tx: [fn(tx) for fn in fns])
         except Exception as error:  # noqa: BLE001 - who waits for it hears of it
             if len(some) > 1 and not isinstance(error, Unavailable):
-                for one in some:
-                    await self._all([one])
+                for fn, future in some:
+                    if not future.done():
+                        await self._all([(fn, future)])
                 return
             for _, future in some:
                 if not future.done():

@@ -34,6 +34,8 @@ _HOLDERS = (
 )
 VERSION = "claims_version"
 """The setting that changes whenever something is released."""
+MADE = "claims made"
+"""Where in a transaction's `info` the claims are that it has inserted."""
 MOST_SEEN = 50_000
 _ENDED = (KernelStatus.STOPPED.value, KernelStatus.FAILED.value)
 
@@ -115,6 +117,7 @@ class Claims:
                 for kind, name in missing
             ]
             tx.connection().execute(insert(_TABLE), rows)
+            tx.info.setdefault(MADE, set()).update((kind, name, identity.owner) for kind, name in missing)
         _audit(tx, identity, "ok", {"first": [f"{kind} {name}" for kind, name in missing]} if missing else {})
 
     def _all_seen(self, tx: Transaction, identity: Identity) -> bool:
@@ -135,8 +138,8 @@ class Claims:
                     _audit(tx, identity, "refused", {"taken": f"{one.kind} {one.name}", "held_by": one.hub_user})
                     hint = f"{one.kind} {one.name} is held by {one.hub_user}"
                     raise Taken(taken_sentence(identity, one.kind), hint=hint)
-        # Not what is inserted only now: that may be rolled back.
-        self._seen.update((kind, name, identity.owner) for kind, name in own)
+        # Not what this transaction has inserted, perhaps for a launch before this one: that may be rolled back.
+        self._seen.update({(kind, name, identity.owner) for kind, name in own} - tx.info.get(MADE, set()))
         return [key for key in identity.claimed if key not in own]
 
 

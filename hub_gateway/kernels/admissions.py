@@ -29,7 +29,6 @@ from hub_gateway.kernels.types import (
     LaunchPlan,
     NewKernel,
 )
-from hub_gateway.metrics import METRICS
 from hub_gateway.quotas.admission import Admission
 from hub_gateway.quotas.types import Demand, SubjectKind, Verdict
 
@@ -316,5 +315,5 @@ class Admitter:
         error.policy = policy
         broken = self.admission.policies.index(tx).by_name.get(policy)
         if broken is not None:
-            METRICS.refusals.labels(broken.resource.value).inc()
+            error.resource = broken.resource.value
         return error

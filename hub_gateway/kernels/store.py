@@ -119,6 +119,15 @@ def _noted(tx: Transaction, found: Admitted | LaunchRefused) -> Admitted | Launc
     return found
 
 
+def _or_refused(found: Admitted | LaunchRefused) -> Admitted:
+    """What was committed. Raises the refusal, which is counted only now."""
+    if isinstance(found, LaunchRefused):
+        if found.resource:
+            METRICS.refusals.labels(found.resource).inc()
+        raise found
+    return found
+
+
 @dataclass(frozen=True)
 class Activity:
     """What a relay saw of its kernel since it was last written."""
@@ -153,7 +162,7 @@ class KernelStore:
         self.lease_seconds = lease_seconds
         self.admission = admission or Admission()
         self.admitter = Admitter(vault, self.admission, instance=instance, lease_seconds=lease_seconds)
-        self._together = Together(self.write)
+        self._together = Together(self.write, max_waiting=db.max_waiting)
         self._cache_seconds = cache_seconds
         self._version = 0
         self._lists: dict[str, tuple[int, float, asyncio.Future[tuple[KernelRecord, ...]]]] = {}
@@ -283,10 +292,9 @@ class KernelStore:
             raise Conflict(
                 f"There is, or was, a kernel with the id {new.id}; leave the id out to get a new one."
             ) from error
-        if isinstance(found, LaunchRefused):
-            raise found
+        made = _or_refused(found)
         failpoints.hit("admit.after_commit")
-        return found
+        return made
 
     async def ask_to_stop(self, kernel_id: str, reason: str = "", *, actor: str = "") -> KernelRecord | None:
         """Set the target to stopped; a failed or queued kernel, which holds nothing, is stopped with it.
@@ -342,9 +350,7 @@ class KernelStore:
         plan, _, _ = await self.plan(kernel_id)
         launch = await asyncio.to_thread(self.admitter.secrets, plan)
         found = await self.write(lambda tx: _noted(tx, self.admitter.revive(tx, kernel_id, launch, identity, claim)))
-        if isinstance(found, LaunchRefused):
-            raise found
-        return found
+        return _or_refused(found)
 
     async def register(self, kernel_id: str, payload: dict[str, Any]) -> KernelRecord:
         """Take an agent's registration, once. Raises `BadRequest`, `Forbidden`, `Conflict`, `NotFound`.

@@ -108,7 +108,7 @@ class DistributedProxy(HostCalls, ProcessProxy):
                 self.known.of(name).drained = refused[name] = str(made["drained"])
                 continue
             self._names_taken[host.name, user] = max(number, self._number(host, user))
-            until = tickets.until(bool(made.get("kinit")))
+            until = tickets.until(made.get("renew_till"))
             lasting: State = {} if until is None else {"credentials_until": until}
             yield {**state, **lasting, **self._registered(host, request, made)}
             return

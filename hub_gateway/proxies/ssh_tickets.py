@@ -55,11 +55,14 @@ class Given:
             return None
         return {"path": path, "ends": self.ends, "life": self.life, "renew_till": self.renew_till}
 
-    def until(self, renewed: bool) -> float | None:
-        """When they end for good, if nobody at the gateway sees to newer ones; `renewed` says whether the node does."""
+    def until(self, renewed: object) -> float | None:
+        """When they end for good, if nobody at the gateway sees to newer ones; `renewed` is until when the node does.
+
+        An agent that an earlier launch has started goes on with the tickets that came with that one.
+        """
         if not self.renew_till:
             return None
-        return self.renew_till if renewed else self.ends
+        return float(renewed) if isinstance(renewed, int | float) else self.ends
 
 
 @dataclass
@@ -112,6 +115,8 @@ class KernelTickets:
             if self.need is IdentityNeed.USER_TGT:
                 await credentials.ended(request.kernel_id)  # the kernel's copy is the only one
         if self.need is IdentityNeed.SERVICE_TICKET:
+            if before := self._tended.get(request.kernel_id):  # of a launch that was given up
+                before.cancel()
             tended = self._tended[request.kernel_id] = _Tended(found.ends)
             self._seen(credentials, request.kernel_id, tended)
         return Given(text, found.ends or 0.0, found.life, found.renew_till or 0.0)

@@ -124,7 +124,7 @@ class Admission:
             except LaunchRefused as error:
                 return Verdict("refused", policy=error.policy, sentence=error.message)
         index = self.policies.index(tx)
-        fits = self.fits(tx, index, demand, now)
+        fits = self.fits(tx, index, demand, now, exact=False)
         blocked = [fit for fit in fits if not fit.fits]
         if not blocked:
             waiting = self._behind(tx, index, fits, kernel_id)
@@ -182,8 +182,13 @@ class Admission:
                 raise error
         return replace(demand, resources=taken), tuple(notices)
 
-    def fits(self, tx: Transaction, index: PolicyIndex, demand: Demand, now: datetime) -> list[Fit]:
-        """How a launch fits into each policy that applies to it."""
+    def fits(
+        self, tx: Transaction, index: PolicyIndex, demand: Demand, now: datetime, *, exact: bool = True
+    ) -> list[Fit]:
+        """How a launch fits into each policy that applies to it.
+
+        Not `exact` is for who only wants to know whether it fits: what is used may be less than is told.
+        """
         policies = [one for one in applicable(index.of(demand), demand, now) if one.counts is not Counts.KERNEL]
         if not policies:
             return []
@@ -192,7 +197,8 @@ class Admission:
             meters.read(tx, metered_for(demand.owner, demand.groups))
         cost = prices_at(tx, policies, now)
         return [
-            self._fit(tx, policy, demand, held, now, rate_of(policy, demand.resources, cost)) for policy in policies
+            self._fit(tx, policy, demand, held, now, rate_of(policy, demand.resources, cost), exact=exact)
+            for policy in policies
         ]
 
     def _fit(
@@ -203,9 +209,11 @@ class Admission:
         held: dict[Holder, list[Held]],
         now: datetime,
         need: float,
+        *,
+        exact: bool,
     ) -> Fit:
         scope = scope_of(policy, demand.owner, demand.owner_kind)
-        used = self.used(tx, policy, scope, held.get(scope, ()), now, enough=policy.least)
+        used = self.used(tx, policy, scope, held.get(scope, ()), now, enough=None if exact else policy.least)
         limit = policy.hard
         if limit is not None and policy.burst is not None and used + need > limit:
             limit = self.burst_limit(policy, _burst_of(tx, policy, scope), now)

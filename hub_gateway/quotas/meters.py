@@ -122,7 +122,7 @@ def _rolled(tx: Transaction, policy: Policy, scope: Holder, now: datetime, enoug
     begin, moment = window_bounds(policy, now)[0], now.timestamp()
     line = None if enough is None else _line(tx, policy.id, scope)
     if line is not None and enough is not None and line.version == policy.version:
-        # Else the clock was put back.
+        # It does not hold for a clock that was put back.
         holds = line.begins <= begin.timestamp() and moment >= line.latest - SKEW
         if holds and line.used(moment) < enough:
             return line.used(moment)

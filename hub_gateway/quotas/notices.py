@@ -6,6 +6,7 @@ What is shown in notebooks is `hub_gateway.kernels.notices`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import smtplib
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,6 +19,7 @@ from tornado.simple_httpclient import HTTPTimeoutError
 from traitlets import Bool, Float, List, Unicode
 from traitlets.config import LoggingConfigurable
 
+from hub_gateway.deadlines import within
 from hub_gateway.metrics import METRICS
 
 __all__ = ["Notifier"]
@@ -51,7 +53,7 @@ class Notifier(LoggingConfigurable):
         Float(),
         [5.0, 60.0, 600.0],
         help="How long (seconds) to wait before what could not be sent is tried again, each time. What was refused "
-        "for good (an HTTP status 4xx, an SMTP code 5xx) is not.",
+        "for good (an SMTP code 5xx, an HTTP status 3xx or 4xx except 408, 425 and 429) is not.",
     ).tag(config=True)
 
     def __init__(self, **kwargs: Any) -> None:
@@ -89,7 +91,8 @@ class Notifier(LoggingConfigurable):
                     self.log.warning("A notice could not be sent by %s: %s", channel, error)
                     return
                 self.log.info("A notice is sent by %s again in %.0f s: %s", channel, wait, error)
-                await asyncio.wait([asyncio.ensure_future(self._closing.wait())], timeout=wait)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await within(self._closing.wait(), wait)
             else:
                 METRICS.notices.labels(channel, "sent").inc()
                 return

@@ -114,6 +114,22 @@ async def test_a_launch_that_is_taken_up_again_keeps_the_ticket_that_its_agent_r
         record = await gateway.settled(record.id)
         assert record.status is KernelStatus.RUNNING, record.message
         assert ends(ccache_of(record)) > time.time() + 20 * 60
+        assert float(str(record.proxy_state["credentials_until"])) > time.time() + 50 * 60
+        await gateway.service.shutdown(bench.alice, record.id)
+        await eventually(lambda: not bench.leftovers(gateway), f"nothing left: {bench.leftovers(gateway)}")
+
+
+@pytest.mark.parametrize("bench", ["sudo"], indirect=True)
+async def test_a_launch_that_is_taken_up_again_gets_the_newer_ticket_where_none_is_renewed(bench: Bench) -> None:
+    ticket(bench, USERS[0], "-l", "10min")
+    assert killed_at(bench, "launch.2.yielded")
+    ticket(bench, USERS[0], "-l", "30min", "-r", "1h")
+    async with bench.gateway() as gateway:
+        (record,) = await gateway.service.list(bench.alice)
+        record = await gateway.settled(record.id)
+        assert record.status is KernelStatus.RUNNING, record.message
+        there = ends(ccache_of(record))
+        assert there > time.time() + 20 * 60 and float(str(record.proxy_state["credentials_until"])) == there
         await gateway.service.shutdown(bench.alice, record.id)
         await eventually(lambda: not bench.leftovers(gateway), f"nothing left: {bench.leftovers(gateway)}")
 

@@ -185,6 +185,7 @@ class RunningAgent:
         self.runtime_dir = tempfile.mkdtemp(prefix="hga-", dir="/tmp")
         self.kernel_id = str(uuid.uuid4())
         self.env = {"PATH": os.environ["PATH"], "HOME": self.runtime_dir, "IPYTHONDIR": self.runtime_dir + "/ipython"}
+        flags = settings.pop("flags", "-IS")
         document = {
             "version": 1,
             "kernel_id": self.kernel_id,
@@ -201,7 +202,7 @@ class RunningAgent:
         self.log = Path(self.runtime_dir, "kernel.log")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [python, "-I", str(AGENT), "--kernel-id", self.kernel_id, "--gateway-id", "tests", "--epoch", "1"],
+                [python, flags, str(AGENT), "--kernel-id", self.kernel_id, "--gateway-id", "tests", "--epoch", "1"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

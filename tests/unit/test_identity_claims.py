@@ -96,6 +96,22 @@ async def test_what_another_gateway_has_released_is_not_remembered(mapper: Ident
     assert {user for _, _, user in await held(db)} == {"Alice"}
 
 
+async def test_a_claim_that_was_rolled_back_is_not_remembered(mapper: IdentityMapper, db: Database) -> None:
+    """Launches that come together share a transaction, and one of them may bring all of it down."""
+    identity = await mapper.map(Caller("alice"))
+
+    def launches(tx: Any) -> None:
+        for _ in range(2):
+            mapper.claim(tx, identity)
+        raise RuntimeError("of another launch")
+
+    with pytest.raises(RuntimeError):
+        await db.write(launches)
+    await claim(mapper, "alice")
+    with pytest.raises(Taken):
+        await claim(mapper, "Alice")
+
+
 async def test_two_spellings_of_a_principal_are_one(mapper: IdentityMapper) -> None:
     mapper.rules = [{"pattern": "(.*)", "principal": "$1"}]
     await claim(mapper, "Alice")

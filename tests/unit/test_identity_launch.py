@@ -23,7 +23,7 @@ from hub_gateway.kernels.service import CreateKernel
 from hub_gateway.kernels.types import KernelStatus
 from hub_gateway.quotas.types import Policy, SubjectKind
 from tests.contract.mini import MiniGateway, Setup
-from tests.harness.quotas import put, release
+from tests.harness.quotas import apart, put, release
 
 SLEEP = {"argv": ["/bin/sleep", "600", "{connection_file}"], "display_name": "Sleep", "language": "none"}
 ME = pwd.getpwuid(os.geteuid()).pw_name
@@ -83,7 +83,10 @@ async def test_the_row_says_as_whom_and_why(gateway: MiniGateway) -> None:
     assert held == {"alice": "alice@EXAMPLE.TEST", "services/ci": None}
 
 
-async def test_of_two_users_who_would_be_one_only_one_launches(gateway: MiniGateway) -> None:
+@pytest.mark.parametrize("together", [True, False])
+async def test_of_two_users_who_would_be_one_only_one_launches(gateway: MiniGateway, together: bool) -> None:
+    if not together:
+        apart(gateway.service.store)
     names = ["alice", "Alice", "ALICE", "aLICE"]
     found = await asyncio.gather(*(create(gateway, name) for name in names), return_exceptions=True)
     refused = [one for one in found if isinstance(one, LaunchRefused)]

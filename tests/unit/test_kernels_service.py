@@ -24,6 +24,7 @@ from hub_gateway.kernels.culler import Culler
 from hub_gateway.kernels.service import CreateKernel, owner_of
 from hub_gateway.kernels.types import ExecutionState
 from tests.contract.mini import MiniGateway, Setup
+from tests.harness.quotas import apart
 from tests.harness.waiting import eventually
 
 SLEEP = {"argv": ["/bin/sleep", "600", "{connection_file}"], "display_name": "Sleep", "language": "none"}
@@ -235,8 +236,11 @@ async def test_a_kernel_that_another_session_uses_stays(gateway: MiniGateway) ->
     assert await service.list(ALICE) == []
 
 
-async def test_two_requests_for_one_notebook_make_one_session(gateway: MiniGateway) -> None:
+@pytest.mark.parametrize("together", [True, False])
+async def test_two_requests_for_one_notebook_make_one_session(gateway: MiniGateway, together: bool) -> None:
     service = gateway.service
+    if not together:
+        apart(service.store)
     found = await asyncio.gather(*(service.create_session(ALICE, body()) for _ in range(6)))
     assert {str(one["id"]) for one in found} == {str(found[0]["id"])}
     assert len(await service.list(ALICE)) == 1 == len(await service.list_sessions(ALICE))

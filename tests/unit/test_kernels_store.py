@@ -32,6 +32,7 @@ from hub_gateway.kernels.types import (
     NewKernel,
     Resources,
 )
+from tests.harness.quotas import apart
 
 PLAN = LaunchPlan(("kernel", "{connection_file}"), {"A": "1"}, "/tmp", "message", {"image_name": "x"})
 KEY = "x" * 40
@@ -88,7 +89,10 @@ async def test_admission_is_a_row_and_a_reservation(store: KernelStore, db: Data
     assert (row.owner, row.kernels, row.cpu, row.memory, row.gpu) == ("alice", 1, 2.5, 2**40, 1)
 
 
-async def test_an_id_is_taken_once(store: KernelStore, db: Database) -> None:
+@pytest.mark.parametrize("together", [True, False])
+async def test_an_id_is_taken_once(store: KernelStore, db: Database, together: bool) -> None:
+    if not together:
+        apart(store)
     answers = await asyncio.gather(*(store.admit(new()) for _ in range(10)), return_exceptions=True)
     assert sum(isinstance(answer, Admitted) for answer in answers) == 1
     assert sum(isinstance(answer, Conflict) for answer in answers) == 9

@@ -543,6 +543,14 @@ async def test_the_agent_runs_on_the_pythons_of_old_and_new_nodes(start: Start, 
     assert "Traceback" not in gateway.agent.log.read_text()
 
 
+async def test_the_agent_runs_as_containers_start_it(start: Start) -> None:
+    """There the interpreter has looked through site-packages already."""
+    gateway = await start(FLOOD, flags="-I").connect()
+    sink = gateway.attach(Collector())
+    await gateway.execute(sink, "flood 10 10")
+    assert numbers(sink) == list(range(10))
+
+
 # -- the registration, the port
 
 

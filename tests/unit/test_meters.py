@@ -12,6 +12,7 @@ from hub_gateway.db.lock import lock
 from hub_gateway.db.models import Reservation
 from hub_gateway.db.tenancy import LedgerEntry, Meter
 from hub_gateway.kernels import admissions
+from hub_gateway.kernels.admissions import demand_of
 from hub_gateway.kernels.store import KernelStore
 from hub_gateway.kernels.types import Resources
 from hub_gateway.quotas import ledger, meters, prices
@@ -230,6 +231,23 @@ async def test_a_rolling_window_is_never_told_as_less_than_it_is(
                 found = await told(quota_store, policy, LAB, now, admitting=admitting, enough=enough)
                 assert found >= exact - 1e-6 and (found < enough) == (exact < enough), (when, now, enough)
             assert await told(quota_store, policy, LAB, now) == pytest.approx(exact, abs=1e-6)
+
+
+async def test_what_is_shown_of_a_rolling_window_is_exact(quota_store: KernelStore, clock: Clock) -> None:
+    """Also where a launch would be told that there is room without reading the ledger."""
+    policy = await put(quota_store, Policy("lab", SubjectKind.GROUP, "lab", resource=Resource.KERNEL_HOURS, **WEEK))
+    await admit(quota_store, clock, 1, at(1))
+    await told(quota_store, policy, LAB, at(2), admitting=True, enough=1e6)
+    await release(quota_store, "k1", at(3))
+    assert await told(quota_store, policy, LAB, at(12), enough=1e6) > 24
+    demand = demand_of(new(2, owner="alice", groups=("lab",), resources=TAKEN))
+
+    def explained(tx: Any) -> float:
+        index = quota_store.admission.policies.index(tx)
+        [fit] = quota_store.admission.fits(tx, index, demand, at(12))
+        return fit.used
+
+    assert await quota_store.db.read(explained) == 0.0
 
 
 async def test_a_start_reads_meters_anew(quota_store: KernelStore, clock: Clock) -> None:

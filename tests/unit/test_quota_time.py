@@ -310,11 +310,13 @@ async def test_a_notice_is_sent_again_where_that_may_help(answers: tuple[int, ..
     server.add_sockets([listening])
     sent, failed = (METRICS.notices.labels("webhook", outcome) for outcome in ("sent", "failed"))
     before = (sent._value.get(), failed._value.get())
+    tasks = len(asyncio.all_tasks())
     notifier = Notifier(webhook_url=f"http://127.0.0.1:{port}/", retry_seconds=[0.01, 0.01, 0.01])
     notifier.tell("bob", "gpus", "soft", "Too many.")
     await eventually(lambda: sum(before) < sent._value.get() + failed._value.get(), "what became of it")
     server.stop()
     assert len(answers) - len(coming) == heard
+    await eventually(lambda: len(asyncio.all_tasks()) <= tasks, "nothing to be left")
     assert (sent._value.get(), failed._value.get()) == (before[0] + (heard == 3), before[1] + (heard < 3))
     await notifier.close()
 
