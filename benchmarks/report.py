@@ -126,11 +126,16 @@ class Report:
         page.write_text(self.markdown() + f"\n{KEPT}{kept or chr(10)}")
 
     def write_json(self, path: Path) -> None:
-        """Write every sample."""
+        """Write every sample, to four digits, and a line for each row."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = {
-            "machine": self.facts,
-            "other_programs_cpu_percent": self.others,
-            "rows": [asdict(r) for r in self.rows],
-        }
-        path.write_text(json.dumps(data, indent=1) + "\n")
+        about = json.dumps({"machine": self.facts, "other_programs_cpu_percent": self.others}, indent=1)
+        rows = ",\n".join(json.dumps(_rounded(asdict(row))) for row in self.rows)
+        path.write_text(f'{about[:-2]},\n "rows": [\n{rows}\n]}}\n')
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
