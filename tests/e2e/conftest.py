@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,6 +15,10 @@ from tests.harness.gateway import ROOT
 from tests.harness.hub import RealHub
 
 expect.set_options(timeout=20_000)  # ms: a machine that is busy with kernels draws late
+ONCE = pytest.mark.skipif(
+    os.environ.get("HUB_GATEWAY_TEST_DB") == "postgresql",
+    reason="not applicable: what a Hub, its proxy and a browser do is put to the test once, on SQLite",
+)
 ARTEFACTS = ROOT / ".artefacts"
 """Where screenshots are kept."""
 COMPANION = "--ServerApp.kernel_websocket_connection_class=hub_gateway.companion.NumberedGatewayConnection"

@@ -16,6 +16,9 @@ from tests.harness.hub import RealHub
 CCACHE = base64.b64encode(b"\x05\x04 of ada").decode()
 HUB = f"""
 from jupyterhub.auth import DummyAuthenticator
+from tests.e2e.conftest import ONCE
+
+pytestmark = ONCE
 
 class Remembering(DummyAuthenticator):
     async def authenticate(self, handler, data):

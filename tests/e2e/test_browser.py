@@ -14,11 +14,11 @@ import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
-from tests.e2e.conftest import ARTEFACTS
+from tests.e2e.conftest import ARTEFACTS, ONCE
 from tests.harness.hub import PASSWORD, RealHub
 from tests.harness.waiting import until
 
-pytestmark = pytest.mark.needs("chromium")
+pytestmark = [pytest.mark.needs("chromium"), ONCE]
 
 ARGUMENTS = [
     "--no-sandbox",

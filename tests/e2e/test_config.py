@@ -21,6 +21,9 @@ from hub_gateway.demo.browser import Browser
 from hub_gateway.demo.drive import start_server
 from hub_gateway.demo.processes import Processes, until
 from hub_gateway.demo.state import Demonstration
+from tests.e2e.conftest import ONCE
+
+pytestmark = ONCE
 
 CONFIG = f"c = get_config()\nload_subconfig('demo.py', path={str(jupyterhub_config_dir())!r})\n"
 SERVICE = "/services/hub-gateway"

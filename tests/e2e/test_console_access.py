@@ -14,12 +14,12 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from hub_gateway.db.models import utcnow
 from hub_gateway.web.console import ADMIN
 from tests.conftest import KERNELSPECS
-from tests.e2e.conftest import ARTEFACTS, POLICIES, TENANCY
+from tests.e2e.conftest import ARTEFACTS, ONCE, POLICIES, TENANCY
 from tests.e2e.test_browser import ARGUMENTS
 from tests.harness.gateway import ROOT
 from tests.harness.hub import PASSWORD, RealHub
 
-pytestmark = pytest.mark.needs("chromium")
+pytestmark = [pytest.mark.needs("chromium"), ONCE]
 
 PAGES = ("home", "limits", "history", *(address for address, _, _ in ADMIN), "admin/policies/everyone", "nowhere")
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]}

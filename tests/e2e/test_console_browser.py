@@ -17,9 +17,10 @@ from sqlalchemy import create_engine, insert
 
 from hub_gateway.db.models import utcnow
 from hub_gateway.db.tenancy import LedgerEntry
+from tests.e2e.conftest import ONCE
 from tests.harness.hub import PASSWORD, RealHub
 
-pytestmark = pytest.mark.needs("chromium")
+pytestmark = [pytest.mark.needs("chromium"), ONCE]
 
 REFRESH = "htmx.trigger(document.getElementById('live'), 'refresh')"
 DRAWN = """element => [...element.querySelectorAll("canvas")].map(canvas => {

@@ -9,7 +9,10 @@ import httpx
 import pytest
 import websocket
 
+from tests.e2e.conftest import ONCE
 from tests.harness.hub import NAVIGATE, PASSWORD, RealHub
+
+pytestmark = ONCE
 
 FETCH = {"Sec-Fetch-Mode": "cors", "Sec-Fetch-Site": "same-origin"}
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import ONCE
 from tests.harness.hub import RealHub
 from tests.harness.jupyter_server import JupyterServer
 from tests.harness.notebook import Notebook
+
+pytestmark = ONCE
 
 LINES = 20_000
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.e2e.conftest import ONCE
 from tests.harness.hub import RealHub
 from tests.harness.jupyter_server import JupyterServer
 from tests.harness.notebook import Message, Notebook
 from tests.harness.output import printed, repeated
+
+pytestmark = ONCE
 
 SECONDS = 40
 IN_FLIGHT = 10

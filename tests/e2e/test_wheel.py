@@ -15,10 +15,13 @@ import pytest
 
 from hub_gateway.db.revision import HEAD
 from hub_gateway.demo.processes import find_proxy
+from tests.e2e.conftest import ONCE
 from tests.harness.gateway import ROOT
 from tests.harness.notebook import Notebook
 from tests.harness.pythons import OTHERS, gateway_python
 from tests.harness.waiting import until
+
+pytestmark = ONCE
 
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "PYTHON", "HUB_GATEWAY_", "KERNEL_"))}
 IMPORT_ALL = """
@@ -73,8 +76,6 @@ def installed(request: pytest.FixtureRequest, dist: Path) -> Path:
     if request.param == "this":
         found: Path = request.getfixturevalue("clean")
         return found
-    if os.environ.get("HUB_GATEWAY_TEST_DB") == "postgresql":
-        pytest.skip("not applicable: other Pythons are put to the test once, on SQLite")
     python = gateway_python(request.param)
     again = ("install", "--quiet", "--no-deps", "--no-index", "--force-reinstall")
     run(python, "-m", "pip", "--disable-pip-version-check", *again, next(dist.glob("*.whl")), cwd=dist)
