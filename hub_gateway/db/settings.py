@@ -25,15 +25,19 @@ _CHANGE = update(_TABLE).where(_TABLE.c.key == bindparam("of")).values(value=bin
 _MAKE = insert(_TABLE)
 
 
-def settings(tx: Transaction) -> Mapping[str, str]:
-    """All settings, as of this transaction."""
-    return _known(tx)
+def settings(tx: Transaction) -> dict[str, str]:
+    """All settings, as of this transaction; to be changed by `put` alone."""
+    of = (SETTINGS, locked(tx))
+    found: dict[str, str] | None = tx.info.get(of)
+    if found is None:
+        found = tx.info[of] = {row.key: row.value for row in tx.connection().execute(_ALL)}
+    return found
 
 
 def put(tx: Transaction, key: str, value: str) -> None:
     """Set one of them."""
     lock(tx)
-    known = _known(tx)
+    known = settings(tx)
     if key in known:
         tx.connection().execute(_CHANGE, {"of": key, "to": value})
     else:
@@ -52,18 +56,10 @@ class Beside:
 def put_beside(tx: Transaction, key: str, value: str, beside: Beside, row: Mapping[str, object]) -> None:
     """Set one of them and insert a row: in one statement where the database has that (PostgreSQL)."""
     lock(tx)
-    known = _known(tx)
+    known = settings(tx)
     if key in known and tx.get_bind().dialect.name == "postgresql":
         tx.connection().execute(beside.both, {**row, "of": key, "to": value})
         known[key] = value
     else:
         tx.connection().execute(beside.alone, row)
         put(tx, key, value)
-
-
-def _known(tx: Transaction) -> dict[str, str]:
-    of = (SETTINGS, locked(tx))
-    found: dict[str, str] | None = tx.info.get(of)
-    if found is None:
-        found = tx.info[of] = {row.key: row.value for row in tx.connection().execute(_ALL)}
-    return found

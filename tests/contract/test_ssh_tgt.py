@@ -6,7 +6,8 @@ import base64
 import json
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,35 +104,35 @@ async def test_the_agent_renews_it_without_a_gateway(bench: Bench) -> None:
         await eventually(lambda: not bench.leftovers(gateway), f"nothing left: {bench.leftovers(gateway)}")
 
 
-@pytest.mark.parametrize("bench", ["sudo"], indirect=True)
-async def test_a_launch_that_is_taken_up_again_keeps_the_ticket_that_its_agent_renews(bench: Bench) -> None:
-    """A newer one in its place would be renewed too late: the agent goes by the end of the first one."""
-    ticket(bench, USERS[0], "-l", "30min", "-r", "1h")
+@asynccontextmanager
+async def taken_up(bench: Bench, *options: str) -> AsyncIterator[KernelRecord]:
+    """A kernel that the next gateway finds, as the first was killed too early; its owner has another ticket by then."""
     assert killed_at(bench, "launch.2.yielded")
-    ticket(bench, USERS[0], "-l", "10min", "-r", "40min")
+    ticket(bench, USERS[0], *options)
     async with bench.gateway() as gateway:
         (record,) = await gateway.service.list(bench.alice)
         record = await gateway.settled(record.id)
         assert record.status is KernelStatus.RUNNING, record.message
-        assert ends(ccache_of(record)) > time.time() + 20 * 60
-        assert float(str(record.proxy_state["credentials_until"])) > time.time() + 50 * 60
+        yield record
         await gateway.service.shutdown(bench.alice, record.id)
         await eventually(lambda: not bench.leftovers(gateway), f"nothing left: {bench.leftovers(gateway)}")
+
+
+@pytest.mark.parametrize("bench", ["sudo"], indirect=True)
+async def test_a_launch_that_is_taken_up_again_keeps_the_ticket_that_its_agent_renews(bench: Bench) -> None:
+    """A newer one in its place would be renewed too late: the agent goes by the end of the first one."""
+    ticket(bench, USERS[0], "-l", "30min", "-r", "1h")
+    async with taken_up(bench, "-l", "10min", "-r", "40min") as record:
+        assert ends(ccache_of(record)) > time.time() + 20 * 60
+        assert float(str(record.proxy_state["credentials_until"])) > time.time() + 50 * 60
 
 
 @pytest.mark.parametrize("bench", ["sudo"], indirect=True)
 async def test_a_launch_that_is_taken_up_again_gets_the_newer_ticket_where_none_is_renewed(bench: Bench) -> None:
     ticket(bench, USERS[0], "-l", "10min")
-    assert killed_at(bench, "launch.2.yielded")
-    ticket(bench, USERS[0], "-l", "30min", "-r", "1h")
-    async with bench.gateway() as gateway:
-        (record,) = await gateway.service.list(bench.alice)
-        record = await gateway.settled(record.id)
-        assert record.status is KernelStatus.RUNNING, record.message
+    async with taken_up(bench, "-l", "30min", "-r", "1h") as record:
         there = ends(ccache_of(record))
         assert there > time.time() + 20 * 60 and float(str(record.proxy_state["credentials_until"])) == there
-        await gateway.service.shutdown(bench.alice, record.id)
-        await eventually(lambda: not bench.leftovers(gateway), f"nothing left: {bench.leftovers(gateway)}")
 
 
 def absent(bench: Bench) -> None:
